@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 from fastgen_jax.api.engine_thread import EngineThread, Event, Failure, Load
+from fastgen_jax.api.pooling import Pooled, Pooling, pool
 from fastgen_jax.api.snapshot import take_snapshot
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
-from fastgen_jax.engine.prompts import Prompt, TokenIdsInput
+from fastgen_jax.engine.prompts import Prompt, TokenIds, TokenIdsInput
 from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
 from fastgen_jax.engine.sleep import WeightsPlace
 from fastgen_jax.engine.updating import PauseMode
@@ -142,6 +143,9 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._undelivered: deque[Event] = deque()
         self._closed = False
+        self._engine = engine
+        self._pooling = asyncio.Lock()
+        self._num_pooling = 0
         self._thread = EngineThread(engine, self._hand_over, sleep_idle=sleep_idle)
 
     def __repr__(self) -> str:
@@ -317,6 +321,19 @@ class AsyncEngine:
         snapshot = await self.call(lambda engine: take_snapshot(engine, since_step=since_step))
         snapshot["counters"]["failed_steps"] = self.num_failed_steps
         return [snapshot]
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """The hidden states of texts; see `fastgen_jax.api.pooling.pool`. Runs between the steps of requests."""
+        if not self.is_ready:
+            raise ClosedError(self.failure or "this server accepts no more requests: it is shutting down")
+        if self._num_pooling >= self.max_queue:
+            raise QueueFullError(self._num_pooling, self.max_queue, 1.0)
+        self._num_pooling += 1
+        try:
+            async with self._pooling:
+                return await asyncio.to_thread(pool, self._engine, texts, pooling, token_ids=token_ids)
+        finally:
+            self._num_pooling -= 1
 
     async def drain(self, timeout: float) -> bool:
         """Refuses new requests and waits until all have ended; False if some have not after `timeout` seconds."""

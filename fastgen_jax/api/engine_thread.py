@@ -126,9 +126,13 @@ class EngineThread:
         self._inbox.put(lambda: self._add(request, matcher, deadline))
         self._check()
 
-    def submit_all(self, requests: Sequence[Request]) -> None:
-        """Queues checked requests together, so that the same step sees all of them; raises as `submit` does."""
-        self._inbox.put(lambda: [self._add(request, None, None) for request in requests])
+    def submit_all(self, requests: Sequence[Request], matchers: Sequence[GrammarMatcher] | None = None) -> None:
+        """Queues checked requests together, so that the same step sees all of them; raises as `submit` does.
+
+        `matchers` has one for each request with a grammar.
+        """
+        pairs = [(request, matchers[i] if matchers else None) for i, request in enumerate(requests)]
+        self._inbox.put(lambda: [self._add(request, matcher, None) for request, matcher in pairs])
         self._check()
 
     def abort(self, *request_ids: str) -> None:

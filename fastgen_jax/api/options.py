@@ -13,11 +13,14 @@ from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.option_names import unknown_option
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import SamplingParams
+from fastgen_jax.text.grammar import Grammar
+from fastgen_jax.text.schemas import fitted
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256  # limit of an answer if neither the caller nor the model sets one, as in transformers' pipeline
-CALL_OPTIONS = ("echo", "params", "progress", "return_full_text", "stream")
+GRAMMAR_OPTIONS = ("choice", "grammar", "json_schema", "regex")
+CALL_OPTIONS = (*GRAMMAR_OPTIONS, "echo", "params", "progress", "return_full_text", "stream")
 
 # Names of the options in other programs.
 _OTHER_NAMES = {
@@ -64,7 +67,6 @@ _OTHER_NAMES = {
     "attention_mask": "omit it: nothing is padded",
     "use_cache": "omit it: there is always a KV cache",
     "batch_size": "omit it: the engine forms batches, see max_num_seqs of fastgen_jax.pipeline",
-    "skip_special_tokens": "omit it: texts have no special tokens, token_ids do",
 }
 
 
@@ -77,6 +79,8 @@ class Generation:
     intake: Intake
     new_tokens: int | None
     """Maximum length of an answer in tokens if the caller sets none; None: as many as fit."""
+    grammar: Grammar | None = None
+    """What every answer must follow."""
 
     def samples(self, num_prompt_tokens: int) -> list[SamplingParams]:
         """The parameters of each of the `n` answers to a prompt of that many tokens."""
@@ -95,13 +99,15 @@ def generation_of(intake: Intake, params: SamplingParams | None, options: Mappin
     """The sampling parameters of a call with `params` or `options`.
 
     `params` are used as they are. With options, the model's defaults apply to those that are omitted, and an answer has
-    at most `DEFAULT_NEW_TOKENS` tokens. Raises ValueError if both are given, for an unknown option, and as
-    `SamplingParams` does.
+    at most `DEFAULT_NEW_TOKENS` tokens. The options that name a grammar are allowed beside `params`. Raises ValueError if
+    both are given, for an unknown option, and as `SamplingParams` does.
     """
+    grammar = _grammar_of({name: options[name] for name in GRAMMAR_OPTIONS if options.get(name) is not None})
+    options = {name: value for name, value in options.items() if name not in GRAMMAR_OPTIONS}
     if params is None:
         _check_names(options)
         new_tokens = intake.default_new_tokens or DEFAULT_NEW_TOKENS
-        return Generation(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens)
+        return Generation(params=intake.sampling_params(options), intake=intake, new_tokens=new_tokens, grammar=grammar)
     if not isinstance(params, SamplingParams):
         raise ValueError(
             f"params is a {type(params).__name__}; pass fastgen_jax.SamplingParams, or options as "
@@ -112,7 +118,23 @@ def generation_of(intake: Intake, params: SamplingParams | None, options: Mappin
             f"both params and options ({', '.join(sorted(options))}) were passed; pass only one of them: "
             "dataclasses.replace(params, ...) changes params"
         )
-    return Generation(params=params, intake=intake, new_tokens=None)
+    return Generation(params=params, intake=intake, new_tokens=None, grammar=grammar)
+
+
+def _grammar_of(options: Mapping[str, Any]) -> Grammar | None:
+    """The grammar of the option that names one; ValueError if several do, or its value has another form."""
+    if len(options) > 1:
+        raise ValueError(f"{' and '.join(options)} are several grammars for one answer; keep one of them")
+    for name, value in options.items():
+        if name == "json_schema" and isinstance(value, Mapping):
+            return Grammar.json_schema(fitted(dict(value), strict=True).schema)
+        if name == "choice" and value and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return Grammar.choice(value)
+        if name in ("regex", "grammar") and isinstance(value, str):
+            return Grammar(kind="regex" if name == "regex" else "grammar", source=value)
+        forms = {"json_schema": "a schema as a dict", "choice": "a list of texts"}
+        raise ValueError(f"{name} is {value!r:.80}; pass {forms.get(name, 'a text')}")
+    return None
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

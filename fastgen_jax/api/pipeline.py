@@ -57,7 +57,8 @@ class Pipeline:
     """A model with its tokenizer: `pipe(prompts, **options) -> [Response]`, `pipe.stream(prompt, **options)`.
 
     Generation options are the fields of `SamplingParams` (`max_new_tokens`, `temperature`, `stop`, `n`, ...), or a
-    `SamplingParams` object as `params`, and `return_full_text`, `echo`, `stream` and `progress`.
+    `SamplingParams` object as `params`, and `return_full_text`, `echo`, `stream` and `progress`. One of `regex`, `choice`,
+    `json_schema` and `grammar` (Lark or GBNF) restricts the answers to the texts that follow it.
 
     Any number of threads may call and stream at the same time: the engine runs in a thread of the pipeline, and all
     requests share its steps. A KeyboardInterrupt, or another exception in a call or in the loop over a stream, ends the
@@ -172,8 +173,14 @@ class Pipeline:
 
     def _run(self, prompts: Sequence[TokenIds], call: Generation) -> Outputs:
         intake = self.engine.intake
-        requests = [intake.request(ids, sample) for ids in prompts for sample in call.samples(len(ids))]
-        return self._shared.run(requests, on_finished=partial(self._limits.note, call))
+        grammar = call.grammar
+        requests = [
+            intake.request(ids, sample, awaits_each_token=grammar is not None)
+            for ids in prompts
+            for sample in call.samples(len(ids))
+        ]
+        matchers = None if grammar is None else [intake.matcher(grammar) for _ in requests]
+        return self._shared.run(requests, matchers, on_finished=partial(self._limits.note, call))
 
     def _prompt_text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         if isinstance(prompt, str):

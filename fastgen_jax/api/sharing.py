@@ -13,6 +13,7 @@ from fastgen_jax.api.engine_thread import EngineThread, Event, Failure
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.outputs import RequestOutput
 from fastgen_jax.scheduling import Request
+from fastgen_jax.text.grammar import GrammarMatcher
 
 POLL_SECONDS = 1.0  # how often a waiting reader checks for signals and whether the thread is still alive
 
@@ -45,12 +46,19 @@ class SharedEngine:
             raise DestroyedError("this pipeline was destroyed; make a new one with fastgen_jax.pipeline(model)")
         return engine
 
-    def run(self, requests: Sequence[Request], *, on_finished: Callable[[RequestOutput], object] | None = None) -> Outputs:
+    def run(
+        self,
+        requests: Sequence[Request],
+        matchers: Sequence[GrammarMatcher] | None = None,
+        *,
+        on_finished: Callable[[RequestOutput], object] | None = None,
+    ) -> Outputs:
         """Queues checked requests together and returns their outputs, to be read by one thread.
 
-        `on_finished` is called with the last output of each, in that thread.
+        `matchers` are those of requests with a grammar. `on_finished` is called with the last output of each request, in
+        that thread.
         """
-        outputs = Outputs(self, requests, on_finished)
+        outputs = Outputs(self, requests, matchers, on_finished)
         try:
             outputs.start(self._running_thread(), self._places)
         except BaseException:
@@ -89,11 +97,16 @@ class Outputs:
     _thread: EngineThread | None = None  # even if the constructor was interrupted
 
     def __init__(
-        self, shared: SharedEngine, requests: Sequence[Request], on_finished: Callable[[RequestOutput], object] | None
+        self,
+        shared: SharedEngine,
+        requests: Sequence[Request],
+        matchers: Sequence[GrammarMatcher] | None,
+        on_finished: Callable[[RequestOutput], object] | None,
     ) -> None:
         self._on_finished = on_finished
         self._shared = shared  # kept alive while there are readers
         self._requests = requests
+        self._matchers = matchers
         self._queue: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self._ready: deque[tuple[int, Event]] = deque()
         self._unfinished = {request.request_id for request in requests}
@@ -104,7 +117,7 @@ class Outputs:
         self._thread, self._places = thread, places
         places.update((request.request_id, (self._queue, index)) for index, request in enumerate(self._requests))
         try:
-            thread.submit_all(self._requests)
+            thread.submit_all(self._requests, self._matchers)
         except RuntimeError:
             _ = self._shared.engine  # if it was destroyed, this raises a clearer error
             raise

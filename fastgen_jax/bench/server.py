@@ -127,13 +127,13 @@ async def online(url: str, workload: Workload) -> Run:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "include_timing": True},
         }
         last = None
         async for event in stream_events(url, "/v1/completions", body):
             now = time.perf_counter()
             if event["usage"]:
-                queue.append(event["usage"]["timing"]["queue_ms"] / 1e3)
+                queue.append(event["timing"]["queue_ms"] / 1e3)
                 return event["usage"]["completion_tokens"]
             if last is None:
                 first.append(now - start)

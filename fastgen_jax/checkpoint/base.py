@@ -84,11 +84,14 @@ class HoldsBlocks(Protocol):
     """A checkpoint some of whose quantized matrices the native CPU kernels multiply as they are stored."""
 
     def block_kind(self, name: str) -> BlockKind | None:
-        """How `read_blocks` stores the matrix of a tensor; None if it cannot read it."""
+        """How `read_blocks` stores the matrix, or each matrix, of a tensor; None if it cannot read it."""
         ...
 
-    def read_blocks(self, name: str) -> BlockWeight:
-        """The matrix [in, out] of a quantized tensor [out, in] in the bits of the file; `read` returns its values."""
+    def read_blocks(self, name: str, entry: int | None = None) -> BlockWeight:
+        """A quantized matrix [in, out] in the bits of the file; `read` returns its values, in the layout of the model.
+
+        Of a tensor with a matrix for each expert, it is that of number `entry`.
+        """
         ...
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import BlockWeight
 
 
 class BlockKind(NamedTuple):
@@ -14,19 +17,34 @@ class BlockKind(NamedTuple):
     """Bits of memory per weight, scales included."""
     size: int
     """Inputs of a block."""
+    value_bits: int = 8
+    """Bits of a value, 4 or 8."""
     is_common: bool = False
     """Whether the matrices are stored in other kinds, and take this one to be of equal kinds."""
+    is_float: bool = False
+    """Whether the values are floats, which no other kind can hold."""
 
 
 def common_kind(kinds: Collection[BlockKind | None]) -> BlockKind | None:
-    """The kind that matrices of these kinds can all take without a change of their values; None: one is not in blocks.
+    """The kind that matrices of these kinds can all take without a change of their values; None: there is none.
 
-    If they differ, as in GGUF files with types such as Q4_K_M, it has 8 bits, and a scale and an offset in float32.
+    If they differ, as in GGUF files with types such as Q4_K_M, it has the bits of the widest values, and scales and offsets
+    in float32.
     """
     known = [kind for kind in kinds if kind is not None]
     if not kinds or len(known) < len(kinds):
         return None
     if len(set(known)) == 1:
         return known[0]
-    size = min(kind.size for kind in known)
-    return BlockKind(" and ".join(sorted(kind.name for kind in known)) + " as 8 bits", 8 + 64 / size, size, is_common=True)
+    if any(kind.is_float for kind in known):
+        return None
+    size, bits = min(kind.size for kind in known), max(kind.value_bits for kind in known)
+    name = f"{' and '.join(sorted(kind.name for kind in known))} as {bits} bits"
+    return BlockKind(name, bits + 64 / size, size, bits, is_common=True)
+
+
+def side_by_side(parts: Sequence[BlockWeight], kind: BlockKind) -> BlockWeight:
+    """The columns of several matrices whose `common_kind` this is."""
+    from pallas_kernels.matmul import concatenate, widen
+
+    return concatenate([widen(part, kind.size, kind.value_bits) for part in parts] if kind.is_common else parts)

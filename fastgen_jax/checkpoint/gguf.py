@@ -15,7 +15,7 @@ import numpy as np
 
 from fastgen_jax.checkpoint import gguf_blocks
 from fastgen_jax.checkpoint.base import missing_tensor
-from fastgen_jax.checkpoint.block_kind import BlockKind
+from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind, side_by_side
 from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
@@ -135,15 +135,22 @@ class GGUFCheckpoint:
 
     def block_kind(self, name: str) -> BlockKind | None:
         place = self._place(name)
-        stored = place.names[0]
-        special = len(place.names) > 1 or place.entry is not None or self._is_swapped(stored)
-        if special or self._is_transposed(name) or self._is_flattened(name) or len(self.file.tensors[stored].shape) != 2:
+        if self._is_flattened(name) or any(map(self._is_swapped, place.names)):
             return None
-        return gguf_blocks.block_kind(self.file.tensors[stored].type_id)
+        return common_kind([gguf_blocks.block_kind(self.file.tensors[stored].type_id) for stored in place.names])
 
-    def read_blocks(self, name: str) -> BlockWeight:
-        (stored,) = self._place(name).names
+    def read_blocks(self, name: str, entry: int | None = None) -> BlockWeight:
+        place, kind = self._place(name), self.block_kind(name)
+        assert kind is not None, "it has a block_kind"
+        entry = entry if place.entry is None else place.entry
+        whole = side_by_side([self._blocks(stored, entry) for stored in place.names], kind)
+        if len(place.names) == 1 or not self.architecture.alternating:
+            return whole
+        return whole.columns(np.arange(whole.shape[1]).reshape(len(place.names), -1).T.reshape(-1))
+
+    def _blocks(self, stored: str, entry: int | None) -> BlockWeight:
         rows, reorder = self.file.rows(stored), self._reordering(stored)
+        rows = rows if entry is None else rows[entry]
         return gguf_blocks.read_blocks(reorder(rows) if reorder else rows, self.file.tensors[stored].type_id)
 
     def read(self, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from fastgen_jax.checkpoint.block_kind import BlockKind
@@ -72,6 +73,13 @@ def _q8_0(blocks: np.ndarray) -> BlockWeight:
     from pallas_kernels.matmul import BlockWeight
 
     return BlockWeight(values=blocks[..., 2:].view(np.int8).reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _mxfp4(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    values = _halves(blocks[..., 1:]).view(ml_dtypes.float4_e2m1fn).reshape(len(blocks), -1)
+    return BlockWeight(values=values, scales=blocks[..., 0].view(ml_dtypes.float8_e8m0fnu))
 
 
 def _q5_0(blocks: np.ndarray) -> BlockWeight:
@@ -139,13 +147,72 @@ def _q6_k(blocks: np.ndarray) -> BlockWeight:
     return BlockWeight(values=values.reshape(n, -1), scales=scales.reshape(n, -1))
 
 
+def _q2_k(blocks: np.ndarray) -> BlockWeight:
+    """Superblocks of 16 blocks of 16: scales and offsets are a float16 times 4 bits, in one byte."""
+    from pallas_kernels.matmul import BlockWeight
+
+    n = len(blocks)
+    both = blocks[..., :16]
+    scale, offset = (_float16(blocks, start).astype(np.float32)[..., None] for start in (80, 82))
+    scales, offsets = (scale * (both & 15)).reshape(n, -1), (-offset * (both >> 4)).reshape(n, -1)
+    return BlockWeight(values=_quarters(blocks[..., 16:80]).reshape(n, -1), scales=scales, offsets=offsets)
+
+
+def _q3_k(blocks: np.ndarray) -> BlockWeight:
+    """Superblocks of 16 blocks of 16, whose scales are a float16 times 6 bits, in two parts.
+
+    Of a value, counted from 4, two bits are as in Q2_K, and the third is in one of 32 bytes, as in Q5_K.
+    """
+    from pallas_kernels.matmul import BlockWeight
+
+    n = len(blocks)
+    low, high = _halves(blocks[..., 96:104]), blocks[..., None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    scales = (low | high.reshape(low.shape) << 4).view(np.int8) - np.int8(32)
+    scales = (_float16(blocks, 108).astype(np.float32)[..., None] * scales).reshape(n, -1)
+    third = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    values = _quarters(blocks[..., 32:96]) | third.reshape(*blocks.shape[:2], 256) << 2
+    return BlockWeight(values=values.reshape(n, -1), scales=scales, offsets=-4 * scales)
+
+
+def _quarters(block: np.ndarray) -> np.ndarray:
+    """[..., 256] values of two bits of bytes [..., 64]: 32 bytes have four values each, 32 apart."""
+    pieces = block.reshape(*block.shape[:-1], 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return pieces.reshape(*block.shape[:-1], 256)
+
+
+def _iq4_nl(blocks: np.ndarray) -> BlockWeight:
+    from pallas_kernels.matmul import BlockWeight
+
+    return BlockWeight(values=_LEVELS[_halves(blocks[..., 2:])].reshape(len(blocks), -1), scales=_float16(blocks, 0))
+
+
+def _iq4_xs(blocks: np.ndarray) -> BlockWeight:
+    """Superblocks of 8 blocks of 32 as in IQ4_NL, whose scales are a float16 times 6 bits, in two parts."""
+    from pallas_kernels.matmul import BlockWeight
+
+    n = len(blocks)
+    high = np.ascontiguousarray(blocks[..., 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).reshape(high.shape)
+    scales = _float16(blocks, 0).astype(np.float32)[..., None] * ((low | high << 4).astype(np.float32) - 32)
+    values = _LEVELS[_halves(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16))]
+    return BlockWeight(values=values.reshape(n, -1), scales=scales.reshape(n, -1))
+
+
+# The values that the 16 numbers of IQ4_NL and IQ4_XS stand for.
+_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+
 _TYPES = {
-    2: _Type(BlockKind("Q4_0", 4.5, 32), 18, _q4_0),
-    3: _Type(BlockKind("Q4_1", 5.0, 32), 20, _q4_1),
+    2: _Type(BlockKind("Q4_0", 4.5, 32, 4), 18, _q4_0),
+    3: _Type(BlockKind("Q4_1", 5.0, 32, 4), 20, _q4_1),
     6: _Type(BlockKind("Q5_0", 8.5, 32), 22, _q5_0),
     7: _Type(BlockKind("Q5_1", 10.0, 32), 24, _q5_1),
     8: _Type(BlockKind("Q8_0", 8.5, 32), 34, _q8_0),
-    12: _Type(BlockKind("Q4_K", 6.0, 32), 144, _q4_k),
+    10: _Type(BlockKind("Q2_K", 8.0, 16, 4), 84, _q2_k),
+    11: _Type(BlockKind("Q3_K", 8.0, 16, 4), 110, _q3_k),
+    12: _Type(BlockKind("Q4_K", 6.0, 32, 4), 144, _q4_k),
     13: _Type(BlockKind("Q5_K", 10.0, 32), 176, _q5_k),
     14: _Type(BlockKind("Q6_K", 10.0, 16), 210, _q6_k),
+    20: _Type(BlockKind("IQ4_NL", 8.5, 32), 18, _iq4_nl),
+    23: _Type(BlockKind("IQ4_XS", 9.0, 32), 136, _iq4_xs),
+    39: _Type(BlockKind("MXFP4", 4.25, 32, 4, is_float=True), 17, _mxfp4),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import is_multimodal
+from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Kind
 
 if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
@@ -61,7 +64,7 @@ class HuggingFaceCheckpoint:
                     raise ValueError(f"the tensor {name!r} is in two files of {path}; remove the stale one")
                 tensors[name] = tensor
         try:
-            plain = unpack(tensors, quantization) if quantization else tensors
+            plain = _as_in_model(unpack(tensors, quantization), config) if quantization else tensors
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         plain = decoder_tensors(plain, hf, config)
@@ -101,12 +104,12 @@ class HuggingFaceCheckpoint:
 
     def block_kind(self, name: str) -> BlockKind | None:
         stored = self.tensors.get(name)
-        return stored.block_kind() if isinstance(stored, PackedTensor) else None
+        return stored.block_kind if isinstance(stored, PackedTensor) else None
 
-    def read_blocks(self, name: str) -> BlockWeight:
+    def read_blocks(self, name: str, entry: int | None = None) -> BlockWeight:
         stored = self._stored(name)
         assert isinstance(stored, PackedTensor), "it has a block_kind"
-        return stored.blocks()
+        return stored.blocks(entry)
 
     def _stored(self, name: str) -> StoredTensor | PackedTensor:
         if name not in self.tensors:
@@ -179,6 +182,27 @@ def text_name(name: str) -> str | None:
         return None
     inner = name.removeprefix("language_model.")
     return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"
+
+
+def _as_in_model(
+    tensors: Mapping[str, StoredTensor | PackedTensor], config: ModelConfig
+) -> dict[str, StoredTensor | PackedTensor]:
+    """The tensors of a quantized checkpoint in the layout of the model: GPT-2's matrices are transposed."""
+    specs, sources = all_specs(config), FAMILIES[config.family].sources(config)
+    modules = {
+        name.format(layer=layer).partition(".")[2]  # without the prefix of the model, which some checkpoints leave out
+        for path, source in sources.items()
+        if specs[path].kind is Kind.MATRIX and not source.transpose
+        for name in source.names
+        for layer in range(config.num_layers)
+    }
+
+    def in_layout(name: str, tensor: StoredTensor | PackedTensor) -> StoredTensor | PackedTensor:
+        if isinstance(tensor, PackedTensor) and (name in modules or name.partition(".")[2] in modules):
+            return dataclasses.replace(tensor, shape=tensor.shape[::-1], transposed=True)
+        return tensor
+
+    return {name: in_layout(name, tensor) for name, tensor in tensors.items()}
 
 
 def _as_list(value: list[int] | int | None) -> list[int]:

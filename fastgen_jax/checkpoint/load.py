@@ -15,6 +15,7 @@ import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, HoldsBlocks, is_buffer, missing_tensor
 from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
+from fastgen_jax.checkpoint.kept_blocks import read_kept
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
 from fastgen_jax.models.families.common import Source
@@ -69,10 +70,10 @@ def load_params(
     `prepare(spec, array)` returns the leaf of one weight (of one layer), given its declaration and the array [in, out] as
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
-    receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` for each of
-    `kept_in_blocks`. An int8 snapshot yields `Int8Weight`s instead of matrices. Threads call `prepare` for a few weights at
-    a time, so that the host never holds more in addition to what it returned. `progress` shows a bar on stderr, or is the
-    display of a start of which this is a phase.
+    receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` or `BlockGroups`
+    for each of `kept_in_blocks`. An int8 snapshot yields `Int8Weight`s instead of matrices. Threads call `prepare` for a few
+    weights at a time, so that the host never holds more in addition to what it returned. `progress` shows a bar on stderr,
+    or is the display of a start of which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -113,9 +114,8 @@ def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
         return {}
     kinds: dict[str, set[BlockKind | None]] = {}
     for weight in _weights(checkpoint):
-        spec, source = weight.spec, weight.source
-        if spec.kind is Kind.MATRIX and source.transpose and not source.stacked and source.rearrange is None:
-            kinds.setdefault(spec.path, set()).update(map(checkpoint.block_kind, weight.names))
+        if weight.spec.kind in (Kind.MATRIX, Kind.EXPERTS):
+            kinds.setdefault(weight.spec.path, set()).update(map(checkpoint.block_kind, weight.names))
     if checkpoint.config.tie_embeddings:
         kinds["lm_head"] = {checkpoint.block_kind(checkpoint.sources["embed"].names[0])}
     return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
@@ -243,10 +243,7 @@ def _read(
     import jax
 
     if weight.spec.path in kept and isinstance(checkpoint, HoldsBlocks):
-        from pallas_kernels.matmul import concatenate, widen
-
-        kind, parts = kept[weight.spec.path], [checkpoint.read_blocks(name) for name in weight.names]
-        return concatenate([widen(part, kind.size) for part in parts] if kind.is_common else parts)
+        return read_kept(checkpoint, weight.spec, weight.source, weight.names, kept[weight.spec.path])
     if sharding is None:
         array = _assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array

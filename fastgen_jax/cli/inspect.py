@@ -90,16 +90,17 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
     from fastgen_jax.checkpoint import kept_in_blocks
     from fastgen_jax.checkpoint.base import HoldsBlocks
+    from fastgen_jax.models.params import all_specs, head_spec, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
         return ""
+    head, having = head_spec(checkpoint.config), layers_with(checkpoint.config)
+    specs = {head.path: head} | all_specs(checkpoint.config)
     kept: Counter[BlockKind] = Counter()
     for path, kind in kept_in_blocks(checkpoint).items():
         # A tied head is the embedding once more.
-        source = checkpoint.sources.get(path) or checkpoint.sources["embed"]
-        layers = range(checkpoint.config.num_layers)
-        names = {name.format(layer=layer) for name in source.names for layer in layers}
-        kept[kind] += sum(math.prod(checkpoint.shape(name)) for name in names & checkpoint.tensor_names)
+        copies = len(having[specs[path].name]) if specs[path].per_layer else 1
+        kept[kind] += copies * math.prod(specs[path].shape)
     parts = [
         f"{100 * count / stored.total():.1f} % in {kind.name} ({kind.bits:.2f} bits each)"
         for kind, count in kept.most_common()

@@ -65,9 +65,9 @@ class EngineConfig:
     on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
     quantize: Quantization | Literal["none"] | None = None
     """Weight-only quantization: "int8" with one scale per output channel; "int4", on CPUs with native kernels, with one
-    per 32 inputs, and int8 for the head and experts. None: as in the checkpoint where the kernels multiply its format (on
-    CPUs GGUF's Q4_0, Q4_1, Q4_K and Q8_0, and 4 and 8 bits of most other formats), with exactly the values that it stands
-    for, else `dtype`. "none": `dtype` in any case."""
+    per 32 inputs, and int8 for the head. None: as in the checkpoint where the kernels multiply its format (on CPUs most
+    types of GGUF, and 4 and 8 bits of most other formats), with exactly the values that it stands for, else `dtype`.
+    "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None

@@ -181,7 +181,8 @@ class Engine:
                 except ValueError:
                     journal.is_open = False  # nothing has changed
                     raise
-                state = RequestState(sequence, self.tokenizer, matcher, box=box or journal.box)
+                filtered = self.intake.token_filter(request.params, matcher) or matcher
+                state = RequestState(sequence, self.tokenizer, filtered, box=box or journal.box)
                 journal.states[request_id] = state
                 self.metrics.requests += 1
                 self.metrics.prompt_tokens += len(request.prompt_token_ids)

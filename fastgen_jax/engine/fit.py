@@ -196,7 +196,7 @@ def _weight_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, ma
 
 
 def _loading_bytes(formats: Formats, model: ModelConfig) -> int:
-    return WEIGHTS_AHEAD * footprint.largest_weight(model) * jnp.dtype(formats.dtype).itemsize
+    return WEIGHTS_AHEAD * footprint.largest_weight(model, jnp.dtype(formats.dtype).itemsize, kept=formats.kept)
 
 
 def _excess_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
-from fastgen_jax.models.params import head_spec, layers_with, param_specs
+from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
 from pallas_kernels.matmul import INT4_BLOCK
@@ -24,11 +25,11 @@ SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: 
 def quantization_of(spec: WeightSpec, quantize: str | None) -> str | None:
     """The format of a weight in an engine with this `quantize`.
 
-    With "int4", what has no kernel for 4 bits, and the head, which is sensitive, has 8.
+    With "int4", the head, which is sensitive, and matrices that whole blocks do not fill have 8 bits.
     """
     if quantize is None or not spec.quantizable:
         return None
-    narrow = spec.kind is Kind.MATRIX and spec.per_layer and spec.shape[0] % INT4_BLOCK == 0
+    narrow = spec.per_layer and spec.shape[-2] % INT4_BLOCK == 0
     return "int8" if quantize == "int4" and not narrow else quantize
 
 
@@ -52,15 +53,12 @@ def weight_bytes(
 
     def held(spec: WeightSpec, copies: int = 1) -> float:
         shares = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        if bits := dict(kept).get(spec.path):
-            return copies * math.prod(spec.shape) * bits / 8 / shares
-        form = quantization_of(spec, quantize)
-        if form is None:
-            return copies * math.prod(spec.shape) * itemsize / shares
-        if form == "int4":
-            return copies * math.prod(spec.shape) * INT4_BITS / 8 / shares
-        scales = 4 * math.prod(spec.shape) / spec.shape[-2] / (num_devices if spec.axes[-1] in DIVIDED_AXES else 1)
-        return copies * (math.prod(spec.shape) / shares + scales)
+        bits = bits_per_value(spec, itemsize, quantize=quantize, kept=dict(kept))
+        # With int8, each output has a scale, which is divided like the outputs.
+        is_int8 = spec.path not in dict(kept) and quantization_of(spec, quantize) == "int8"
+        scales = 4 * math.prod(spec.shape) / spec.shape[-2] if is_int8 else 0
+        scales /= num_devices if spec.axes[-1] in DIVIDED_AXES else 1
+        return copies * (math.prod(spec.shape) * bits / 8 / shares + scales)
 
     layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
     rest = sum(held(spec) for name, spec in specs.items() if name != "layers")
@@ -69,13 +67,27 @@ def weight_bytes(
     return math.ceil(layer + rest)
 
 
+def bits_per_value(spec: WeightSpec, itemsize: float, *, quantize: str | None, kept: Mapping[str, float]) -> float:
+    """Bits of memory per value of a weight, as for `weight_bytes`, without the scales of outputs."""
+    if spec.path in kept:
+        return kept[spec.path]
+    form = quantization_of(spec, quantize)
+    return 8 * itemsize if form is None else INT4_BITS if form == "int4" else 8
+
+
 @functools.lru_cache(maxsize=64)
-def largest_weight(model: ModelConfig) -> int:
-    """Number of elements of the largest weight that is loaded at once."""
-    specs = param_specs(model)
-    return max(
-        math.prod(spec.shape) for spec in (*specs["layers"].values(), *(s for n, s in specs.items() if n != "layers"))
-    )
+def largest_weight(model: ModelConfig, itemsize: float, *, kept: tuple[tuple[str, float], ...] = ()) -> int:
+    """Bytes on the host of the largest weight that is loaded at once; `kept` as for `weight_bytes`.
+
+    Those matrices have a byte for each value until they are packed. Experts are packed one by one.
+    """
+
+    def loaded(spec: WeightSpec) -> float:
+        bits = dict(kept).get(spec.path)
+        values = math.prod(spec.shape)
+        return values * itemsize if bits is None else values * (bits / 8 if spec.kind is Kind.EXPERTS else max(bits / 8, 1))
+
+    return math.ceil(max(map(loaded, all_specs(model).values())))
 
 
 def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_devices: int = 1) -> int:

@@ -16,7 +16,9 @@ from fastgen_jax.engine.sampling.tables import validate
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.filters import Matcher, TokenFilter, spellings
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
+from fastgen_jax.text.reasoning import ReasoningMatcher
 
 
 class Intake:
@@ -37,11 +39,14 @@ class Intake:
         ids = self.model.eos_token_ids
         return ids or (self.tokenizer.eos_token_ids if self.tokenizer else ())
 
-    def encode(self, prompt: Prompt) -> TokenIds:
-        """Token ids of a prompt in any supported form; ValueError if it is empty or in another form."""
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> TokenIds:
+        """Token ids of a prompt in any supported form; ValueError if it is empty or in another form.
+
+        `add_special_tokens` is for text, as in `Tokenizer.encode`.
+        """
         plain = plain_prompt(prompt)
         if isinstance(plain, str):
-            ids = self.need_tokenizer("a prompt of text").encode(plain)
+            ids = self.need_tokenizer("a prompt of text").encode(plain, add_special_tokens=add_special_tokens)
         elif isinstance(plain, list):
             ids = self.need_tokenizer("a prompt of chat messages").encode_chat(plain)
         else:
@@ -78,10 +83,13 @@ class Intake:
         request_id: str | None = None,
         priority: int = 0,
         awaits_each_token: bool = False,
+        shown_token_ids: tuple[int, ...] = (),
+        cache_salt: str = "",
     ) -> Request:
         """A request for a prompt from `encode`; ValueError if it could never run, with the numbers that show why.
 
-        Without `params`, the model's defaults apply; `params` are used as they are.
+        Without `params`, the model's defaults apply; `params` are used as they are. `shown_token_ids` are special tokens
+        that the text shows.
         """
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
@@ -100,6 +108,7 @@ class Intake:
             raise ValueError(
                 f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; omit min_new_tokens"
             )
+        tokens = self.token_filter(params)
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
             prompt_token_ids=token_ids,
@@ -108,7 +117,9 @@ class Intake:
             priority=priority,
             arrival_time=time.monotonic(),
             seed=params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little"),
-            awaits_each_token=awaits_each_token,
+            awaits_each_token=awaits_each_token or (tokens is not None and not tokens.is_static),
+            cache_salt=cache_salt,
+            shown_token_ids=shown_token_ids,
         )
         config = self.config
         max_total_tokens(
@@ -120,7 +131,24 @@ class Intake:
         """A matcher at the start of `grammar`; ValueError if it is not supported. A complex grammar takes up to a second."""
         self.need_tokenizer("a grammar")
         assert self._grammars is not None  # there is a tokenizer
-        return self._grammars.matcher(grammar)
+        if grammar.reasoning is None:
+            return self._grammars.matcher(grammar)
+        after = None if grammar.kind == "free" else self._grammars.matcher(replace(grammar, reasoning=None))
+        return ReasoningMatcher(grammar.reasoning, after, eos_token_ids=self.eos_token_ids)
+
+    def token_filter(self, params: SamplingParams, matcher: Matcher | None = None) -> TokenFilter | None:
+        """The tokens that `params` and `matcher` allow; None if `params` exclude none."""
+        if not params.bad_words and params.allowed_token_ids is None:
+            return None
+        words = tuple(params.bad_words)
+        banned = spellings(words, self.need_tokenizer("bad_words")) if words else []
+        allowed = params.allowed_token_ids
+        return TokenFilter(
+            vocab_size=self.model.vocab_size,
+            allowed=None if allowed is None else tuple(allowed),
+            banned=banned,
+            inner=matcher,
+        )
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer; if there is none, ValueError saying that `what` requires it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 from fastgen_jax.engine.sampling.sampler import SampleOutput
 from fastgen_jax.scheduling import Chunk, Sequence, Step
 from fastgen_jax.text import IncrementalDetokenizer, StopStrings, Tokenizer, stops_with_tokens
-from fastgen_jax.text.grammar import GrammarMatcher
+from fastgen_jax.text.filters import Matcher
 
 
 class TokenLogprob(NamedTuple):
@@ -57,6 +57,8 @@ class RequestOutput:
     """The version of the weights that computed the new token; see `Engine.update_params`."""
     queue_seconds: float = 0.0
     """From the request's arrival to the first step that computed for it."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id in `stop_token_ids`, that ended the text; None at an end of sequence."""
     error: str | None = None
     """Why the request ended with "abort" without being aborted: its grammar could not be continued, or a step failed."""
 
@@ -103,7 +105,7 @@ class RequestState:
     """
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Tokenizer | None, matcher: GrammarMatcher | None = None, *, box: Outbox
+        self, sequence: Sequence, tokenizer: Tokenizer | None, matcher: Matcher | None = None, *, box: Outbox
     ) -> None:
         self.sequence = sequence
         self.matcher = matcher
@@ -118,10 +120,21 @@ class RequestState:
         self._queue_seconds: float | None = None
         self._detokenizer = None
         self._stops = None
+        self._marks: Mapping[int, str] = {}
         if tokenizer is not None:
-            stops, marks = stops_with_tokens(tuple(params.stop), tokenizer)
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids=sequence.request.prompt_token_ids, marks=marks)
-            self._stops = StopStrings(stops, unseen=marks.values()) if stops else None
+            skips = params.skip_special_tokens
+            stops, self._marks = stops_with_tokens(tuple(params.stop), tokenizer) if skips else (tuple(params.stop), {})
+            shown = {id: tokenizer.token_bytes(id).decode(errors="replace") for id in sequence.request.shown_token_ids}
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                prompt_ids=sequence.request.prompt_token_ids,
+                skip_special_tokens=skips,
+                marks={**shown, **self._marks},
+            )
+            if stops:
+                self._stops = StopStrings(
+                    stops, unseen=self._marks.values(), includes_match=params.include_stop_str_in_output
+                )
 
     def restarted(self) -> RequestState:
         """A new state rebuilt from the tokens of the sequence, whatever state an exception left this one in."""
@@ -179,9 +192,9 @@ class RequestState:
         if self.matcher is not None:
             ended |= any(self.matcher.advance(token_id) for token_id in token_ids)
         error = self.matcher.error if self.matcher else None
-        text, stopped = "", False
+        text, match = "", None
         if self._detokenizer is not None:
-            text = self._detokenizer.push(token_ids)
+            text = self._detokenizer.push(token_ids[:-1] if self._hides_last(token_ids) else token_ids)
             if ended:
                 text += self._detokenizer.flush()
             if self._stops is not None:
@@ -190,7 +203,7 @@ class RequestState:
                 if ended and match is None:
                     rest, match = self._stops.flush()
                     text += rest
-                stopped = match is not None
+        stopped = match is not None
         self._weight_version = weight_version
         first = self._num_returned == 0
         self._num_returned += len(token_ids)
@@ -211,8 +224,24 @@ class RequestState:
             num_generated_tokens=self._num_returned,
             weight_version=weight_version,
             queue_seconds=self._queue_seconds or 0.0,
+            stop_reason=self._stop_reason(match, token_ids) if finished else None,
             error=error,
         )
+
+    def _hides_last(self, token_ids: Tokens[int]) -> bool:
+        """Whether the last token ends the request and is not shown although special tokens are."""
+        params = self.sequence.request.params
+        if params.skip_special_tokens or params.include_stop_str_in_output or self.sequence.finish_reason != "stop":
+            return False
+        return bool(token_ids) and self._tokenizer is not None and token_ids[-1] in self._tokenizer.special_ids
+
+    def _stop_reason(self, match: str | None, token_ids: Tokens[int]) -> str | int | None:
+        if match is not None and self._tokenizer is not None:
+            for token_id, mark in self._marks.items():
+                match = match.replace(mark, self._tokenizer.token_bytes(token_id).decode(errors="replace"))
+        elif match is None and self.sequence.finish_reason == "stop" and token_ids:
+            return token_ids[-1] if token_ids[-1] in self.sequence.request.params.stop_token_ids else None
+        return match
 
 
 class SampledRows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import abc
+
 import numpy as np
 
 from fastgen_jax.engine.journal import InFlight, Journal
@@ -12,6 +14,7 @@ from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.scheduling import Scheduler, Sequence, Step
+from fastgen_jax.text.filters import Matcher
 
 
 class Stepper:
@@ -68,16 +71,19 @@ class Stepper:
         """Writes the sampling parameters of a sequence to its slot."""
         request, slot = sequence.request, sequence.slot
         assert slot is not None  # it was admitted
+        state = self._journal.states[request.request_id]
         needs_history = self._tables.admit(
             slot,
             request.params,
             eos_token_ids=request.eos_token_ids,
             seed=request.seed,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            has_mask=sequence.awaits_each_token,
+            has_mask=state.matcher is not None,
             next_token_id=request.next_token_id,
         )
-        self._journal.states[request.request_id].note_start()
+        state.note_start()
+        if state.matcher is not None and state.matcher.is_static:
+            self._runner.set_masks([slot], self._masks([state.matcher]))
         if needs_history:
             self._runner.reset_slot(
                 slot,
@@ -91,13 +97,16 @@ class Stepper:
         slots, matchers = [], []
         for sequence in step.sampled:
             matcher = self._journal.states[sequence.request_id].matcher
-            if matcher is not None:
+            if matcher is not None and not matcher.is_static:
                 slots.append(sequence.slot)
                 matchers.append(matcher)
-        masks = np.zeros((len(slots), -(-self._runner.model.vocab_size // 32)), np.int32)
+        self._runner.set_masks(slots, self._masks(matchers))
+
+    def _masks(self, matchers: abc.Sequence[Matcher]) -> np.ndarray:
+        masks = np.zeros((len(matchers), -(-self._runner.model.vocab_size // 32)), np.int32)
         for row, matcher in zip(masks, matchers, strict=True):
             matcher.fill_mask(row)
-        self._runner.set_masks(slots, masks)
+        return masks
 
     def _count(self, step: Step, bucket: Bucket, timer: StepTimer) -> StepTimes:
         return self._metrics.count_dispatch(

@@ -20,11 +20,11 @@ from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.grouped_matmul import GroupedWeight
+from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import BlockWeight, Int8Weight, Weight, prepare, quantize_int8
 
-HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight
+HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight | BlockGroups
 """A weight as loaded from a checkpoint: floating point, int8 from a quantized snapshot, or in the blocks of the file."""
 
 
@@ -42,6 +42,8 @@ def prepare_leaf(
     quantize = quantization_of(spec, config.quantize)
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
+    if isinstance(array, BlockGroups):
+        return prepare_groups(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if not (config.packed_weights and spec.is_product):
         if quantize is None and not isinstance(array, Int8Weight):
             return jnp.asarray(array, dtype)
@@ -51,7 +53,7 @@ def prepare_leaf(
         if spec.kind is Kind.HEADS:
             return _expansions(array, model)
     if spec.kind is Kind.EXPERTS:
-        return prepare_groups(array, quantize=quantize, platform="cpu", gated=spec.gated)
+        return prepare_groups(array, quantize=quantize, platform="cpu", gated=spec.gated, dtype=dtype)
     return prepare(array, quantize=quantize, platform="cpu", gated=spec.gated, dtype=dtype)
 
 

@@ -7,9 +7,10 @@ import math
 
 from fastgen_jax.devices import Topology
 from fastgen_jax.engine import footprint
-from fastgen_jax.engine.footprint import temporary_bytes, weight_bytes
+from fastgen_jax.engine.footprint import bits_per_value, temporary_bytes, weight_bytes
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.weight_spec import DType
+from fastgen_jax.models.params import expert_specs
+from fastgen_jax.models.weight_spec import DType, Kind
 from fastgen_jax.plan.roofline import StepShape, roofline
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers
@@ -72,7 +73,11 @@ def read_weight_bytes(
     moe = model.moe
     if moe is None:
         return weights
-    one = 3 * model.embed_dim * moe.expert_dim * (itemsize if quantize is None else 1) / num_devices
+    one = sum(  # expert of a layer
+        math.prod(spec.shape[1:]) * bits_per_value(spec, itemsize, quantize=quantize, kept=dict(kept)) / 8 / num_devices
+        for spec in expert_specs(model.embed_dim, moe).values()
+        if spec.kind is Kind.EXPERTS
+    )
     unread = moe.num_experts * (1 - moe.experts_per_token / moe.num_experts) ** tokens
     return math.ceil(weights - len(moe.layers) * unread * one)
 

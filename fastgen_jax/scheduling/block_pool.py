@@ -111,6 +111,10 @@ class BlockPool:
                 else:
                     self._idle[block_id] = None
 
+    def root(self, salt: str = "") -> bytes:
+        """The parent of the first block; a `salt` separates the prefixes of those who know it from all others."""
+        return hashlib.blake2b(self._root + salt.encode(), digest_size=_DIGEST_BYTES).digest() if salt else self._root
+
     def digest(self, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
         """The digest of a full block; `parent` is the digest of the block before it, None at position 0."""
         content = (parent or self._root) + self._packer.pack(*token_ids)

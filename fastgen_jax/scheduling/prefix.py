@@ -28,6 +28,6 @@ def _digest(sequence: Sequence, pool: BlockPool, index: int) -> bytes:
     """The digest of a full block of known tokens. Ask for the digests in order."""
     digests, size = sequence.block_digests, pool.block_size
     if index == len(digests):
-        parent = digests[-1] if digests else None
+        parent = digests[-1] if digests else pool.root(sequence.request.cache_salt)
         digests.append(pool.digest(parent, sequence.token_ids(index * size, (index + 1) * size)))
     return digests[index]

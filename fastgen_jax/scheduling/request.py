@@ -11,7 +11,7 @@ from fastgen_jax.scheduling.converted import converted
 
 LogprobsMode = Literal["raw", "processed"]
 MAX_TOP_LOGPROBS = 20
-MAX_STOP_TOKEN_IDS = 16
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS_ENTRIES = 300
 _MAX_SEED = 2**32 - 1  # seeds are transferred as uint32
 
@@ -38,6 +38,24 @@ def _stop_token_ids(stop_token_ids: object) -> tuple[int, ...]:
             "keep the most frequent, or use stop strings"
         )
     return ids
+
+
+def _texts(bad_words: object) -> tuple[str, ...]:
+    texts = (bad_words,) if isinstance(bad_words, str) else as_tuple("bad_words", bad_words)
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"bad_words contains {text!r}; every one must be a text with something visible; remove it")
+    return texts
+
+
+def _allowed_token_ids(allowed_token_ids: object) -> tuple[int, ...] | None:
+    if allowed_token_ids is None:
+        return None
+    ids = as_tuple("allowed_token_ids", allowed_token_ids)
+    check_token_ids("allowed_token_ids", ids)
+    if not ids:
+        raise ValueError("allowed_token_ids is empty, so that no token could be sampled; list some, or use None for all")
+    return tuple(sorted(set(ids)))
 
 
 def _logit_bias_pairs(logit_bias: Any) -> tuple[tuple[int, float], ...]:
@@ -79,6 +97,14 @@ class SamplingParams:
     """Ignore the model's end-of-sequence tokens: only stops and length limits end the request."""
     stop: str | Iterable[str] = converted(_stop_strings, default=())
     """One or more strings that end the text; they are not included in it."""
+    include_stop_str_in_output: bool = False
+    """Include in the text the stop string that ends it, and the stop token if special tokens are shown."""
+    skip_special_tokens: bool = True
+    """Leave special tokens, such as the end of a turn, out of the text."""
+    bad_words: str | Iterable[str] = converted(_texts, default=())
+    """Texts that are not generated, neither at the start of a word nor within one."""
+    allowed_token_ids: Iterable[int] | None = converted(_allowed_token_ids, default=None)
+    """Sample only these tokens. None: all."""
     stop_token_ids: Iterable[int] = converted(_stop_token_ids, default=())
     """Token ids that end the request, in addition to the model's own."""
     do_sample: bool = True
@@ -142,7 +168,7 @@ class SamplingParams:
             if value is not None:
                 check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
         check_int("prompt_logprobs_start", self.prompt_logprobs_start, 0, None, "use 0 for the whole prompt")
-        for name in ("ignore_eos", "do_sample"):
+        for name in ("ignore_eos", "do_sample", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
@@ -219,7 +245,8 @@ class Request:
     in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
     one, so none is sampled while one is in flight. A request with `next_token_id` samples nothing: it scores its prompt and
-    that token, which ends it.
+    that token, which ends it. Cached prefixes are shared only among requests with the same `cache_salt`. `shown_token_ids`
+    are special tokens that appear in the text.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -234,6 +261,8 @@ class Request:
     seed: int
     awaits_each_token: bool = False
     next_token_id: int | None = None
+    shown_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

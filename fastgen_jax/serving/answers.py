@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
-from fastgen_jax.serving.tools import CallDelta, ToolCall, ToolReader, merge_calls
-from fastgen_jax.serving.work import TokenUsage, Usage, Work
+from fastgen_jax.serving.samples import Scores, TextOffsets
+from fastgen_jax.serving.tool_formats.pieces import Piece, Reader
+from fastgen_jax.serving.tools import CALL_ID_LENGTH, CallDelta, CallWriter, ToolCall, merge_calls
+from fastgen_jax.serving.work import Milliseconds, TokenUsage, Usage, Work
 from fastgen_jax.text import Tokenizer
+from fastgen_jax.text.messages import checked_messages, text_of
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # built once: it runs for every token
 
@@ -35,6 +38,9 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class ChatLogprob(TypedDict):
@@ -59,6 +65,8 @@ class ChatDelta(TypedDict, total=False):
 
     role: str
     content: str
+    reasoning_content: str
+    reasoning: str
     tool_calls: list[CallDelta]
 
 
@@ -69,6 +77,8 @@ class ChatChoice(TypedDict):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
 
 
 class ChatMessage(TypedDict):
@@ -77,18 +87,23 @@ class ChatMessage(TypedDict):
     role: str
     content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    """The name of DeepSeek, SGLang and llama.cpp."""
+    reasoning: NotRequired[str]
+    """The same text under the name of vLLM and OpenRouter."""
     tool_calls: NotRequired[list[ToolCall]]
 
 
 class TokenTexts:
-    """Spells single tokens in log-probabilities."""
+    """Spells single tokens in log-probabilities; with `as_ids`, all as `token_id:7`."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
 
     def text(self, token_id: int) -> str:
         """Returns the token's text: `bytes:\\xe2` for part of a character, `token_id:7` without a tokenizer."""
-        if self._tokenizer is None:
+        if self._as_ids or self._tokenizer is None:
             return f"token_id:{token_id}"
         data = self._tokenizer.visible_bytes(token_id, skip_special_tokens=False)
         try:
@@ -114,17 +129,33 @@ def reported(entry: TokenLogprob, body: Sampling) -> float:
     return finite(entry.logprob if processed is None else processed)
 
 
+def head_of(body: Sampling, kind: str, object: str, fingerprint: str | None) -> dict[str, object]:
+    """The fields that the response and every event start with."""
+    head = {
+        "id": f"{kind}-{body.request_id or uuid.uuid4().hex}",
+        "object": object,
+        "created": int(time.time()),
+        "model": body.model,
+        "system_fingerprint": fingerprint,
+    }
+    return head if body.service_tier is None else {**head, "service_tier": "default"}
+
+
 class CompletionAnswer:
     """Builds the response to POST /v1/completions."""
 
     object = "text_completion"
 
-    def __init__(self, body: CompletionRequest, work: Work, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, body: CompletionRequest, work: Work, tokenizer: Tokenizer | None, *, fingerprint: str | None = None
+    ) -> None:
         self.body, self.work, self.tokenizer = body, work, tokenizer
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "object": self.object, "created": int(time.time()), "model": body.model}
-        self._texts = TokenTexts(tokenizer)
-        self._offsets = [0] * len(work.streams)
+        self._head = head_of(body, "cmpl", self.object, fingerprint)
+        self._texts = TokenTexts(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._scores = Scores(body, len(work.streams))
+        echo, every = bool(body.echo), work.samples_per_prompt
+        numbers = range(len(work.streams)) if body.logprobs is not None else ()
+        self._offsets = [TextOffsets(tokenizer, work.prompts[i // every], echo=echo) for i in numbers]
         self._started = [False] * len(work.streams)
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[CompletionChoice]:
@@ -134,25 +165,33 @@ class CompletionAnswer:
         if self.body.max_tokens == 0:
             entries = []
         prompt: list[TokenLogprob | int] = []
-        if self.body.echo and not self._started[index]:
-            ids = self.work.prompts[index // self.work.samples_per_prompt]
+        self._scores.add(index, outputs)
+        is_first, ids = not self._started[index], self.work.prompts[index // self.work.samples_per_prompt]
+        if self.body.echo and is_first:
             text = (self.tokenizer.decode(list(ids), skip_special_tokens=False) if self.tokenizer else "") + text
             if self.body.logprobs is not None:
                 prompt = [ids[0], *(outputs[0].prompt_logprobs or ())]
         self._started[index] = True
         logprobs = None
         if self.body.logprobs is not None:
-            logprobs = self._logprobs(index, [*prompt, *entries])
+            logprobs = self._logprobs(index, prompt, entries)
         finish = outputs[-1].finish_reason if outputs[-1].finished else None
         if finish and self.body.max_tokens == 0:
             finish = "length"
-        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]
+        choice: CompletionChoice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        if finish:
+            choice["stop_reason"] = outputs[-1].stop_reason if finish == "stop" else None
+        if self.body.return_token_ids:
+            choice["token_ids"] = [i for o in outputs for i in o.new_token_ids] if self.body.max_tokens != 0 else []
+            if is_first:
+                choice["prompt_token_ids"] = list(ids)
+        return [choice]
 
     async def collect(self) -> dict[str, object]:
         """Waits until all samples have finished; returns the complete response."""
         chunks = [choice async for index, outputs in self.work for choice in self.chunk(index, outputs)]
         choices: list[CompletionChoice] = []
-        for index in range(len(self.work.streams)):
+        for position, index in enumerate(self._scores.chosen()):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             logprobs: CompletionLogprobs | None = None
             if self.body.logprobs is not None:
@@ -167,12 +206,15 @@ class CompletionAnswer:
                     logprobs["log_kept_masses"] = [x for part in parts for x in part.get("log_kept_masses", ())]
             choices.append(
                 {
-                    "index": index,
+                    **mine[-1],
+                    "index": position,
                     "text": "".join(chunk["text"] for chunk in mine),
                     "logprobs": logprobs,
-                    "finish_reason": mine[-1]["finish_reason"],
                 }
             )
+            if self.body.return_token_ids:
+                choices[-1]["prompt_token_ids"] = mine[0].get("prompt_token_ids", [])
+                choices[-1]["token_ids"] = [i for chunk in mine for i in chunk.get("token_ids", ())]
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> Usage:
@@ -186,22 +228,27 @@ class CompletionAnswer:
         """Returns the encoder of this response's events."""
         return SseEncoder(self._head)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
+    def _logprobs(
+        self, index: int, prompt: Sequence[TokenLogprob | int], entries: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs:
         result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in entries:
+        offsets = self._offsets[index]
+        for number, entry in enumerate([*prompt, *entries]):
             # The prompt's first token, a plain id, follows nothing, so it has no probability.
-            text = self._texts.text(entry if isinstance(entry, int) else entry.token_id)
-            result["tokens"].append(text)
+            token_id = entry if isinstance(entry, int) else entry.token_id
+            result["tokens"].append(self._texts.text(token_id))
             result["token_logprobs"].append(None if isinstance(entry, int) else reported(entry, self.body))
             result["top_logprobs"].append(None if isinstance(entry, int) else self._top(entry))
-            result["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(text)
+            result["text_offset"].append(offsets.start_of(token_id, in_prompt=number < len(prompt)))
         if self.body.logprobs_mode == "processed":
-            result["log_kept_masses"] = [None if isinstance(entry, int) else entry.log_kept_mass for entry in entries]
+            masses = [None if isinstance(entry, int) else entry.log_kept_mass for entry in (*prompt, *entries)]
+            result["log_kept_masses"] = masses
         return result
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         """By text. Of tokens with the same text the sampled one counts, otherwise the most likely."""
+        if not self.body.logprobs:
+            return {}
         top: dict[str, float] = {}
         for token_id, logprob in entry.top.items():
             top.setdefault(self._texts.text(token_id), finite(logprob))
@@ -213,71 +260,122 @@ class ChatAnswer:
 
     object = "chat.completion"
 
-    def __init__(self, body: ChatRequest, work: Work, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        body: ChatRequest,
+        work: Work,
+        tokenizer: Tokenizer | None,
+        *,
+        make_reader: Callable[[], Reader | None] = lambda: None,
+        id_length: int = CALL_ID_LENGTH,
+        fingerprint: str | None = None,
+    ) -> None:
+        """`make_reader` makes a reader of the text of one sample; None: all of the text is content. `id_length` is that of
+        the ids of calls."""
         self.body, self.work, self.tokenizer = body, work, tokenizer
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": body.model}
-        self._texts = TokenTexts(tokenizer)
+        self._head = head_of(body, "chatcmpl", f"{self.object}.chunk" if body.stream else self.object, fingerprint)
+        self._texts = TokenTexts(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._scores = Scores(body, len(work.streams))
+        self._before = text_of(checked_messages(body.messages[-1:])[0]["content"]) if body.echo else ""
         self._started = [False] * len(work.streams)
-        uses_tools = bool(body.tools) and body.tool_choice != "none"
-        self._readers = [ToolReader(body) if uses_tools else None for _ in work.streams]
+        self._readers = [make_reader() for _ in work.streams]
+        self._writers = [CallWriter(id_length) for _ in work.streams]
+        self._num_reasoning = 0
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[ChatChoice]:
         """Returns the choice that `outputs` of sample `index` add; a stream sends it as one event."""
         finished = outputs[-1].finished
         finish = outputs[-1].finish_reason if finished else None
         text = "".join(output.text for output in outputs)
-        delta: ChatDelta = {"content": text}
+        self._scores.add(index, outputs)
+        delta: ChatDelta = {"content": text} if text else {}
         reader = self._readers[index]
         if reader is not None:
-            content, calls = reader.push(text)
+            pieces = reader.push(text)
             if finished:
-                rest, more = reader.flush()
-                content, calls = content + rest, calls + more
-            delta = {"content": content} if content else {}
-            if calls:
-                delta["tool_calls"] = calls
+                pieces += reader.flush()
+            delta = self._delta(index, pieces)
+            if reader.is_reasoning:
+                self._num_reasoning += sum(len(output.new_token_ids) for output in outputs)
             if finish == "stop" and reader.num_calls:
                 finish = "tool_calls"
         if not self._started[index]:
             self._started[index] = True
-            delta = {"role": "assistant", **delta}
+            first = self._before + delta.get("content", "")
+            if first or "tool_calls" not in delta:  # as in OpenAI's API, even if it is still empty
+                delta["content"] = first
+            delta["role"] = "assistant"
         logprobs: ChatLogprobs | None = None
         if self.body.logprobs:
             logprobs = {"content": [self._logprob(e) for output in outputs for e in output.logprobs or ()]}
-        return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
+        choice: ChatChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if finish:
+            choice["stop_reason"] = outputs[-1].stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = [i for output in outputs for i in output.new_token_ids]
+        return [choice]
 
     async def collect(self) -> dict[str, object]:
         """Waits until all samples have finished; returns the complete response."""
         chunks = [choice async for index, outputs in self.work for choice in self.chunk(index, outputs)]
         choices: list[dict[str, object]] = []
-        for index in range(len(self.work.streams)):
+        for position, index in enumerate(self._scores.chosen()):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
             calls = merge_calls([call for chunk in mine for call in chunk["delta"].get("tool_calls", ())])
             content = "".join(chunk["delta"].get("content", "") for chunk in mine)
+            thoughts = "".join(chunk["delta"].get("reasoning", "") for chunk in mine)
             message: ChatMessage = {
                 "role": "assistant",
-                "content": content if content or not calls else None,
+                "content": content if content or not (calls or thoughts) else None,
                 "refusal": None,
             }
+            if thoughts:
+                message["reasoning_content"] = message["reasoning"] = thoughts
             if calls:
                 message["tool_calls"] = calls
             logprobs: ChatLogprobs | None = None
             if self.body.logprobs:
                 parts = [chunk["logprobs"] for chunk in mine if chunk["logprobs"] is not None]
                 logprobs = {"content": [entry for part in parts for entry in part["content"]]}
+            last = mine[-1]
             choices.append(
-                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": mine[-1]["finish_reason"]}
+                {
+                    "index": position,
+                    "message": message,
+                    "logprobs": logprobs,
+                    "finish_reason": last["finish_reason"],
+                    "stop_reason": last.get("stop_reason"),
+                }
             )
-        return {**self._head, "choices": choices, "usage": self.usage()}
+            if self.body.return_token_ids:
+                choices[-1]["token_ids"] = [i for chunk in mine for i in chunk.get("token_ids", ())]
+        prompt_ids = {"prompt_token_ids": list(self.work.prompts[0])} if self.body.return_token_ids else {}
+        return {**self._head, "choices": choices, "usage": self.usage(), **prompt_ids}
 
     def usage(self) -> Usage:
         """Returns the request's token counts."""
-        return self.work.usage()
+        usage = self.work.usage()
+        if any(self._readers):
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._num_reasoning}
+        return usage
+
+    def _delta(self, index: int, pieces: Sequence[Piece]) -> ChatDelta:
+        delta: ChatDelta = {}
+        content = "".join(piece.text for piece in pieces if piece.kind == "content")
+        thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+        calls = self._writers[index].deltas(pieces)
+        if thoughts and self.body.include_reasoning is not False:
+            delta["reasoning_content"] = delta["reasoning"] = thoughts
+        if content:
+            delta["content"] = content
+        if calls:
+            delta["tool_calls"] = calls
+        return delta
 
     def encoder(self) -> SseEncoder:
         """Returns the encoder of this response's events."""
+        if self.body.return_token_ids:
+            return SseEncoder(self._head, only_first={"prompt_token_ids": list(self.work.prompts[0])})
         return SseEncoder(self._head)
 
     def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
@@ -295,19 +393,22 @@ class ChatAnswer:
 class SseEncoder:
     """Encodes the server-sent events of one response; their common part is encoded once."""
 
-    def __init__(self, head: Mapping[str, object]) -> None:
+    def __init__(self, head: Mapping[str, object], *, only_first: Mapping[str, object] | None = None) -> None:
         self._head = ("data: " + json.dumps(head)[:-1]).encode()
+        self._only_first = f",{_encode(only_first)[1:-1]}".encode() if only_first else b""
 
     def choices(self, choices: Sequence[CompletionChoice | ChatChoice], *, usage: TokenUsage | bool) -> bytes:
         """Returns one event with its token counts; `usage=True` writes null, because a final event has the counts."""
         tail = b"}\n\n" if usage is False else b',"usage":null}\n\n'
         if not isinstance(usage, bool):
             tail = b',"usage":' + json.dumps(usage).encode() + b"}\n\n"
-        return self._head + b',"choices":' + _encode(choices).encode() + tail
+        first, self._only_first = self._only_first, b""
+        return self._head + first + b',"choices":' + _encode(choices).encode() + tail
 
-    def usage(self, usage: Usage) -> bytes:
-        """Returns the event before the last, with the final token counts."""
-        return self._head + b',"choices":[],"usage":' + json.dumps(usage).encode() + b"}\n\n"
+    def usage(self, usage: Usage | None, timing: Milliseconds | None = None) -> bytes:
+        """Returns the event before the last, with the final token counts and times."""
+        fields = {"choices": [], "usage": usage} if timing is None else {"choices": [], "usage": usage, "timing": timing}
+        return self._head + b"," + _encode(fields)[1:].encode() + b"\n\n"
 
     @staticmethod
     def error(body: Mapping[str, object]) -> bytes:

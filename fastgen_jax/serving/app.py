@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +16,11 @@ from starlette.exceptions import HTTPException
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.serving import endpoints
-from fastgen_jax.serving.errors import ApiError, as_api_error, from_validation_errors, unsupported
+from fastgen_jax.serving.embeddings import add_embeddings
+from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors
+from fastgen_jax.serving.messages.answer import error_body
+from fastgen_jax.serving.messages.endpoints import PATH as MESSAGES_PATH
+from fastgen_jax.serving.messages.endpoints import add_messages
 from fastgen_jax.serving.metrics import CONTENT_TYPE
 from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
@@ -28,13 +31,13 @@ from fastgen_jax.serving.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
+from fastgen_jax.serving.responses.endpoints import add_responses
 from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.trace import perfetto
 from fastgen_jax.serving.weights import add_weights
 
-# Any, as in FastAPI's own annotation for the descriptions of responses.
-_ERRORS: dict[int | str, dict[str, Any]] = {
+_ERRORS: ErrorResponses = {
     status: {"description": "An error in OpenAI's format."} for status in (400, 401, 404, 408, 413, 429, 500, 503)
 }
 
@@ -53,6 +56,9 @@ def create_app(server: ServerState) -> FastAPI:
     app.state.server = server
     _add_errors(app)
     _add_openai(app, server)
+    add_responses(app, server, _ERRORS)
+    add_messages(app, server, _ERRORS)
+    add_embeddings(app, server, _ERRORS)
     _add_operations(app, server)
     add_weights(app, server, _ERRORS)
     app.add_middleware(
@@ -68,12 +74,16 @@ def create_app(server: ServerState) -> FastAPI:
 
 
 def _add_openai(app: FastAPI, server: ServerState) -> None:
-    def model_card() -> dict[str, object]:
+    def model_card(name: str) -> dict[str, object]:
         card: dict[str, object] = {
-            "id": server.model.name,
+            "id": name,
             "object": "model",
             "created": int(server.started),
             "owned_by": "fastgen_jax",
+            "root": server.model.root or name,
+            "parent": None,
+            "max_model_len": None,  # until the model is loaded
+            "permission": [],
         }
         if server.backend is not None:
             card["max_model_len"] = server.backend.intake.config.longest_sequence
@@ -82,12 +92,12 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
 
     @app.get("/v1/models", responses=_ERRORS)
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_card()]}
+        return {"object": "list", "data": [model_card(name) for name in server.model.names]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def get_model(model: str) -> dict[str, object]:
         server.check_model(model)
-        return model_card()
+        return model_card(model)
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -97,9 +107,10 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await endpoints.chat(server, body, request)
 
-    @app.post("/v1/embeddings", responses=_ERRORS)
-    async def embeddings() -> Response:
-        raise unsupported("endpoint", "/v1/embeddings", "this server generates text; use an embedding server")
+    @app.post("/v1/chat/completions/render", responses=_ERRORS)
+    @app.post("/apply-template", responses=_ERRORS, include_in_schema=False)
+    async def render(body: ChatRequest) -> dict[str, object]:
+        return await endpoints.render(server, body)
 
     @app.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> dict[str, object]:
@@ -140,6 +151,7 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=page_headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
         backend = server.backend
@@ -153,6 +165,12 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
             {"status": status, "model": server.model.name, "deployment": server.model.deployment, "failure": failure},
             200 if ready else 503,
         )
+
+    @app.get("/ping", responses=_ERRORS)
+    @app.post("/ping", responses=_ERRORS)
+    async def ping() -> JSONResponse:
+        """The same as /health, for SageMaker."""
+        return await health()
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -193,6 +211,12 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        path = request.url.path
+        with_version = f"/v1{path}"
+        if error.status_code == 404 and any(getattr(route, "path", "") == with_version for route in app.routes):
+            return ApiError(
+                f"there is no {path} here, but {with_version}; end the client's base_url with /v1", status=404, code=code
+            ).response()
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
         return ApiError(
@@ -218,6 +242,8 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = as_api_error(error)
+    answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
+    if request.url.path.startswith(MESSAGES_PATH):
+        return JSONResponse(error_body(answer.status, answer.body), answer.status, headers=answer.headers)
     return answer.response()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.types import Message, Receive
 
 from fastgen_jax.serving.errors import ApiError
-from fastgen_jax.serving.protocol import short
+from fastgen_jax.serving.fields import short
 
 if TYPE_CHECKING:
     from zlib import _Decompress

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NotRequired, TypedDict
 
 from fastapi import Request
@@ -18,9 +17,11 @@ from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice, finite
+from fastgen_jax.serving.chat import chat_prompt, guide_for, start_answer, start_chat
 from fastgen_jax.serving.errors import context_exceeded
+from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS, MAX_STOPS
+from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
-    MAX_STOPS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -32,9 +33,9 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
-from fastgen_jax.serving.tools import grammar_of, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work
-from fastgen_jax.text import Tokenizer
+from fastgen_jax.serving.work import Backend, Work, start_work
+
+RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
 
 
 class GeneratedAnswer(TypedDict):
@@ -55,53 +56,36 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
     """POST /v1/completions."""
     server.check_model(body.model)
     backend = server.ready()
+    request.state.names = body.names
     wants_prompt = body.echo and body.logprobs is not None
+    limit = body.max_completion_tokens or body.max_tokens
     params = body.sampling_params(
         backend.intake,
-        max_new_tokens=None if body.max_tokens is None else max(1, body.max_tokens),
-        logprobs=body.logprobs,
+        max_new_tokens=None if limit is None else max(1, limit),
+        logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if wants_prompt else None,
     )
-    work = await start_work(
-        backend,
-        body.prompts,
-        params,
-        num_samples=body.num_choices,
-        priority=body.priority,
-        timeout=body.timeout,
-        grammar=grammar_of(body),
-        new_tokens=backend.intake.default_new_tokens,
+    guide = await guide_for(body)
+    work = await start_answer(
+        backend, body, body.prompts, params, guide, add_special_tokens=body.add_special_tokens is not False
     )
-    return await _answer(
-        server, "text_completion", body, work, CompletionAnswer(body, work, backend.intake.tokenizer), request
-    )
+    answer = CompletionAnswer(body, work, backend.intake.tokenizer, fingerprint=server.fingerprint)
+    return await _answer(server, "text_completion", body, work, answer, request, guide)
 
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
+    request.state.names = body.names
+    work, answer, guide = await start_chat(server, body)
+    return await _answer(server, "chat", body, work, answer, request, guide)
+
+
+async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
+    """POST /v1/chat/completions/render and /apply-template: the prompt of a chat, without an answer to it."""
     server.check_model(body.model)
-    backend = server.ready()
-    tokenizer = backend.intake.need_tokenizer("a chat")
-    prompt = await _chat_prompt(tokenizer, body, writes_calls=not body.forces_tool)
-    params = body.sampling_params(
-        backend.intake,
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    try:
-        work = await start_work(
-            backend,
-            [prompt],
-            params,
-            num_samples=body.num_choices,
-            priority=body.priority,
-            timeout=body.timeout,
-            grammar=grammar_of(body),
-            new_tokens=backend.intake.default_new_tokens,
-        )
-    except ContextLengthError as error:
-        raise context_exceeded(error, "messages") from error
-    return await _answer(server, "chat", body, work, ChatAnswer(body, work, tokenizer), request)
+    tokenizer = server.ready().intake.need_tokenizer("a chat")
+    ids = await chat_prompt(server, tokenizer, body)
+    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "token_ids": ids, "count": len(ids)}
 
 
 async def generate(server: ServerState, body: GenerateRequest, request: Request) -> Response:
@@ -110,8 +94,11 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
     call = generation_of(backend.intake, None, _with_token_ids(body.model_extra or {}))
     params = call.params
     stops = tuple(params.stop)
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"stop has {len(stops)} strings but at most {MAX_STOPS} are allowed; keep the most likely")
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise ValueError(
+            f"stop has {len(stops)} strings with {sum(map(len, stops))} characters in all, but at most {MAX_STOPS} with "
+            f"{MAX_STOP_CHARACTERS} are allowed; keep the most likely"
+        )
     prompts = split_prompts(body.prompts)
     try:
         work = await start_work(
@@ -121,12 +108,12 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
             num_samples=params.n,
             priority=body.priority,
             timeout=body.timeout,
+            grammar=call.grammar,
             new_tokens=call.new_tokens,
         )
     except ContextLengthError as error:
         raise context_exceeded(error, "prompts") from error
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, "generate", work, request)
+    end = at_end(server, "generate", work, request)
     if body.stream:
         return EventStream(work, _plain_events(work), end)
 
@@ -143,6 +130,9 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
                     _prompt_text(backend, prompts[index // params.n], work.prompts[index // params.n])
                     + answer["generated_text"]
                 )
+        if body.echo:
+            for index, answer in enumerate(answers):
+                answer["token_ids"] = [*work.prompts[index // params.n], *answer["token_ids"]]
         return answers
 
     try:
@@ -157,10 +147,14 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
-        ids = await _chat_prompt(tokenizer, body, add_generation_prompt=body.add_generation_prompt)
+        ids = await chat_prompt(server, tokenizer, body)
     else:
-        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
+        add = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=add)
+    answer: dict[str, object] = {"tokens": list(ids), "count": len(ids), "max_model_len": intake.config.longest_sequence}
+    if body.return_token_strs is not None:
+        answer["token_strs"] = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    return answer
 
 
 async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, str]:
@@ -171,26 +165,34 @@ async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, 
 
 
 async def _answer(
-    server: ServerState, operation: str, body: Sampling, work: Work, answer: CompletionAnswer | ChatAnswer, request: Request
+    server: ServerState,
+    operation: str,
+    body: Sampling,
+    work: Work,
+    answer: CompletionAnswer | ChatAnswer,
+    request: Request,
+    guide: Guide | None,
 ) -> Response:
-    work.on_gap = server.metrics.note_gap
-    end = _at_end(server, operation, work, request)
+    relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
+    end = at_end(server, operation, work, request)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
-        return EventStream(work, _events(work, answer, body.stream_options or StreamOptions()), end)
+        events = _events(work, answer, body.stream_options or StreamOptions())
+        return EventStream(work, events, end, headers=relaxed)
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
     finally:
         end()
-    timing = work.usage()["timing"]
+    timing = work.timing()
     return JSONResponse(
         result,
         headers={
             "x-fastgen-queue-ms": str(timing["queue_ms"]),
             "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
             "x-fastgen-total-ms": str(timing["total_ms"]),
+            **relaxed,
         },
     )
 
@@ -200,15 +202,22 @@ async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: St
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
         if _has_content(choices[0]):
-            usage = work.usage_so_far() if options.continuous_usage_stats else options.include_usage
+            usage = work.usage_so_far() if options.counts_in_each_event else bool(options.include_usage)
             yield encoder.choices(choices, usage=usage)
-    if options.include_usage:
-        yield encoder.usage(answer.usage())
+    if options.include_usage or options.include_timing:
+        usage = answer.usage() if options.include_usage else None
+        yield encoder.usage(usage, work.timing() if options.include_timing else None)
 
 
 def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
     # A token may add no text yet: part of a character, or the possible start of a stop string.
-    return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])
+    is_shown = choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"]
+    return bool(is_shown or choice.get("token_ids"))
+
+
+def _ascii(text: str) -> str:
+    """The text as the value of a header."""
+    return text.encode("ascii", "backslashreplace").decode()[:1000].replace("\r", " ").replace("\n", " ")
 
 
 async def _plain_events(work: Work) -> AsyncIterator[bytes]:
@@ -226,6 +235,8 @@ def _plain(output: RequestOutput) -> dict[str, object]:
         "cached_length": output.num_cached_tokens,
         "weight_version": output.weight_version,
     }
+    if output.stop_reason is not None:
+        plain["stop_reason"] = output.stop_reason
     if output.logprobs is not None:
         plain["logprobs"] = [*map(_finite, output.logprobs)]
     if output.prompt_logprobs is not None:
@@ -253,46 +264,15 @@ def _add_output(answer: GeneratedAnswer, output: RequestOutput) -> None:
         answer["prompt_logprobs"] = [*map(_finite, output.prompt_logprobs)]
 
 
-def _at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+def at_end(server: ServerState, operation: str, work: Work, request: Request) -> Callable[[], None]:
+    """The function to call when the answer has ended: it counts it, and records a span."""
+    work.on_gap = server.metrics.note_gap
+
     def end() -> None:
         server.metrics.note_end(work)
         record_span(operation, server.model.name, work, request.headers)
 
     return end
-
-
-async def _chat_prompt(
-    tokenizer: Tokenizer,
-    body: ChatRequest | TokenizeRequest,
-    *,
-    writes_calls: bool = False,
-    add_generation_prompt: bool = True,
-) -> list[int]:
-    """Token ids of a conversation; with `writes_calls` the model may write tool calls in its own format."""
-    given = body.messages or []
-    messages, tools = prepare_messages(tokenizer, given, body.described_tools, writes_calls=writes_calls)
-    encode = partial(
-        tokenizer.encode_chat,
-        messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        **_template_variables(body.chat_template_kwargs or {}),
-    )
-    contents = [message.get("content") or "" for message in messages]
-    is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
-    return await asyncio.to_thread(encode) if is_long else encode()
-
-
-def _template_variables(variables: JsonFields) -> JsonFields:
-    if "chat_template" in variables:
-        raise ValueError(
-            "chat_template_kwargs has 'chat_template', but requests cannot choose the template; "
-            "start the server with --chat-template"
-        )
-    taken = {"messages", "tools", "add_generation_prompt"} & set(variables)
-    if taken:
-        raise ValueError(f"chat_template_kwargs has {sorted(taken)}; pass them as fields of the request instead")
-    return variables
 
 
 def _with_token_ids(options: JsonFields) -> JsonFields:

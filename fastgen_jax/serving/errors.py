@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi.responses import JSONResponse
 
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError, SamplingParams
-from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, short
+from fastgen_jax.serving.fields import short
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
 
 _FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *SamplingParams.__dataclass_fields__}
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients check it before they retry
+
+
+# Any, as in FastAPI's own annotation for the descriptions of responses.
+ErrorResponses = dict[int | str, dict[str, Any]]
 
 
 class ApiError(Exception):
@@ -84,12 +90,32 @@ def from_validation_errors(errors: Sequence[JsonFields]) -> ApiError:
 
 def _named(message: str) -> str | None:
     """The parameter that an error is about: messages of the engine and of the protocol start with its name."""
-    name = re.match(r"\w*", message)
-    return name[0] if name and name[0] in _FIELDS else None
+    name = re.match(r"(\w+)(=?)", message)
+    return name[1] if name and (name[2] or name[1] in _FIELDS) else None
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Returns the response to any exception of a request; an unexpected one becomes a 500."""
+def as_written(message: str, names: Mapping[str, str]) -> str:
+    """The message with the client's names of parameters instead of the engine's."""
+    return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), message) if names else message
+
+
+def as_api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
+    """Returns the response to any exception of a request; an unexpected one becomes a 500.
+
+    `names` are the client's names of parameters that have others in the engine.
+    """
+    answer = _answer_to(error)
+    if names and answer.status < 500:
+        fields = answer.body["error"]
+        message = as_written(str(answer), names)
+        param = names.get(fields["param"], fields["param"]) if fields["param"] else _named(message)
+        return ApiError(
+            message, status=answer.status, type=fields["type"], param=param, code=fields["code"], headers=answer.headers
+        )
+    return answer
+
+
+def _answer_to(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

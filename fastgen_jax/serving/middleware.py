@@ -18,9 +18,9 @@ from fastgen_jax.serving.errors import ApiError
 log = logging.getLogger("fastgen_jax.access")
 
 CLIENT_DISCONNECTED = 499  # nginx's status for a client that disconnected; only logs and metrics show it
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
 STARTS_PER_TURN = 4  # requests, which take a few milliseconds
-QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})  # polled every second by other programs
+QUIET_PATHS = frozenset({"/health", "/ping", "/metrics", "/stats"})  # polled every second by other programs
 
 
 class StartLimiter:
@@ -132,7 +132,9 @@ class RequestMiddleware:
                 await refusal.response()(scope, receive, named)
         finally:
             # The path of the route, not of the request: clients can send any number of different paths.
-            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"] or CLIENT_DISCONNECTED)
+            if scope["state"].get("left") or not state["status"]:
+                state["status"] = CLIENT_DISCONNECTED
+            self._on_response(getattr(scope.get("route"), "path", "other"), state["status"])
             is_expected = state["status"] < 400 or state["status"] == 503  # 503 while the model loads
             is_poll = scope["path"] in QUIET_PATHS and is_expected
             level = logging.DEBUG if is_poll else logging.INFO
@@ -160,8 +162,10 @@ class RequestMiddleware:
             raise self._too_large(int(length))
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and any(secrets.compare_digest(given.strip(), key) for key in self._keys):
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        # Anthropic's clients send their key in a header of its own.
+        given = [headers.get(b"x-api-key", b""), bearer if scheme.lower() == b"bearer" else b""]
+        if any(secrets.compare_digest(one.strip(), key) for one in given for key in self._keys):
             return
         raise ApiError(
             "this server requires an API key; send the header 'Authorization: Bearer KEY'",

@@ -6,19 +6,26 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from fastgen_jax.json_types import JsonObject
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.scheduling import SamplingParams
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS, LogprobsMode
+from fastgen_jax.serving.conversation import ChatPrompt, NamedTool, Tool
+from fastgen_jax.serving.fields import (
+    MAX_CHOICES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    Body,
+    Seed,
+    StopString,
+    TokenId,
+    short,
+)
+from fastgen_jax.serving.guided import Guided
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.intake import Intake
 
 _NO_TOP = "{name}={value} requests other tokens, whose log-probabilities are raw only; {remedy} with logprobs_mode=processed"
-MAX_CHOICES = 128  # samples of one prompt
-MAX_STOPS = 16
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 # Fields with the same names in `SamplingParams`.
 _SAME_NAMES = (
     "temperature",
@@ -32,66 +39,75 @@ _SAME_NAMES = (
     "stop",
     "stop_token_ids",
     "logprobs_mode",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "bad_words",
+    "allowed_token_ids",
 )
-
-
-def short(value: object) -> str:
-    """Returns a value as error messages show it: at most 100 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number with too many digits, or a list nested too deeply
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-class Body(BaseModel):
-    """Base of the bodies; refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+MAX_BEAMS = MAX_TOP_LOGPROBS // 2  # each beam is continued with twice as many tokens as there are beams
+# Fields that have no meaning in a search for the most likely answers -> their values that change nothing.
+_WITHOUT_BEAMS: dict[str, tuple[object, ...]] = {
+    "stream": (False,),
+    "best_of": (),
+    "echo": (False,),
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logprobs_mode": (),
+}
 
 
 class StreamOptions(Body):
     """Options of a streamed response."""
 
-    include_usage: bool = False
-    continuous_usage_stats: Annotated[bool, Field(description="Extension: send the token counts so far in every event.")] = (
-        False
-    )
-    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = None
+    continuous_usage_stats: Annotated[
+        bool | None,
+        Field(description="Extension: send the token counts so far in every event, unless include_usage is false."),
+    ] = None
+    include_timing: Annotated[bool | None, Field(description="Extension: send the times in the last event.")] = None
+    include_obfuscation: Annotated[bool | None, Field(description="Means nothing here.")] = None
+
+    @property
+    def counts_in_each_event(self) -> bool:
+        """Whether every event has the token counts so far."""
+        return bool(self.continuous_usage_stats) and self.include_usage is not False
 
 
-class JsonSchema(Body):
-    """A named schema. It is always enforced, whatever `strict` is."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: JsonObject = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """Free text, any JSON object, or JSON that follows a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema and type 'json_schema' belong together; set both or neither")
-        return self
-
-
-class Sampling(Body):
+class Sampling(Guided):
     """Fields common to completions and chats. Those described as extensions are not in OpenAI's API."""
 
-    # Unsupported fields of OpenAI's API -> values that change nothing and are therefore accepted.
-    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
+    # Unsupported fields -> values that change nothing and are therefore accepted.
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
+        "store": (None, False),
+        "prompt_logprobs": (None,),
+        "logits_processors": (None, []),
+        "kv_transfer_params": (None,),
+        "mm_processor_kwargs": (None, {}),
+        "vllm_xargs": (None, {}),
+    }
 
     model: str
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Samples of which the n with the highest mean log-probability are returned."
+    )
+    use_beam_search: bool | None = Field(None, description="Extension: return the n most likely answers that are found.")
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="Extension: a power of the length, by which beam search divides log-probabilities; 1 by default."
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
@@ -100,7 +116,14 @@ class Sampling(Body):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
     user: str | None = Field(None, description="Identifies the end user; written to the log.")
-    response_format: ResponseFormat | None = None
+    metadata: JsonObject | None = Field(None, description="Means nothing here.")
+    prompt_cache_key: str | None = Field(None, description="Means nothing here: prefixes are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Means nothing here.")
+    prompt_cache_options: JsonObject | None = Field(None, description="Means nothing here.")
+    safety_identifier: str | None = Field(None, description="Means nothing here.")
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
+        None, description="Means nothing here: the answer's service_tier is default."
+    )
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="Extension: -1 and 0 keep all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Extension.")
@@ -114,10 +137,34 @@ class Sampling(Body):
         description='Extension: "processed" reports the log-probabilities after temperature, top_k, top_p and min_p, with '
         "which tokens are drawn, and the logarithm of the probability that the last three kept.",
     )
+    include_stop_str_in_output: bool | None = Field(None, description="Extension: the text ends with the stop string.")
+    skip_special_tokens: bool | None = Field(None, description="Extension: false shows special tokens in the text.")
+    spaces_between_special_tokens: bool | None = Field(None, description="Means nothing here.")
+    bad_words: list[str] | None = Field(None, description="Extension: texts that the answer must not contain.")
+    allowed_token_ids: list[TokenId] | None = Field(None, description="Extension: no other token is sampled.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Extension: keep only this many tokens at the end of the prompt; -1: as many as the model takes."
+    )
+    return_token_ids: bool | None = Field(None, description="Extension: return the token ids of prompt and answer.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Extension: log-probabilities name tokens as token_id:7."
+    )
+    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Extension: cached prefixes are shared only with requests that have the same salt."
+    )
+    request_id: Annotated[str, StringConstraints(pattern=r"^[\w.:-]{1,128}$")] | None = Field(
+        None, description="Extension: the id of the answer ends with it."
+    )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Extension: seconds until the request is aborted."
     )
+    store: object = None
+    prompt_logprobs: object = None
+    logits_processors: object = None
+    kv_transfer_params: object = None
+    mm_processor_kwargs: object = None
+    vllm_xargs: object = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -125,6 +172,15 @@ class Sampling(Body):
         for key in value or {}:
             if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < 2**31):
                 raise ValueError(f"logit_bias has the key {key[:100]!r}; keys must be token ids, such as '50256'")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_too_long(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value and sum(map(len, value)) > MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop has {sum(map(len, value))} characters in all, more than {MAX_STOP_CHARACTERS}; keep the most likely"
+            )
         return value
 
     @model_validator(mode="after")
@@ -135,12 +191,48 @@ class Sampling(Body):
                 raise ValueError(f"{name}={short(value)} is not supported here; remove it")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options require stream=true; set it, or remove them")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise ValueError(f"best_of={self.best_of} is less than n={self.num_choices}; raise it, or remove it")
+        if self.selects and self.stream:
+            raise ValueError(f"best_of={self.best_of} selects among complete answers; set stream=false, or best_of=n")
+        if self.use_beam_search:
+            self._check_beam_search()
+        elif self.length_penalty is not None and self.length_penalty != 1:
+            raise ValueError(f"length_penalty={self.length_penalty} requires use_beam_search=true; set it, or remove it")
         return self
+
+    def _check_beam_search(self) -> None:
+        if self.num_choices > MAX_BEAMS:
+            raise ValueError(f"n={self.num_choices} is too large for beam search; use at most {MAX_BEAMS}")
+        for name, neutral in _WITHOUT_BEAMS.items():
+            if getattr(self, name, None) not in (None, *neutral):
+                raise ValueError(f"{name} cannot be combined with use_beam_search; remove one of them")
+        logprobs = getattr(self, "logprobs", None)
+        if logprobs is not None and logprobs is not False:  # 0 asks for those of the tokens
+            raise ValueError("logprobs cannot be combined with use_beam_search; remove one of them")
+        if self.is_guided:
+            raise ValueError(f"{next(iter(self.constraints))} cannot be combined with use_beam_search; remove one of them")
 
     @property
     def num_choices(self) -> int:
-        """Samples of each prompt."""
+        """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of each prompt, of which `num_choices` are returned."""
+        return self.best_of or self.num_choices
+
+    @property
+    def selects(self) -> bool:
+        """Whether more samples are drawn than returned."""
+        return self.num_samples > self.num_choices
+
+    @property
+    def names(self) -> JsonFields:
+        """The client's names of `SamplingParams`' fields that have others there, for messages."""
+        limit = "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+        return {"max_new_tokens": limit, "min_new_tokens": "min_tokens"}
 
     def sampling_params(self, intake: Intake, *, max_new_tokens: int | None, **more: object) -> SamplingParams:
         """Returns the engine's parameters, with the model's defaults for omitted fields; n is left to the caller.
@@ -161,21 +253,22 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    NEUTRAL: ClassVar = {"suffix": (None, "")}
+    NEUTRAL: ClassVar = {**Sampling.NEUTRAL, "suffix": (None, ""), "prompt_embeds": (None,)}
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(max_length=10_000_000)
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = False
-    best_of: int | None = None
-    suffix: str | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Extension: false adds no beginning-of-sequence token to a prompt of text."
+    )
+    suffix: object = None
+    prompt_embeds: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.logprobs_mode == "processed" and self.logprobs:
             raise ValueError(_NO_TOP.format(name="logprobs", value=self.logprobs, remedy="use logprobs=0"))
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError(f"best_of={self.best_of} is not supported unless it equals n={self.num_choices}; remove it")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 requests no output; raise it, or set echo=true to get the prompt back")
         if not self.prompts:
@@ -191,88 +284,65 @@ class CompletionRequest(Sampling):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class Function(Body):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
-    description: str | None = None
-    parameters: JsonObject = Field(default_factory=lambda: {"type": "object", "properties": {}})
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool; functions are the only kind."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Body):
-    """The name of a function."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class ChatRequest(Sampling):
+class ChatRequest(ChatPrompt, Sampling):
     """POST /v1/chat/completions."""
 
     NEUTRAL: ClassVar = {
-        "store": (None, False),
-        "service_tier": (None, "auto", "default"),
+        **Sampling.NEUTRAL,
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
-        "functions": (None,),
-        "function_call": (None,),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
-        "metadata": (None, {}),
+        "moderation": (None,),
     }
 
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: JsonObject | None = Field(None, description="Extension: variables for the chat template.")
-    store: object = None
-    service_tier: object = None
+    echo: bool | None = Field(
+        None, description="Extension: with continue_final_message, the answer starts with that message."
+    )
     modalities: object = None
     audio: object = None
     prediction: object = None
     functions: object = None
     function_call: object = None
-    reasoning_effort: object = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Extension: maximum number of tokens of reasoning, which is then ended."
+    )
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = Field(None, description="vLLM's name of thinking_budget.")
+    include_reasoning: bool | None = Field(None, description="Extension: false leaves the reasoning out of the answer.")
     verbosity: object = None
     web_search_options: object = None
-    metadata: object = None
+    moderation: object = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; pass only one of them")
-        if self.top_logprobs is not None and not self.logprobs:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ValueError(
+                f"max_tokens={both[0]} and max_completion_tokens={both[1]} mean the same; pass only one of them"
+            )
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs=true")
         if self.logprobs_mode == "processed" and self.top_logprobs:
             raise ValueError(_NO_TOP.format(name="top_logprobs", value=self.top_logprobs, remedy="omit it"))
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice requires tools")
+        if self.echo and not self.continue_final_message:
+            raise ValueError("echo requires continue_final_message=true in a chat; set it, or remove echo")
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
                 raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not in tools: {names}")
-        if self.forces_tool and self.response_format and self.response_format.type != "text":
+        if self.forces_tool and self.is_guided:
             raise ValueError("response_format cannot be combined with a forced tool call, which is JSON already; remove it")
         return self
 
@@ -282,35 +352,33 @@ class ChatRequest(Sampling):
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
+    def budget(self) -> int | None:
+        """Maximum number of tokens of reasoning."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
+
+    @property
     def forces_tool(self) -> bool:
         """Whether the answer must be a tool call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ChatPrompt):
     """POST /tokenize: a text, or a conversation with the fields of a chat that become part of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[JsonObject], Field(min_length=1)] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    chat_template_kwargs: JsonObject | None = None
+    return_token_strs: bool | None = Field(None, description="Extension: return the text of each token.")
+    mm_processor_kwargs: Literal[None] = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("pass either prompt or messages")
-        for name in ("tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "chat_template", "continue_final_message", "documents"):
             if self.messages is None and getattr(self, name):
                 raise ValueError(f"{name} require messages; remove them")
         return self
-
-    @property
-    def described_tools(self) -> list[Tool]:
-        """The tools that are described to the model."""
-        return self.tools or []
 
 
 class DetokenizeRequest(Body):
@@ -328,5 +396,12 @@ class GenerateRequest(BaseModel):
     prompts: str | list[str] | list[TokenId] | list[list[TokenId]] | list[list[JsonObject]] | list[JsonObject]
     stream: bool = False
     return_full_text: bool = False
+    echo: bool = False
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     timeout: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> GenerateRequest:
+        if self.stream and (self.return_full_text or self.echo):
+            raise ValueError("return_full_text and echo apply to complete answers; omit them with stream=true")
+        return self

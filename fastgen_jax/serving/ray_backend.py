@@ -16,10 +16,12 @@ from fastapi import FastAPI
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError, Stream
 from fastgen_jax.api.deployment import check_name, default_name
 from fastgen_jax.api.engine_thread import Event, Failure
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.scheduling import Request
@@ -74,6 +76,10 @@ class EngineReplica:
             yield [error.failure]
         finally:
             stream.close()
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> list[Pooled]:
+        """See `AsyncEngine.pool`."""
+        return await self._engine.pool(texts, pooling, token_ids=token_ids)
 
     async def snapshot(self, since_step: int | None) -> Snapshot:
         """See `take_snapshot`."""
@@ -147,6 +153,10 @@ class RayBackend:
         """ValueError, as for `pause`."""
         raise ValueError("replicas under Ray cannot be paused; use `fastgen serve --replicas`")
 
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """See `AsyncEngine.pool`."""
+        return await self._engines.pool.remote(list(texts), pooling, token_ids)
+
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all have ended."""
         self._closed = True
@@ -213,6 +223,12 @@ class Ingress:
         config = self._server
         checkpoint = open_checkpoint(resolve_model(self._model))
         intake = Intake(load_tokenizer(checkpoint.tokenizer_source), checkpoint.config, self._config)
-        name = config.served_model_name or default_name(self._model)
-        served = ServedModel(name=name, deployment=check_name(config.deployment_name or name), config=config)
+        name, *others = config.served_model_name or (default_name(self._model),)
+        served = ServedModel(
+            name=name,
+            deployment=check_name(config.deployment_name or name),
+            config=config,
+            other_names=tuple(others),
+            root=self._model,
+        )
         return create_app(ServerState(served, RayBackend(self._engines, intake, max_queue=config.max_queue)))

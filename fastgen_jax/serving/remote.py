@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any  # of answers: what the replica was asked for
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.engine_thread import Event, Failure, Load
@@ -123,25 +123,6 @@ class ReplicaHandle:
         if self._writer is not None:
             self._writer.write(pack(message))
 
-    async def ask(self, number: int, *message: object) -> Any:
-        """Sends ("kind", ...) with a `number` after the kind, and returns the answer; ValueError if it is an error.
-
-        Cancelled if the replica ends.
-        """
-        future = self.answers[number] = asyncio.get_running_loop().create_future()
-        kind, *rest = message
-        self.write(kind, number, *rest)
-        return await future
-
-    def note_answer(self, number: int, answer: object, error: str | None) -> None:
-        """Settles the `ask` of that number."""
-        future = self.answers.pop(number, None)
-        if future is not None and not future.done():
-            if error is None:
-                future.set_result(answer)
-            else:
-                future.set_exception(ValueError(error))
-
     def update_load(self, load: Load) -> None:
         """Records the load that the replica reports."""
         if load.is_asleep:
@@ -189,9 +170,9 @@ class ReplicaHandle:
         return None
 
 
-def prefix_pieces(token_ids: Sequence[int]) -> list[bytes]:
+def prefix_pieces(token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
     """Returns the hashes of a prompt's prefixes of one piece, two pieces, and so on."""
-    hashes, digest = [], hashlib.blake2b(digest_size=8)
+    hashes, digest = [], hashlib.blake2b(salt.encode(), digest_size=8)
     for start in range(0, len(token_ids) - PIECE + 1, PIECE):
         digest.update(struct.pack(f"<{PIECE}i", *token_ids[start : start + PIECE]))
         hashes.append(digest.digest())

@@ -1,8 +1,8 @@
 """A replica: an engine in a separate process, connected by a socket. Run as `python -m fastgen_jax.serving.replica FD`.
 
-It receives ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step), ("call", number, name of
-a method of the engine, options) and ("stop",). It sends ("ready", resolved config), ("events", events, load), ("answer",
-number, snapshot or result, error or None) and ("failed", message).
+It receives ("submit", request, grammar, deadline), ("abort", id), ("snapshot", number, since_step), ("pool", number, texts,
+pooling, token_ids), ("call", number, name of a method of the engine, options) and ("stop",). It sends ("ready", resolved
+config), ("events", events, load), ("answer", number, answer or exception) and ("failed", message).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,9 +74,11 @@ def main(descriptor: int) -> None:
         os.sched_setaffinity(0, plan.cpus)  # before JAX is imported and counts them
 
     from fastgen_jax.api.engine_thread import EngineThread, Event, Failure
+    from fastgen_jax.api.pooling import Pooling, pool
     from fastgen_jax.api.snapshot import take_snapshot
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.engine.engine import Engine
+    from fastgen_jax.engine.prompts import TokenIds
     from fastgen_jax.serving.logs import set_up_logging
 
     if plan.log_format is not None:
@@ -101,15 +104,24 @@ def main(descriptor: int) -> None:
     def snapshot(number: int, since_step: int | None) -> None:
         plain = take_snapshot(engine, since_step=since_step)
         plain["counters"]["failed_steps"] = thread.num_failed_steps
-        outbox.put(pack(("answer", number, plain, None)))
+        outbox.put(pack(("answer", number, plain)))
 
     def call(number: int, name: str, options: Mapping[str, Any]) -> None:
         try:
-            answer = {"update_params": engine.update_params, "pause": engine.pause, "resume": engine.resume}[name](**options)
+            method = {"update_params": engine.update_params, "pause": engine.pause, "resume": engine.resume}[name]
+            answer: object = method(**options)
         except Exception as error:
-            outbox.put(pack(("answer", number, None, str(error))))
-        else:
-            outbox.put(pack(("answer", number, answer, None)))
+            answer = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
+        outbox.put(pack(("answer", number, answer)))
+
+    pooler = ThreadPoolExecutor(1)
+
+    def answer_pool(number: int, texts: Sequence[TokenIds], pooling: Pooling, token_ids: tuple[int, ...]) -> None:
+        try:
+            answer: object = pool(engine, texts, pooling, token_ids=token_ids)
+        except Exception as error:
+            answer = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
+        outbox.put(pack(("answer", number, answer)))
 
     while True:
         try:
@@ -130,6 +142,8 @@ def main(descriptor: int) -> None:
             thread.call(lambda _, rest=rest: snapshot(*rest))
         elif kind == "call":
             threading.Thread(target=call, args=rest, daemon=True).start()  # beside the steps
+        elif kind == "pool":
+            pooler.submit(answer_pool, *rest)
         else:  # "stop"
             thread.close()
             return

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from fastgen_jax.api.async_engine import EVENTS_PER_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake
+from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.models.config import ModelConfig
@@ -159,7 +161,9 @@ class Router:
         stream = Stream(request, self._on_stream_closed)
         limit = request.params.max_new_tokens or EXPECTED_OUTPUT
         work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
-        routed = RoutedRequest(request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids), work)
+        routed = RoutedRequest(
+            request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids, salt=request.cache_salt), work
+        )
         self._requests[request.request_id] = routed
         self._idle.clear()
         self._route(routed)
@@ -170,8 +174,7 @@ class Router:
         waiting = []
         for replica in self.replicas:
             if replica.is_ready:
-                answer = replica.ask(next(self._numbers), "snapshot", since_step)
-                waiting.append(asyncio.wait_for(answer, SNAPSHOT_SECONDS))
+                waiting.append(asyncio.wait_for(self._ask(replica, "snapshot", since_step), SNAPSHOT_SECONDS))
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, dict)]
 
@@ -193,6 +196,31 @@ class Router:
         """See `Engine.resume`."""
         self._is_paused = False
         await self._call_all("resume")
+
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """See `AsyncEngine.pool`. One replica computes all texts of a call."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        if self._closed or not ready:
+            raise ClosedError(self.failure or "no replica is ready; they are being restarted")
+        replica = min(ready, key=lambda replica: (len(replica.answers), replica.work))
+        if len(replica.answers) >= self.max_queue:
+            raise QueueFullError(len(replica.answers), self.max_queue, 1.0)
+        try:
+            answer = await self._ask(replica, "pool", list(texts), pooling, token_ids)
+        except asyncio.CancelledError:
+            if replica.is_ready:  # not the replica, but the caller has gone
+                raise
+            raise ClosedError("the replica that computed this died; send it again") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ask(self, replica: ReplicaHandle, kind: str, *rest: object) -> asyncio.Future[Any]:
+        """The future answer of a replica; cancelled if the replica ends."""
+        number = next(self._numbers)
+        future = replica.answers[number] = asyncio.get_running_loop().create_future()
+        replica.write(kind, number, *rest)
+        return future
 
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
@@ -255,7 +283,10 @@ class Router:
             replica.update_load(load)
             self._deliver(replica, events)
         elif kind == "answer":
-            replica.note_answer(*rest)
+            number, answer = rest
+            future = replica.answers.pop(number, None)
+            if future is not None and not future.done():
+                future.set_result(answer)
         elif kind == "ready":
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
@@ -279,10 +310,12 @@ class Router:
         """Gives a replica that started again the weights and the pause of the others."""
         async with self._changing:
             try:
-                if self._weights is not None:
-                    await replica.ask(next(self._numbers), "call", "update_params", self._weights)
-                if self._is_paused:
-                    await replica.ask(next(self._numbers), "call", "pause", {"mode": "keep"})
+                calls = [("update_params", self._weights)] if self._weights is not None else []
+                calls += [("pause", {"mode": "keep"})] if self._is_paused else []
+                for name, options in calls:
+                    answer = await self._ask(replica, "call", name, options)
+                    if isinstance(answer, Exception):
+                        raise answer
             except ValueError as error:
                 self._failure = f"replica {replica.number} could not load the current weights: {error}"
                 log.error("%s", self._failure)
@@ -293,9 +326,9 @@ class Router:
     async def _call_all(self, name: str, **options: object) -> None:
         """Calls a method of every engine; ValueError if one fails, which the others may not have."""
         ready = [replica for replica in self.replicas if replica.is_ready]
-        calls = [replica.ask(next(self._numbers), "call", name, options) for replica in ready]
+        calls = [self._ask(replica, "call", name, options) for replica in ready]
         for replica, answer in zip(ready, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(answer, ValueError):
+            if isinstance(answer, Exception):
                 where = f" (replica {replica.number})" if len(ready) > 1 else ""
                 raise ValueError(f"{answer}{where}")
             if isinstance(answer, asyncio.CancelledError):

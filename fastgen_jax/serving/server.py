@@ -54,8 +54,14 @@ def run_server(
     """
     _check_tls(config)
     _raise_file_limit()
-    name = config.served_model_name or default_name(model)
-    served = ServedModel(name=name, deployment=check_name(config.deployment_name or default_name(model)), config=config)
+    name, *others = config.served_model_name or (default_name(model),)
+    served = ServedModel(
+        name=name,
+        deployment=check_name(config.deployment_name or default_name(model)),
+        config=config,
+        other_names=tuple(others),
+        root=model,
+    )
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
     host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"

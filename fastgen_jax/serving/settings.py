@@ -8,6 +8,20 @@ from typing import Literal
 
 from fastgen_jax.api.deployment import SERVER_KEYS_VARIABLE
 
+TOOL_FORMATS = (
+    "hermes",
+    "llama",
+    "pythonic",
+    "mistral",
+    "mistral-v11",
+    "qwen3-coder",
+    "glm",
+    "deepseek-v3",
+    "deepseek-v3.1",
+    "harmony",
+)
+REASONING_FORMATS = ("think", "mistral", "seed", "harmony", "none")
+
 
 def _keys_of_environment() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(SERVER_KEYS_VARIABLE, "").split(",")))
@@ -19,8 +33,8 @@ class ServerConfig:
 
     deployment_name: str | None = None
     """Name by which clients on this machine find the server. None: the last part of the model's path or id."""
-    served_model_name: str | None = None
-    """Name of the model in requests. None: the last part of the model's path or id."""
+    served_model_name: tuple[str, ...] = ()
+    """Names of the model in requests; metrics have the first. None: the last part of the model's path or id."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts connections from other machines; set `api_key` with it."""
     port: int = 8000
@@ -48,10 +62,25 @@ class ServerConfig:
     weights_folder: str | None = None
     """Folder of checkpoints that POST /v1/weights may load into the running engine; it also allows /v1/pause and
     /v1/resume. None: these are refused."""
+    tool_format: str | None = None
+    """How the model writes tool calls: hermes, llama, pythonic, mistral, mistral-v11, qwen3-coder, glm, deepseek-v3,
+    deepseek-v3.1 or harmony. None: chosen by the chat template."""
+    reasoning_format: str | None = None
+    """How the model marks its reasoning: think, mistral, seed, harmony, or none. None: chosen by the chat template."""
+    pooling: Literal["last", "mean"] = "last"
+    """What /v1/embeddings returns: the vector of the last token, or the average over all tokens."""
+    scoring: Literal["cosine", "yes-no"] | None = None
+    """How /v1/score and /rerank compare texts: the cosine of their vectors, or the probability of "yes", as
+    Qwen3-Reranker does. None: yes-no if the model's name contains "rerank", otherwise cosine."""
+    trust_request_chat_template: bool = False
+    """Lets requests replace the model's chat template. A template is a program; it runs in a sandbox, but without a limit
+    on its time and memory."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.served_model_name, str):  # the usual case of one name
+            object.__setattr__(self, "served_model_name", (self.served_model_name,))
         for name, lowest in (("port", 0), ("replicas", 1), ("max_queue", 1), ("drain_seconds", 0), ("max_body_mb", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
@@ -63,6 +92,15 @@ class ServerConfig:
             raise ValueError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; set both or neither")
+        for name, known in (("tool_format", TOOL_FORMATS), ("reasoning_format", REASONING_FORMATS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}, or omit it"
+                )
+        if self.pooling not in ("last", "mean"):
+            raise ValueError(f"pooling is {self.pooling!r}; choose last or mean")
+        if self.scoring not in (None, "cosine", "yes-no"):
+            raise ValueError(f"scoring is {self.scoring!r}; choose cosine or yes-no, or omit it")
         if self.log_format not in ("text", "json"):
             raise ValueError(f"log_format is {self.log_format!r}; choose text or json")
 
@@ -72,7 +110,16 @@ class ServedModel:
     """Names of the served model, and the settings it is served with."""
 
     name: str
-    """The model's name in requests."""
+    """The model's name in requests and metrics."""
     deployment: str
     """The deployment's name on this machine."""
     config: ServerConfig = field(default_factory=ServerConfig)
+    other_names: tuple[str, ...] = ()
+    """Further names in requests."""
+    root: str | None = None
+    """Where the model comes from: its directory, file or repo id."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in requests."""
+        return (self.name, *self.other_names)

@@ -23,7 +23,7 @@ def record_span(operation: str, model: str, work: Work, headers: Mapping[str, st
     start = min(timing.start for timing in work.timings)
     end = max(timing.last or timing.start for timing in work.timings)
     usage = work.usage()
-    timing = usage["timing"]
+    timing = work.timing()
     span = trace.get_tracer("fastgen_jax").start_span(
         f"{operation} {model}",
         context=TraceContextTextMapPropagator().extract(dict(headers)),

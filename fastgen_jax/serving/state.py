@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import time
 
+from fastgen_jax import __version__
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.metrics import ServerMetrics
 from fastgen_jax.serving.settings import ServedModel
@@ -35,11 +38,18 @@ class ServerState:
             )
         return self.backend
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with the version, the model and the engine's settings, and so with the tokens of a seed."""
+        intake = self.ready().intake
+        facts = repr((__version__, self.model.root, intake.model, intake.config))
+        return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+
     def check_model(self, name: str | None) -> None:
         """ApiError 404 if `name` is not the served model; None is accepted."""
-        if name is not None and name not in (self.model.name, self.model.deployment):
+        if name is not None and name not in (*self.model.names, self.model.deployment):
             raise ApiError(
-                f"the model {name!r} is not served here; use {self.model.name!r}",
+                f"the model {name!r} is not served here; use {' or '.join(map(repr, self.model.names))}",
                 status=404,
                 param="model",
                 code="model_not_found",

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NotRequired, Protocol, TypedDict
 
 from fastgen_jax.api.async_engine import Stream
+from fastgen_jax.api.pooling import Pooled, Pooling
 from fastgen_jax.engine.intake import Intake, samples
 from fastgen_jax.engine.outputs import RequestOutput, VersionRuns
 from fastgen_jax.engine.prompts import Prompt, TokenIds
@@ -37,7 +38,7 @@ class CachedTokens(TypedDict):
 
 
 class Milliseconds(TypedDict):
-    """Times of the slowest sample, an extension of OpenAI's format."""
+    """Times of the slowest sample."""
 
     queue_ms: float
     first_token_ms: float
@@ -46,11 +47,18 @@ class Milliseconds(TypedDict):
     longest_gap_ms: float
 
 
+class ReasoningTokens(TypedDict):
+    """Generated tokens that belong to the reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(TokenUsage):
-    """Token counts and times of a finished request."""
+    """Token counts of a finished request."""
+
+    completion_tokens_details: NotRequired[ReasoningTokens]
 
     prompt_tokens_details: CachedTokens
-    timing: Milliseconds
     weight_versions: NotRequired[list[tuple[tuple[int, int], ...]]]
     """For each sample the versions of the weights that generated it, with the number of tokens of each; an extension.
     Omitted while the weights are those from the start."""
@@ -116,6 +124,10 @@ class Backend(Protocol):
         """See `Engine.resume`."""
         ...
 
+    async def pool(self, texts: Sequence[TokenIds], pooling: Pooling, *, token_ids: tuple[int, ...] = ()) -> list[Pooled]:
+        """See `fastgen_jax.api.pooling.pool`."""
+        ...
+
     async def drain(self, timeout: float) -> bool:
         """Accepts no more requests and waits for the running ones; returns whether all ended in `timeout` seconds."""
         ...
@@ -176,33 +188,37 @@ class Work:
         for stream in self.streams:
             stream.close()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample has ended by itself."""
+        return None not in self.reasons
+
     def usage_so_far(self) -> TokenUsage:
         """Returns the current token counts."""
         prompt, generated = sum(map(len, self.prompts)), sum(self.generated)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def usage(self) -> Usage:
-        """Returns the token counts in OpenAI's format, with the times of the slowest sample as an extension."""
-        n = self.samples_per_prompt
-        cached = sum(self.cached[i] for i in range(0, len(self.cached), n))
-        timing = max(self.timings, key=lambda t: t.last or t.start)
-        first, last = timing.first or timing.start, timing.last or timing.start
-        gaps = max(1, self.generated[self.timings.index(timing)] - 1)
-        usage: Usage = {
-            **self.usage_so_far(),
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "timing": {
-                "queue_ms": round(1e3 * timing.queue, 3),
-                "first_token_ms": round(1e3 * (first - timing.start), 3),
-                "total_ms": round(1e3 * (last - timing.start), 3),
-                "mean_gap_ms": round(1e3 * (last - first) / gaps, 3),
-                "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
-            },
-        }
+        """Returns the token counts in OpenAI's format."""
+        cached = sum(self.cached[i] for i in range(0, len(self.cached), self.samples_per_prompt))
+        usage: Usage = {**self.usage_so_far(), "prompt_tokens_details": {"cached_tokens": cached}}
         versions = [runs.runs for runs in self.versions]
         if any(version for runs in versions for version, _ in runs):
             usage["weight_versions"] = versions
         return usage
+
+    def timing(self) -> Milliseconds:
+        """Returns the times of the slowest sample."""
+        timing = max(self.timings, key=lambda t: t.last or t.start)
+        first, last = timing.first or timing.start, timing.last or timing.start
+        gaps = max(1, self.generated[self.timings.index(timing)] - 1)
+        return {
+            "queue_ms": round(1e3 * timing.queue, 3),
+            "first_token_ms": round(1e3 * (first - timing.start), 3),
+            "total_ms": round(1e3 * (last - timing.start), 3),
+            "mean_gap_ms": round(1e3 * (last - first) / gaps, 3),
+            "longest_gap_ms": round(1e3 * timing.longest_gap, 3),
+        }
 
     def _note(self, index: int, outputs: Sequence[RequestOutput]) -> None:
         timing = self.timings[index]
@@ -247,11 +263,16 @@ async def start_work(
     timeout: float | None = None,
     grammar: Grammar | None = None,
     new_tokens: int | None = None,
+    add_special_tokens: bool = True,
+    keep_tokens: int | None = None,
+    cache_salt: str = "",
+    shown_token_ids: tuple[int, ...] = (),
 ) -> Work:
     """Validates all samples, then submits them: either all run or none.
 
-    `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. Raises ValueError,
-    QueueFullError and ClosedError as `AsyncEngine.submit` does.
+    `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. `keep_tokens` is how
+    many tokens at the end of each prompt are kept, -1 for as many as fit. `shown_token_ids` are special tokens that the
+    text shows. Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
@@ -262,7 +283,10 @@ async def start_work(
     every = _all_samples(params, num_samples)
 
     def prepare() -> tuple[list[TokenIds], list[tuple[Request, GrammarMatcher | None]]]:
-        encoded = [intake.encode(prompt) for prompt in prompts]
+        encoded = [
+            truncated(intake.encode(prompt, add_special_tokens=add_special_tokens), keep_tokens, intake, params)
+            for prompt in prompts
+        ]
         return encoded, [
             (
                 intake.request(
@@ -270,6 +294,8 @@ async def start_work(
                     intake.limited(sample, len(ids), new_tokens),
                     priority=priority,
                     awaits_each_token=grammar is not None,
+                    shown_token_ids=shown_token_ids,
+                    cache_salt=cache_salt,
                 ),
                 intake.matcher(grammar) if grammar else None,
             )
@@ -293,6 +319,15 @@ async def start_work(
     timings = [Timing(arrival) for _ in streams]
     versions = [VersionRuns() for _ in streams]
     return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams), versions)
+
+
+def truncated(ids: TokenIds, keep_tokens: int | None, intake: Intake, params: SamplingParams) -> TokenIds:
+    """The last `keep_tokens` of a prompt; -1: as many as fit before the answer; None: all."""
+    if keep_tokens is None:
+        return ids
+    if keep_tokens == -1:
+        keep_tokens = intake.config.longest_sequence - (params.max_new_tokens or 1)
+    return TokenIds(ids[-max(1, keep_tokens) :])
 
 
 def _all_samples(params: SamplingParams, num_samples: int) -> list[SamplingParams]:

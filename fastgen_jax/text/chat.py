@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.text.adapt import required_texts, shows_parts, versions
-from fastgen_jax.text.messages import checked_messages, short
+from fastgen_jax.text.messages import checked_messages, short, text_of
 from fastgen_jax.text.template_traits import traits_of
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ def find_template(given: str, templates: Mapping[str, ChatTemplate]) -> ChatTemp
     return found
 
 
+def variables_of(template: ChatTemplate) -> frozenset[str]:
+    """The variables that a template reads, such as "messages", "tools" or "enable_thinking"."""
+    return traits_of(template.text, _environment()).variables
+
+
 def render_chat(
     template: ChatTemplate,
     messages: Sequence[JsonFields],
@@ -118,6 +123,21 @@ def render_chat(
     if rendered is not None:
         return rendered
     raise ValueError(f"the chat template {template} refuses this conversation{_described(refusal)}") from refusal
+
+
+def within_last_message(text: str, messages: Sequence[JsonFields]) -> str:
+    """The prompt `text` up to the end of the content of the last message; ValueError if that content is not in it."""
+    content = checked_messages(messages)[-1]["content"]
+    last = text_of(content[-1:] if isinstance(content, list) else content)
+    start = text.rfind(last.strip()) if last.strip() else -1
+    if start < 0:
+        raise ValueError(
+            f"continue_final_message is true, but the content of the last message, {short(last)}, is not in the prompt: "
+            "it is empty, or the chat template changes it; omit continue_final_message"
+        )
+    # Templates strip contents or not: the white space at the end belongs to the content only where it is printed.
+    whole = last.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else last.strip())]
 
 
 def _checked_tools(tools: Sequence[JsonFields] | None) -> list[JsonFields] | None:

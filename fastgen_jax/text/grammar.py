@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -17,21 +18,60 @@ from fastgen_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Limits the white space in JSON: a model that may write any amount of it may never stop.
-_JSON_LAYOUT = {"whitespace_pattern": " ?"}
+
+JSON_LAYOUT = {"whitespace_pattern": " ?"}
+"""Limits the white space in JSON: a model that may write any amount of it may never stop."""
+CACHED_GRAMMARS = 64  # compiled ones of a model, a few hundred kilobytes each
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used: it is malformed, or needs something that is not supported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReasoningLimits:
+    """The tokens that delimit the reasoning at the start of an answer."""
+
+    opening: tuple[int, ...]
+    """They begin it, if the model reasons at all; empty if the prompt has begun it."""
+    closing: tuple[int, ...]
+    """They end it."""
+    blanks: tuple[int, ...] = ()
+    """White space, of which one token may precede it."""
+    forced: tuple[int, ...]
+    """They are written after `budget` tokens, to end it."""
+    then: tuple[int, ...] = ()
+    """They are written after it ended by itself."""
+    budget: int | None = None
+    """Its maximum number of tokens; None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """A constraint on a text: a JSON schema, a regular expression, or llguidance's variant of a Lark grammar."""
+    """A constraint on a text: a JSON schema, a regular expression, or a context-free grammar."""
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: Literal["json_schema", "regex", "lark", "grammar", "free"]
+    """"lark" is llguidance's variant of Lark; "grammar" is that, or GBNF as in llama.cpp. "free" is no constraint, for
+    texts of which only the reasoning is limited."""
     source: str
+    reasoning: ReasoningLimits | None = None
+    """The reasoning that may precede the text."""
 
     @staticmethod
-    def json_schema(schema: Mapping[str, object]) -> Grammar:
-        """Returns the grammar of JSON values that follow `schema`."""
-        return Grammar(kind="json_schema", source=json.dumps(schema))
+    def json_schema(schema: Mapping[str, object], *, space: str | None = None) -> Grammar:
+        """Returns the grammar of JSON values that follow `schema`.
+
+        `space` is a regular expression of the white space allowed at each place, "" for none; None allows one blank.
+        """
+        if space is not None:
+            layout = {"whitespace_flexible": False} if space == "" else {"whitespace_pattern": space}
+            schema = {**schema, "x-guidance": layout}
+        return Grammar(kind="json_schema", source=json.dumps(schema, ensure_ascii=False))
+
+    @staticmethod
+    def choice(texts: Iterable[str]) -> Grammar:
+        """Returns the grammar of exactly these texts."""
+        return Grammar(kind="lark", source="start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
 
 class GrammarMatcher:
@@ -40,6 +80,7 @@ class GrammarMatcher:
     def __init__(self, matcher: LLMatcher, make: Callable[[], LLMatcher]) -> None:
         self._matcher = matcher
         self._make = make
+        self.is_static = False
         self.error: str | None = None
         """Why the grammar cannot be followed any further, for example because it became too complex."""
 
@@ -83,35 +124,51 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
         self._backend: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # at the start; the last used one is last
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """Returns a matcher at the start of `grammar`; ValueError if it is malformed or not supported."""
-        library = _library()
-        matchers = library.LLMatcher
-        read = {
-            "json_schema": lambda source: matchers.grammar_from_json_schema(source, defaults=_JSON_LAYOUT),
-            "regex": matchers.grammar_from_regex,
-            "lark": matchers.grammar_from_lark,
-        }[grammar.kind]
+        """Returns a matcher at the start of `grammar`; GrammarError if it is malformed or not supported."""
+        with self._lock:
+            first = self._compiled.get(grammar)
+            if first is not None:
+                self._compiled.move_to_end(grammar)
+        if first is None:
+            first = self._compile(grammar)  # without the lock: it takes up to a second
+            with self._lock:
+                self._compiled[grammar] = first
+                while len(self._compiled) > CACHED_GRAMMARS:
+                    self._compiled.popitem(last=False)
+        return GrammarMatcher(first.deep_copy(), first.deep_copy)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        imported = library()
+        matchers = imported.LLMatcher
         kind = grammar.kind.replace("_", " ")
         try:
-            source = read(grammar.source)
-        except ValueError as error:
-            raise ValueError(f"the {kind} cannot be used: {error}; simplify it") from None
-        make = partial(matchers, self._vocabulary(library), source, log_level=0)
-        matcher = make()
+            match grammar.kind:
+                case "json_schema":
+                    source = matchers.grammar_from_json_schema(grammar.source, defaults=JSON_LAYOUT)
+                case "regex":
+                    source = matchers.grammar_from_regex(grammar.source)
+                case "lark":
+                    source = matchers.grammar_from_lark(grammar.source)
+                case "grammar":
+                    source = imported.grammar_from("grammar", grammar.source)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"the {kind} cannot be used: {error}; simplify it") from None
+        matcher = matchers(self._vocabulary(imported), source, log_level=0)
         if not matcher.is_error():
             matcher.compute_logit_bias()  # fails if no token can come first
         if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {_reason(matcher)}")
-        return GrammarMatcher(matcher, make)
+            raise GrammarError(f"the {kind} cannot be used: {_reason(matcher)}")
+        return matcher
 
-    def _vocabulary(self, library: ModuleType) -> LLTokenizer:
+    def _vocabulary(self, imported: ModuleType) -> LLTokenizer:
         with self._lock:
             backend = self._backend
             if backend is None:
-                wrapper = library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids))
-                backend = self._backend = library.LLTokenizer(wrapper, eos_token=list(self._eos_token_ids) or None)
+                wrapper = imported.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids))
+                backend = self._backend = imported.LLTokenizer(wrapper, eos_token=list(self._eos_token_ids) or None)
             return backend
 
 
@@ -170,9 +227,10 @@ def _reason(matcher: LLMatcher) -> str:
     return "no token can follow" if message == "NoExtensionBias" else message
 
 
-def _library() -> ModuleType:
+def library() -> ModuleType:
+    """llguidance; GrammarError if it is not installed."""
     try:
         import llguidance
     except ImportError:
-        raise ValueError("constrained output requires llguidance; pip install 'fastgen_jax[serve]'") from None
+        raise GrammarError("constrained output requires llguidance; pip install 'fastgen_jax[serve]'") from None
     return llguidance

@@ -26,17 +26,19 @@ class StopStrings:
 
     The earliest match wins, and the longest of several that start there; the division into pieces has no effect. Only text
     that may begin a stop string is held back, which is why no library does this: they search complete texts. Characters of
-    `unseen` count for matches but are never emitted: they represent tokens that are not part of the text.
+    `unseen` count for matches but are never emitted: they represent tokens that are not part of the text. The match itself
+    is emitted only if it is to be included.
     Source: Aho and Corasick, Efficient string matching (1975).
     """
 
-    def __init__(self, stops: Sequence[str], *, unseen: Iterable[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str], *, unseen: Iterable[str] = (), includes_match: bool = False) -> None:
         if isinstance(stops, str):
             raise ValueError(f"stop strings must be a list, got the single string {stops!r}; pass [{stops!r}]")
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"a stop string must be a non-empty str, got {stop!r}; remove it")
         self._unseen = {ord(character): None for character in unseen}
+        self._includes_match = includes_match
         self._root = self._state = _automaton(stops)
         self._held = ""  # the end of the text so far, not yet emitted
         self._best: tuple[int, str] | None = None  # position in `_held` and string of the best match so far
@@ -81,7 +83,8 @@ class StopStrings:
     def _finish(self) -> tuple[str, str | None]:
         assert self._best is not None
         start, self.matched = self._best
-        emitted, self._held = self._held[:start], ""
+        end = start + len(self.matched) if self._includes_match else start
+        emitted, self._held = self._held[:end], ""
         return self._shown(emitted), self.matched
 
     def _shown(self, text: str) -> str:

@@ -24,6 +24,8 @@ class Traits:
     """Whether it also tests if a content is a string."""
     fields: frozenset[str]
     """Names of the fields that it reads, of messages and of other objects."""
+    variables: frozenset[str]
+    """Variables that it reads and does not set itself, such as "tools" or "enable_thinking"."""
     part_types: frozenset[str]
     """Values with which it compares the "type" of something, such as a part of a content."""
 
@@ -31,7 +33,7 @@ class Traits:
 @functools.lru_cache(maxsize=32)
 def traits_of(template: str, environment: jinja2.Environment) -> Traits:
     """The traits of a template that `environment` can parse; raises jinja2's TemplateSyntaxError otherwise."""
-    from jinja2 import nodes
+    from jinja2 import meta, nodes
 
     tree = environment.parse(template)
     names = _names_of_contents(tree)
@@ -47,6 +49,7 @@ def traits_of(template: str, environment: jinja2.Environment) -> Traits:
         or any(_is_content(step.node, names) for step in tree.find_all(nodes.Filter) if step.name in _OF_ITEMS),
         tests_for_text=any(test.name in ("string", "iterable", "sequence") for test in tree.find_all(nodes.Test)),
         fields=frozenset(_fields(tree)),
+        variables=frozenset(meta.find_undeclared_variables(tree)),
         part_types=frozenset(value.value for value in compared if isinstance(value.value, str)),
     )
 

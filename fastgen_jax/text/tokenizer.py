@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.chat import ChatTemplate, find_template, render_chat
+from fastgen_jax.text.chat import ChatTemplate, find_template, render_chat, within_last_message
 
 
 class Encoder(Protocol):
@@ -116,6 +116,7 @@ class Tokenizer:
         /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[JsonFields] | None = None,
         chat_template: str | None = None,
         **extra: object,
@@ -123,7 +124,8 @@ class Tokenizer:
         """Returns the prompt that a chat template renders for a conversation.
 
         `messages` have a "role" and a "content" (a string, or a list of {"type": "text", "text": ...}, which is joined by
-        newlines unless the template loops over it); `tools` are JSON schemas; `chat_template` as in `with_template`; `extra`
+        newlines unless the template loops over it); with `continue_final_message` the prompt ends within the last message,
+        and no other is begun; `tools` are JSON schemas; `chat_template` as in `with_template`; `extra`
         are variables of the template (`enable_thinking=False`, `documents=[...]`, ...). Messages may have the form in which
         servers return them, with null fields, arguments of tool calls as text, and reasoning under any of its names.
         Developer messages, tool calls and their results that a template does not support are converted to roles that it
@@ -136,14 +138,15 @@ class Tokenizer:
                 f"this tokenizer has no chat template{named}; pass one as chat_template (a file, a text or a name). The "
                 "tokenizer of a base model has none: pass a plain prompt, or use an instruction-tuned checkpoint"
             )
-        return render_chat(
+        text = render_chat(
             template,
             messages,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
             tools=tools,
             named_tokens=self.named_tokens,
             extra=extra,
         )
+        return within_last_message(text, messages) if continue_final_message else text
 
     def encode_chat(
         self,
@@ -151,12 +154,19 @@ class Tokenizer:
         /,  # so that `extra` may have any name
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         tools: Sequence[JsonFields] | None = None,
         chat_template: str | None = None,
         **extra: object,
     ) -> list[int]:
-        """Returns the token ids of `apply_chat_template`. Templates write their own special tokens, so none are added."""
+        """Returns the token ids of `apply_chat_template`. Templates write special tokens: others are rarely due."""
         text = self.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, chat_template=chat_template, **extra
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            **extra,
         )
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=add_special_tokens)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.grouped_matmul import GroupedWeight, grouped_matmul, prepare
-from pallas_kernels.matmul import Int8Weight, linear
+from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight, grouped_matmul, prepare
+from pallas_kernels.matmul import INT4_BLOCK, BlockWeight, Int8Weight, linear
 
 MIB = 2**20
 # tokens, experts per token, experts, width, width of an expert
@@ -37,7 +37,7 @@ MODELS = {"Mixtral-8x7B": (8, 4096, 3584, 4), "Qwen3-30B-A3B": (128, 2048, 768, 
 
 def measure(repeats: int) -> None:
     """Prints the median milliseconds per product for every implementation that supports the weights."""
-    columns = ("packed", "packed int8", "tiles", "ragged_dot")
+    columns = ("packed", "packed int8", "packed int4", "tiles", "ragged_dot")
     print(f"{'case':34}" + "".join(f"{name:>14}" for name in columns) + f"{'packed GB/s':>14}{'GFLOP/s':>10}")
     for name, (tokens, chosen, experts, width, hidden) in CASES.items():
         rng = np.random.default_rng(0)
@@ -48,6 +48,7 @@ def measure(repeats: int) -> None:
         forms: dict[str, tuple[GroupedWeight, str | None]] = {
             "packed": (prepare(w, platform="cpu"), None),
             "packed int8": (prepare(w, platform="cpu", quantize="int8"), None),
+            "packed int4": (prepare(_int4(experts, width, hidden), platform="cpu"), None),
             "tiles": (jnp.asarray(w), "tiles"),
             "ragged_dot": (jnp.asarray(w), "ragged_dot"),
         }
@@ -61,6 +62,16 @@ def measure(repeats: int) -> None:
             + "".join(f"{1e3 * seconds[form]:14.2f}" for form in columns)
             + f"{read / seconds['packed'] / 1e9:14.1f}{2 * x.shape[0] * width * hidden / seconds['packed'] / 1e9:10.0f}"
         )
+
+
+def _int4(experts: int, width: int, hidden: int) -> BlockGroups:
+    """Random weights in 4 bits: quantizing others takes long, and the time of a product does not depend on values."""
+    rng = np.random.default_rng(0)
+    block = BlockWeight(
+        values=rng.integers(0, 16, (hidden, width), np.uint8),
+        scales=rng.standard_normal((hidden, width // INT4_BLOCK)).astype(np.float16),
+    )
+    return BlockGroups(shape=(experts, width, hidden), read=lambda _: block)
 
 
 def _median(run: Callable[..., jax.Array], arguments: tuple[object, ...], repeats: int) -> float:

@@ -3,10 +3,10 @@
 //      x [T, K]      | group 0 | group 1 |   | group 3      | no group |     sizes: 2, 2, 0, 3
 //      w panels      [G, ceil(N / kWidth), steps, kWidth, group]: each group's weight, laid out as in matmul/cpu.cc
 //
-// Only the weights of groups with rows are read. Rows that belong to no group are set to zero at no further cost.
+// In blocks (see blocks.h), w is [G, ceil(N / kWidth), num_blocks, bytes, 1]. Only the weights of groups with rows are read. Rows that belong to no group are set to zero at no further cost.
 #include <vector>
 
-#include "panels.h"
+#include "blocks.h"
 
 namespace pallas_kernels {
 namespace {
@@ -46,15 +46,14 @@ struct PackedRows;
 struct WidePanel;
 struct Sums;
 
-// weight [num_groups, num_panels, steps, kWidth, group], scales [num_groups, num_panels, kWidth] or null.
+// `weight` holds the panels of all groups, one group after another; scales [num_groups, num_panels, kWidth] or null.
 template <class Weight>
 void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t depth, const int32_t* sizes,
-              int64_t num_groups, const typename Weight::Element* weight, const float* scales, int64_t num_panels,
+              int64_t num_groups, const Weight& weight, const float* scales, int64_t num_panels,
               const Output& output) {
-  using Element = typename Weight::Element;
   using Factor = typename Weight::Factor;
   using Wide = typename Weight::Wide;
-  const int64_t steps = num_steps<Weight>(depth), panel_size = steps * kStep<Weight>;
+  const int64_t steps = num_steps<Wide>(depth);
   std::vector<RowBlock> blocks;
   std::vector<Chunk> chunks;
   split(sizes, num_groups, num_rows, steps * sizeof(Factor), blocks, chunks);
@@ -73,7 +72,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
   parallel_for(pool, num_blocks + num_chunks * num_panels, [&](int64_t item) {
     if (item < num_blocks) {
       const RowBlock block = blocks[item];
-      if (packs(block)) pack_rows<Weight>(x + block.row * depth, block.rows, depth, packed + block.row * steps);
+      if (packs(block)) pack_rows<Wide>(x + block.row * depth, block.rows, depth, packed + block.row * steps);
       num_packed.fetch_add(1, std::memory_order_release);
       return;
     }
@@ -81,34 +80,28 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
     wait_until([&] { return num_packed.load(std::memory_order_acquire) == num_blocks; });
     const Chunk chunk = chunks[(item - num_blocks) / num_panels];
     const int64_t panel = (item - num_blocks) % num_panels, index = chunk.group * num_panels + panel;
-    const Element* panel_data = weight + index * panel_size;
     const float* panel_scales = scales ? scales + index * kWidth : nullptr;
     const int64_t first_row = blocks[chunk.first_block].row;
     const RowBlock last = blocks[chunk.last_block - 1];
-    // With several row blocks, unpacking the panel once pays off. With one, elements are widened as they are loaded.
-    constexpr bool kNarrow = !std::is_same_v<Weight, Wide>;
-    const bool widens = kNarrow && chunk.last_block - chunk.first_block > 1;
+    const bool widens = weight.widens(chunk.last_block - chunk.first_block, blocks[chunk.first_block].rows);
     auto* wide = reinterpret_cast<typename Wide::Element*>(
         widens ? scratch<WidePanel>(std::min(steps, kDepth) * kWidth) : nullptr);
     float* sums = scratch<Sums>((last.row + last.rows - first_row) * kWidth);
-    constexpr int64_t kStepBytes = kStep<Weight> * static_cast<int64_t>(sizeof(Element));
 
     for (int64_t k = 0; k == 0 || k < steps; k += kDepth) {
       const int64_t part = std::min(kDepth, steps - k);
-      const Element* b = panel_data + k * kStep<Weight>;
-      const char* ahead = reinterpret_cast<const char*>(b) + kNearBytes;
-      if constexpr (kNarrow) {
-        if (widens) widen<Weight>(b, part, wide);
-      }
+      const char* b = weight.part(index, k);
+      const char* ahead = b + kNearBytes;
+      if (widens) weight.widen(b, part, wide);
       for (int64_t i = chunk.first_block; i < chunk.last_block; ++i) {
         const RowBlock block = blocks[i];
         const Factor* a = rows_of(block) + k * block.rows;
         float* block_sums = sums + (block.row - first_row) * kWidth;
         if (widens) {
           tile_for<Wide>(block.rows)(part, reinterpret_cast<const typename Wide::Factor*>(a), wide, block_sums, k == 0,
-                                     ahead, kStepBytes);
+                                     ahead, weight.step_bytes());
         } else {
-          tile_for<Weight>(block.rows)(part, a, b, block_sums, k == 0, ahead, kStepBytes);
+          weight.multiply(block.rows, part, a, b, block_sums, k == 0, ahead, weight.step_bytes());
         }
         if (k + part < steps) continue;
         for (int64_t r = 0; r < block.rows; ++r) {
@@ -120,38 +113,56 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t d
 }
 
 using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
 
-// weight is [G, num_panels, steps, kWidth, group], or [L, G, ...] with the groups of all layers, one after another. `scales` is
-// float32[G, num_panels, kWidth], or [L, G, ...], if the weight is int8, else empty.
-ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, F32 x, ffi::AnyBuffer weight, F32 scales,
-                          ffi::Buffer<ffi::S32> group_sizes, ffi::Buffer<ffi::S32> first_group,
+ffi::Error wrong(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("pallas_kernels_grouped_matmul: ") + what);
+}
+
+// weight is [G, num_panels, steps, kWidth, group], or [L, G, ...] with the groups of all layers, one after another; in
+// blocks, of type uint8, it is [..., num_blocks, bytes, 1]. `scales` is float32[G, num_panels, kWidth], or [L, G, ...], if
+// the weight is int8, else empty. `format`, `block_size` and `rounds` are those of `matmul`, for blocks only.
+ffi::Error grouped_matmul(ffi::ThreadPool pool, bool gated, int64_t format, int64_t block_size, bool rounds, F32 x,
+                          ffi::AnyBuffer weight, F32 scales, S32 group_sizes, S32 first_group,
                           ffi::ResultBuffer<ffi::F32> y) {
-  return with_storage(weight.element_type(), "pallas_kernels_grouped_matmul", [&](auto storage) {
-    using Weight = decltype(storage);
-    const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
-    const int64_t columns = gated ? kWidth / 2 : kWidth;
-    const size_t axis = ws.size() == 6;  // the number of layer axes
-    if (xs.size() != 2 || ws.size() != 5 + axis || ys.size() != 2 || ws[axis + 4] != Weight::kGroup ||
-        ws[axis + 3] != kWidth || ws[axis + 2] != num_steps<Weight>(xs[1]) || ys[0] != xs[0] ||
-        (ys[1] + columns - 1) / columns != ws[axis + 1]) {
-      return ffi::Error::InvalidArgument(
-          "pallas_kernels_grouped_matmul: activations, panels and result have incompatible shapes");
-    }
-    const int64_t num_weights = axis ? ws[0] * ws[1] : ws[0], num_panels = ws[axis + 1], steps = ws[axis + 2];
-    const bool is_int8 = std::is_same_v<Weight, Int8>;
-    if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? num_weights * num_panels * kWidth : 0)) {
-      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: scales have the wrong size");
-    }
-    const int64_t num_groups = group_sizes.element_count(), first = first_group.typed_data()[0];
-    if (first < 0 || first + num_groups > num_weights) {
-      return ffi::Error::InvalidArgument("pallas_kernels_grouped_matmul: first_group is out of range");
-    }
-    const auto* panels = static_cast<const typename Weight::Element*>(weight.untyped_data());
-    multiply<Weight>(pool, x.typed_data(), xs[0], xs[1], group_sizes.typed_data(), num_groups,
-                     panels + first * num_panels * steps * kStep<Weight>,
-                     is_int8 ? scales.typed_data() + first * num_panels * kWidth : nullptr, num_panels,
-                     Output{nullptr, y->typed_data(), ys[1], gated});
+  const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
+  const int64_t columns = gated ? kWidth / 2 : kWidth;
+  const size_t axis = ws.size() == 6;  // the number of layer axes
+  if (xs.size() != 2 || ws.size() != 5 + axis || ys.size() != 2 || ys[0] != xs[0] ||
+      (ys[1] + columns - 1) / columns != ws[axis + 1]) {
+    return wrong("activations, panels and result have incompatible shapes");
+  }
+  const int64_t num_weights = axis ? ws[0] * ws[1] : ws[0], num_panels = ws[axis + 1];
+  const bool is_int8 = weight.element_type() == ffi::S8;
+  if (static_cast<int64_t>(scales.element_count()) != (is_int8 ? num_weights * num_panels * kWidth : 0)) {
+    return wrong("scales have the wrong size");
+  }
+  const int64_t num_groups = group_sizes.element_count(), first = first_group.typed_data()[0];
+  if (first < 0 || first + num_groups > num_weights) return wrong("first_group is out of range");
+  const auto run = [&](auto panels) {
+    panels.data += first * num_panels * panels.panel_bytes() / sizeof(*panels.data);
+    multiply(pool, x.typed_data(), xs[0], xs[1], group_sizes.typed_data(), num_groups, panels,
+             is_int8 ? scales.typed_data() + first * num_panels * kWidth : nullptr, num_panels,
+             Output{nullptr, y->typed_data(), ys[1], gated});
     return ffi::Error::Success();
+  };
+  const auto run_blocks = [&](auto arithmetic) {
+    const Blocks<decltype(arithmetic)> blocks(format, weight.untyped_data(), block_size, xs[1]);
+    return blocks.stored_as(ws[axis + 2], ws[axis + 3], ws[axis + 4])
+               ? run(blocks)
+               : wrong("activations and blocks have incompatible shapes");
+  };
+  if (weight.element_type() == ffi::U8) {
+    return with_memory("pallas_kernels_grouped_matmul",
+                       [&] { return rounds ? run_blocks(BFloat16::Wide{}) : run_blocks(Float32{}); });
+  }
+  return with_storage(weight.element_type(), "pallas_kernels_grouped_matmul", [&](auto storage) {
+    using Storage = decltype(storage);
+    const int64_t steps = num_steps<Storage>(xs[1]);
+    if (ws[axis + 4] != Storage::kGroup || ws[axis + 3] != kWidth || ws[axis + 2] != steps) {
+      return wrong("activations, panels and result have incompatible shapes");
+    }
+    return run(Dense<Storage>{static_cast<const typename Storage::Element*>(weight.untyped_data()), steps});
   });
 }
 
@@ -162,6 +173,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasKernelsGroupedMatmul, pallas_kernels::groupe
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<bool>("gated")
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("block_size")
+                                  .Attr<bool>("rounds")
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()

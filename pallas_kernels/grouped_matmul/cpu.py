@@ -41,7 +41,7 @@ def pack_scales(scales: Float[np.ndarray, "G N"], *, gated: bool) -> Float[np.nd
     return np.stack([matrix.pack_scales(row, gated=gated) for row in scales])
 
 
-@partial(jax.jit, static_argnames=("num_outputs", "gated"))
+@partial(jax.jit, static_argnames=("num_outputs", "gated", "blocks"))
 def multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "*layers G P steps width group"],
@@ -51,15 +51,16 @@ def multiply(
     *,
     num_outputs: int,
     gated: bool,
+    blocks: tuple[int, int, bool] | None = None,
 ) -> Float[Array, "T N"]:
     """float32[T, num_outputs]; x is float32[T, K]. Layout of the weights: see `PackedGroups`.
 
-    The groups may be those of several layers; `scales` then keeps its layer axis.
+    The groups may be those of several layers; `scales` then keeps its layer axis. `blocks` as for `matmul.cpu.multiply`.
     """
-    return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated)
+    return _multiply(x, panels, scales, group_sizes, first_group, num_outputs, gated, blocks)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _multiply(
     x: Float[Array, "T K"],
     panels: Num[Array, "*layers G P steps width group"],
@@ -68,6 +69,7 @@ def _multiply(
     first_group: Int[Array, ""],
     num_outputs: int,
     gated: bool,
+    blocks: tuple[int, int, bool] | None,
 ) -> Float[Array, "T N"]:
     if not available():
         raise RuntimeError(
@@ -76,11 +78,14 @@ def _multiply(
             f"call prepare(w, ...) in this process to get weights that plain XLA can use"
         )
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], num_outputs), jnp.float32))
-    return call(cpu_only(x, what="PackedGroups were"), panels, scales, group_sizes, first_group, gated=gated)
+    format, size, rounds = blocks or (0, 0, False)
+    options = {"format": np.int64(format), "block_size": np.int64(size), "rounds": rounds}
+    checked = cpu_only(x, what="PackedGroups were")
+    return call(checked, panels, scales, group_sizes, first_group, gated=gated, **options)
 
 
 @_multiply.defjvp
-def _no_derivative(num_outputs: int, gated: bool, primals: tuple, tangents: tuple) -> NoReturn:
+def _no_derivative(num_outputs: int, gated: bool, blocks: object, primals: tuple, tangents: tuple) -> NoReturn:
     raise ValueError(
         "PackedGroups have no derivative, and neither do products with them; differentiate with the plain array that "
         "they were prepared from, as load_params(..., prepare=None) returns it"

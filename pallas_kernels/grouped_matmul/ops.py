@@ -102,7 +102,14 @@ def _product(
         if w.layer is not None:  # the groups of all layers, one after another
             first = w.layer * w.shape[0] + first
         return cpu.multiply(
-            x.astype(jnp.float32), w.panels, w.scales, group_sizes, first, num_outputs=w.num_outputs, gated=w.gated
+            x.astype(jnp.float32),
+            w.panels,
+            w.scales,
+            group_sizes,
+            first,
+            num_outputs=w.num_outputs,
+            gated=w.gated,
+            blocks=None if w.blocks is None else (w.blocks.number, w.blocks.size, w.rounds),
         )
     return _plain_product(x, w, group_sizes, first, implementation)
 

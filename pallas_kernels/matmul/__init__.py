@@ -5,7 +5,7 @@
 scale for every few inputs. A `PairedWeight` is differentiable and has the products of a `PackedWeight`.
 """
 
-from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockWeight, concatenate, quantize_int4, widen
+from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import linear, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
@@ -13,6 +13,7 @@ from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prep
 __all__ = [
     "BLOCK_SIZES",
     "INT4_BLOCK",
+    "BlockFormat",
     "BlockWeight",
     "Int8Weight",
     "PackedWeight",

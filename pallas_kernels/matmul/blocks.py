@@ -1,16 +1,16 @@
 """Weights in blocks: 4 or 8 bits per value, and a scale for every 32 (or more) consecutive inputs of a column.
 
-Sources: the formats Q4_0, Q4_1, Q4_K and Q8_0 of GGUF, and the group-wise formats of GPTQ (arXiv:2210.17323) and AWQ
-(arXiv:2306.00978), are all of this form.
+Sources: the formats Q4_0, Q4_1, Q4_K and Q8_0 of GGUF, the group-wise formats of GPTQ (arXiv:2210.17323) and AWQ
+(arXiv:2306.00978), and the microscaling formats of OCP (arXiv:2310.10537) are all of this form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float4_e2m1fn, float8_e4m3fn
 
 from pallas_kernels.aligned import aligned_empty
 from pallas_kernels.matmul import cpu
@@ -18,36 +18,71 @@ from pallas_kernels.matmul import cpu
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Float32, Int8, UInt8
+    from jaxtyping import Float, Float32, Int, Shaped, UInt8
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 """Inputs of a block that the native kernel knows."""
 INT4_BLOCK = 32
 """Inputs of a block in `quantize_int4`."""
+# Also in blocks.h.
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+        *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+"""The numbers that NF4 indexes: quantiles of a normal distribution (QLoRA, arXiv:2305.14314)."""
+# The name and the bits of the values of a dtype: a number of 4 bits fills a byte of an array.
+_NUMBERS = {
+    np.dtype(np.uint8): ("uint4", 4),
+    np.dtype(np.int8): ("int8", 8),
+    np.dtype(float4_e2m1fn): ("float4_e2m1fn", 4),
+    np.dtype(float8_e4m3fn): ("float8_e4m3fn", 8),
+}
+_BITS = {**dict(_NUMBERS.values()), "nf4": 4}
+_SCALE_BITS = {"float8_e8m0fnu": 8, "float16": 16, "float32": 32}
 
 
 class BlockFormat(NamedTuple):
     """How blocks are stored."""
 
-    bits: int
+    numbers: str
+    """What the values are: "uint4", "int8", "float4_e2m1fn", "float8_e4m3fn" or "nf4"."""
     has_offsets: bool
     scale_dtype: str
     size: int
+    """Inputs of a block."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return _BITS[self.numbers]
+
+    @property
+    def bits_with_scales(self) -> float:
+        """Bits of memory per value, with its share of the scale and of the offset."""
+        return self.bits + _SCALE_BITS[self.scale_dtype] * (1 + self.has_offsets) / self.size
 
     @property
     def number(self) -> int:
         """The number of this format in the native kernel, regardless of the size of its blocks."""
-        return _NUMBERS[self[:3]]
+        return _FORMATS[self[:3]]
 
 
-# The same numbers are in cpu.cc.
-_NUMBERS = {
-    (4, False, "float16"): 0,
-    (4, True, "float16"): 1,
-    (4, True, "float32"): 2,
-    (8, False, "float16"): 3,
-    (8, False, "float32"): 4,
-    (8, True, "float32"): 5,
+# The same numbers are in blocks.h.
+_FORMATS = {
+    ("uint4", False, "float16"): 0,
+    ("uint4", True, "float16"): 1,
+    ("uint4", True, "float32"): 2,
+    ("int8", False, "float16"): 3,
+    ("int8", False, "float32"): 4,
+    ("int8", True, "float32"): 5,
+    ("float4_e2m1fn", False, "float8_e8m0fnu"): 6,
+    ("float4_e2m1fn", False, "float32"): 7,
+    ("float8_e4m3fn", False, "float32"): 8,
+    ("nf4", False, "float32"): 9,
 }
 
 
@@ -59,27 +94,31 @@ class BlockWeight:
     bits.
 
     Attributes:
-      values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits.
-      scales: [N, K / size], float16 or float32.
-      offsets: like `scales`. None: zero, but for 4 bits -8 times the scale.
+      values: [N, K]: 0 to 15 in uint8 for 4 bits, int8 for 8 bits, or float4_e2m1fn or float8_e4m3fn.
+      scales: [N, K / size], float16 or float32; powers of two may be float8_e8m0fnu.
+      offsets: like `scales`. None: zero, but for integers of 4 bits -8 times the scale.
+      is_nf4: the values, in uint8, are indices of `NF4`.
     """
 
-    values: UInt8[np.ndarray, "N K"] | Int8[np.ndarray, "N K"]
-    scales: Float[np.ndarray, "N blocks"]
+    values: Shaped[np.ndarray, "N K"]
+    scales: Shaped[np.ndarray, "N blocks"]
     offsets: Float[np.ndarray, "N blocks"] | None = None
+    is_nf4: bool = False
 
     def __post_init__(self) -> None:
         n, k = self.values.shape
-        if self.values.dtype not in (np.uint8, np.int8):
-            raise ValueError(f"values are {self.values.dtype}, but must be uint8 (4 bits) or int8 (8 bits)")
+        if self.values.dtype not in _NUMBERS:
+            raise ValueError(
+                f"values are {self.values.dtype}, but must be uint8 (4 bits), int8 (8 bits), float4_e2m1fn or float8_e4m3fn"
+            )
         if self.scales.ndim != 2 or self.scales.shape[0] != n or k % self.scales.shape[1]:
             raise ValueError(f"scales are {list(self.scales.shape)}, but must be [{n}, K / size] for values [{n}, {k}]")
         if self.size not in BLOCK_SIZES:
             raise ValueError(f"blocks have {self.size} inputs; supported: {', '.join(map(str, BLOCK_SIZES))}")
         if self.offsets is not None and (self.offsets.shape, self.offsets.dtype) != (self.scales.shape, self.scales.dtype):
             raise ValueError(f"offsets are {self.offsets.dtype}{list(self.offsets.shape)}, unlike the scales")
-        if self.format[:3] not in _NUMBERS:
-            known = "; ".join(f"{bits} bits with {kind} scales{', offsets' * on}" for bits, on, kind in _NUMBERS)
+        if self.format[:3] not in _FORMATS:
+            known = "; ".join(f"{numbers} with {kind} scales{', offsets' * on}" for numbers, on, kind in _FORMATS)
             raise ValueError(f"blocks of the format {self.format} are not supported; supported: {known}")
 
     @property
@@ -96,20 +135,31 @@ class BlockWeight:
     @property
     def format(self) -> BlockFormat:
         """How the blocks are stored."""
-        bits = 4 if self.values.dtype == np.uint8 else 8
-        return BlockFormat(bits, self.offsets is not None, self.scales.dtype.name, self.size)
+        numbers = "nf4" if self.is_nf4 else _NUMBERS[self.values.dtype][0]
+        return BlockFormat(numbers, self.offsets is not None, self.scales.dtype.name, self.size)
+
+    @property
+    def implied_offset(self) -> int:
+        """What a value is counted from if there are no offsets, in units of the scale."""
+        return -8 if self.format.numbers == "uint4" else 0
 
     def dequantize(self) -> Float32[np.ndarray, "K N"]:
         """The matrix that the blocks stand for."""
         n, k = self.values.shape
         scales = self.scales.astype(np.float32)
-        values = self.values.reshape(n, scales.shape[1], -1).astype(np.float32)
+        values = NF4[self.values] if self.is_nf4 else self.values.astype(np.float32)
+        values = values.reshape(n, scales.shape[1], -1)
         values *= scales[..., None]
         if self.offsets is not None:
             values += self.offsets.astype(np.float32)[..., None]
-        elif self.format.bits == 4:
-            values -= 8 * scales[..., None]
+        elif self.implied_offset:
+            values += self.implied_offset * scales[..., None]
         return values.reshape(n, k).T
+
+    def columns(self, order: Int[np.ndarray, " columns"]) -> BlockWeight:
+        """The weight with these columns, in this order."""
+        offsets = None if self.offsets is None else self.offsets[order]
+        return replace(self, values=self.values[order], scales=self.scales[order], offsets=offsets)
 
 
 def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
@@ -117,21 +167,27 @@ def concatenate(weights: Sequence[BlockWeight]) -> BlockWeight:
     if len(weights) == 1:
         return weights[0]
     offsets = [weight.offsets for weight in weights if weight.offsets is not None]
-    return BlockWeight(
+    return replace(
+        weights[0],
         values=np.concatenate([weight.values for weight in weights]),
         scales=np.concatenate([weight.scales for weight in weights]),
         offsets=np.concatenate(offsets) if offsets else None,
     )
 
 
-def widen(w: BlockWeight, size: int) -> BlockWeight:
-    """The same weight in 8 bits, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`."""
+def widen(w: BlockWeight, size: int, bits: int) -> BlockWeight:
+    """The same weight in 4 or 8 bits, with a scale and an offset in float32 for every `size` inputs, which divides `w.size`.
+
+    ValueError if its values are not integers of at most so many bits.
+    """
+    if w.format.numbers not in ("uint4", "int8") or w.format.bits > bits:
+        raise ValueError(
+            f"blocks of {w.format.numbers} have no equal in integers of {bits} bits; leave them as they are, or dequantize"
+        )
     scales = w.scales.astype(np.float32)
-    offsets = np.zeros_like(scales) if w.offsets is None else w.offsets.astype(np.float32)
-    if w.offsets is None and w.format.bits == 4:
-        offsets = -8 * scales
+    offsets = w.implied_offset * scales if w.offsets is None else w.offsets.astype(np.float32)
     scales, offsets = (array.repeat(w.size // size, axis=1) for array in (scales, offsets))
-    return BlockWeight(values=w.values.view(np.int8), scales=scales, offsets=offsets)
+    return BlockWeight(values=w.values if bits == 4 else w.values.view(np.int8), scales=scales, offsets=offsets)
 
 
 def quantize_int4(w: Float[np.ndarray, "K N"]) -> BlockWeight:
@@ -167,7 +223,7 @@ def pack(w: BlockWeight, *, gated: bool) -> UInt8[np.ndarray, "P blocks bytes on
     if w.format.bits == 4:
         pairs = values.view("<u2")  # the first value of each pair is the low byte
         values = (pairs | pairs >> 4).astype(np.uint8)
-    arrays = [array for array in (w.scales, w.offsets) if array is not None]
+    arrays = [_storable(array) for array in (w.scales, w.offsets) if array is not None]
     arrays.append(values.view("<u4"))
     count, parts = k // w.format.size, 1 + gated
     share = cpu.panel_width() // parts
@@ -179,6 +235,11 @@ def pack(w: BlockWeight, *, gated: bool) -> UInt8[np.ndarray, "P blocks bytes on
         cpu.fill_panels(piece.reshape(*piece.shape[:2], -1, parts, share, 1), array.T)
         start += size
     return panels[..., None]
+
+
+def _storable(scales: Shaped[np.ndarray, "N blocks"]) -> Shaped[np.ndarray, "N blocks"]:
+    """Exponents as bytes: they have no zero, with which panels are padded."""
+    return scales.view(np.uint8) if scales.dtype.itemsize == 1 else scales
 
 
 def rounds_to_bfloat16(dtype: np.dtype) -> bool:

@@ -108,8 +108,7 @@ ffi::Error matmul_blocks(ffi::ThreadPool& pool, int64_t format, int64_t size, F3
                          int64_t axis, int64_t layer, const Output& output) {
   const auto xs = x.dimensions(), ws = weight.dimensions();
   Blocks<Arithmetic> blocks(format, weight.untyped_data(), size, xs[1]);
-  if (!blocks.block_bytes || xs[1] % size || ws[axis + 1] != xs[1] / size || ws[axis + 2] != blocks.block_bytes ||
-      ws[axis + 3] != 1) {
+  if (!blocks.stored_as(ws[axis + 1], ws[axis + 2], ws[axis + 3])) {
     return wrong("activations and blocks have incompatible shapes");
   }
   blocks.data += layer * ws[axis] * blocks.panel_bytes();

@@ -2,8 +2,9 @@
 //
 //      weight = scale * q + offset, in float32
 //
-// Without stored offsets, q of 4 bits stands for q - 8, and q of 8 bits is signed. Products with a weight are those with the
-// float32 (or rounded bfloat16) matrix that it stands for, bit for bit: only the form in memory differs.
+// Numbers q are integers, small floats or indices of a table. Without stored offsets, an integer of 4 bits stands for q - 8; integers of 8 bits
+// are signed. Products with a weight are those with the float32 (or rounded bfloat16) matrix that it stands for, bit for
+// bit: only the form in memory differs.
 //
 // A panel holds the blocks of its kWidth columns one after another:
 //
@@ -17,9 +18,16 @@
 namespace pallas_kernels {
 namespace {
 
+// Scales: float, or these.
 struct Half {
   uint16_t bits;
 };
+struct Exponent {
+  uint8_t bits;  // of a power of two, as in float32
+};
+
+KERNEL_INLINE Vec as_floats(IntVec bits) { return (Vec)bits; }
+KERNEL_INLINE IntVec as_ints(Vec v) { return (IntVec)v; }
 
 KERNEL_INLINE Vec load_scales(const float* p) { return load(p); }
 
@@ -46,12 +54,29 @@ KERNEL_INLINE Vec load_scales(const Half* p) {
 #endif
 }
 
-// The values number j of kLanes words.
-template <int Bits>
-KERNEL_INLINE Vec unpack(IntVec words, int j) {
-  if constexpr (Bits == 8) {
-    return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vec);
-  } else {
+// float[kLanes] of exponents, exact.
+KERNEL_INLINE Vec load_scales(const Exponent* p) {
+  IntVec exponents;
+#if defined(__AVX512F__)
+  exponents = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  exponents = (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  for (int i = 0; i < kLanes; ++i) exponents[i] = p[i].bits;
+#endif
+  // The smallest one is a subnormal number.
+  return as_floats((exponents << 23) | ((exponents == 0) & 0x400000));
+}
+
+// ---- numbers -----------------------------------------------------------------------------------------------------
+//
+// A type of number defines how number j of kLanes words becomes a float (`unpack`), and what it is counted from without
+// stored offsets (`kMiddle`).
+
+struct UInt4 {
+  static constexpr int kBits = 4;
+  static constexpr float kMiddle = 8;
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
 #if defined(__AVX512F__)
     // The table lookup ignores all but the lowest four bits, and returns the value as a float.
     const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -60,7 +85,65 @@ KERNEL_INLINE Vec unpack(IntVec words, int j) {
     return __builtin_convertvector((words >> (4 * j)) & 15, Vec);
 #endif
   }
-}
+};
+
+struct SInt8 {
+  static constexpr int kBits = 8;
+  static constexpr float kMiddle = 0;
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vec);
+  }
+};
+
+// A sign, two bits of exponent and one of fraction (E2M1).
+constexpr float kFloat4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+// Quantiles of a normal distribution; also in blocks.py.
+constexpr float kNormalFloat4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// Indices of a table.
+template <const float (&Table)[16]>
+struct Coded4 {
+  static constexpr int kBits = 4;
+  static constexpr float kMiddle = 0;
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    const IntVec codes = words >> (4 * j);
+#if defined(__AVX512F__)
+    return _mm512_permutexvar_ps((__m512i)codes, load(Table));  // ignores all but the lowest four bits
+#elif defined(__AVX2__)
+    // The lookups ignore all but the lowest three bits; the fourth, as the sign, chooses between them.
+    const __m256 low = _mm256_permutevar8x32_ps(load(Table), (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps(load(Table + 8), (__m256i)codes);
+    return _mm256_blendv_ps(low, high, (__m256)(words << (28 - 4 * j)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(Table);
+    const uint8x16x4_t table = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    const IntVec four_bytes = (codes & 15) * 0x04040404 + 0x03020100;
+    return (Vec)vqtbl4q_u8(table, (uint8x16_t)four_bytes);
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = Table[codes[i] & 15];
+    return v;
+#endif
+  }
+};
+
+using Float4 = Coded4<kFloat4>;
+using NormalFloat4 = Coded4<kNormalFloat4>;
+
+// A sign, four bits of exponent and three of fraction (E4M3). NaN is not a valid weight.
+struct Float8 {
+  static constexpr int kBits = 8;
+  static constexpr float kMiddle = 0;
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    const IntVec sign = (words << (24 - 8 * j)) & INT32_MIN, code = (words >> (8 * j)) & 127;
+    const Vec normal = as_floats((code << 20) + (120 << 23));
+    const Vec subnormal = __builtin_convertvector(code, Vec) * 0.001953125f;  // 2^-9
+    return as_floats((code < 8 ? as_ints(subnormal) : as_ints(normal)) | sign);
+  }
+};
 
 // One step of a panel of float32 or bfloat16 values: those of one input, or of two.
 KERNEL_INLINE Vec as_step(Float32, const Vec* inputs) { return inputs[0]; }
@@ -73,12 +156,13 @@ KERNEL_INLINE __m512i as_step(BFloat16, const Vec* inputs) {
 #endif
 
 // How blocks are read. `Arithmetic` is the storage type whose products they take.
-template <int Bits, bool Offsets, class Scale, class Arithmetic>
+template <class Number, bool Offsets, class Scale, class Arithmetic>
 struct BlockFormat {
   using Wide = Arithmetic;
   using Factor = typename Wide::Factor;
   static constexpr int kGroup = Wide::kGroup;
-  static constexpr int kPerWord = 32 / Bits;
+  static constexpr int kPerWord = 32 / Number::kBits;
+  static constexpr bool kAdds = Offsets || Number::kMiddle != 0;
   static constexpr int64_t kScaleBytes = kWidth * static_cast<int64_t>(sizeof(Scale)) * (1 + Offsets);
   static constexpr int64_t kWordBytes = kWidth * 4;
 
@@ -94,7 +178,7 @@ struct BlockFormat {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         scale[v] = load_scales(scales + v * kLanes);
-        offset[v] = Offsets ? load_scales(scales + kWidth + v * kLanes) : scale[v] * -8.0f;
+        offset[v] = Offsets ? load_scales(scales + kWidth + v * kLanes) : scale[v] * -Number::kMiddle;
       }
       from += kScaleBytes;
       for (int64_t word = 0; word < size / kPerWord; ++word, from += kWordBytes) {
@@ -107,8 +191,8 @@ struct BlockFormat {
             Vec inputs[kGroup];
 #pragma GCC unroll 2
             for (int i = 0; i < kGroup; ++i) {
-              const Vec q = unpack<Bits>(words[v], j + i);
-              inputs[i] = Bits == 8 && !Offsets ? scale[v] * q : scale[v] * q + offset[v];
+              const Vec q = Number::unpack(words[v], j + i);
+              inputs[i] = kAdds ? scale[v] * q + offset[v] : scale[v] * q;
             }
             f(j / kGroup, v, as_step(Wide{}, inputs));
           }
@@ -176,12 +260,16 @@ struct Blocks {
       : data(static_cast<const char*>(data)), size(size), depth(depth), block_bytes(0) {
     if (size <= 0 || kDepth % size) return;
     switch (format) {
-      case 0: use<BlockFormat<4, false, Half, Wide>>(); break;
-      case 1: use<BlockFormat<4, true, Half, Wide>>(); break;
-      case 2: use<BlockFormat<4, true, float, Wide>>(); break;
-      case 3: use<BlockFormat<8, false, Half, Wide>>(); break;
-      case 4: use<BlockFormat<8, false, float, Wide>>(); break;
-      case 5: use<BlockFormat<8, true, float, Wide>>(); break;
+      case 0: use<BlockFormat<UInt4, false, Half, Wide>>(); break;
+      case 1: use<BlockFormat<UInt4, true, Half, Wide>>(); break;
+      case 2: use<BlockFormat<UInt4, true, float, Wide>>(); break;
+      case 3: use<BlockFormat<SInt8, false, Half, Wide>>(); break;
+      case 4: use<BlockFormat<SInt8, false, float, Wide>>(); break;
+      case 5: use<BlockFormat<SInt8, true, float, Wide>>(); break;
+      case 6: use<BlockFormat<Float4, false, Exponent, Wide>>(); break;
+      case 7: use<BlockFormat<Float4, false, float, Wide>>(); break;
+      case 8: use<BlockFormat<Float8, false, float, Wide>>(); break;
+      case 9: use<BlockFormat<NormalFloat4, false, float, Wide>>(); break;
     }
   }
 
@@ -196,6 +284,10 @@ struct Blocks {
     tiles[3] = Format::template tile<4>;
   }
 
+  // Whether an array with these axes within a panel holds such blocks.
+  bool stored_as(int64_t num_blocks, int64_t bytes, int64_t one) const {
+    return block_bytes && depth % size == 0 && num_blocks == depth / size && bytes == block_bytes && one == 1;
+  }
   int64_t panel_bytes() const { return depth / size * block_bytes; }
   int64_t step_bytes() const { return block_bytes * kGroup / size; }
   const char* part(int64_t panel, int64_t step) const {

@@ -59,14 +59,14 @@ def test_sampling_params_with_options_or_of_another_type_are_refused(pipe):
         ("temprature", "did you mean 'temperature'?"),
         ("max_new_token", "did you mean 'max_new_tokens'?"),
         ("num_beams", "beam search is not supported; use n=..."),
-        ("xyzzy", "unknown option 'xyzzy'; generation options: do_sample"),
+        ("xyzzy", "unknown option 'xyzzy'; generation options: allowed_token_ids"),
     ],
 )
 def test_an_unknown_option_of_a_call_is_refused_with_a_suggestion(pipe, name, hint):
     with pytest.raises(ValueError, match="unknown option") as refusal:
         pipe([5], **{name: 1})
     assert hint in str(refusal.value)
-    assert "generation options: do_sample, echo" in str(refusal.value)
+    assert "bad_words, choice, do_sample, echo" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

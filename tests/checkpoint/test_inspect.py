@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastgen_jax.cli import main
+from tests.checkpoint.quantized_files import SETTINGS, quantized_folder, tensors_of
 from tests.checkpoint.tiny_files import write_gguf, write_hf
 from tests.text.vocabularies import gguf_metadata, write_json
 
@@ -65,7 +67,17 @@ def test_a_quantized_directory_shows_its_format_and_what_it_becomes(tmp_path, ca
     lines = _lines(capsys, REFERENCE / "qwen2" / "nf4")
     assert lines["quantization"].startswith("bitsandbytes (load_in_4bit=True, ")
     assert lines["stored as"] == "NF4 89.4 %, float32 10.6 %"
-    assert lines["loaded as"] == "dequantized"
+    assert lines["loaded as"].startswith(
+        "CPUs with native kernels: 89.4 % in NF4 in groups of 64, float32 scales (4.50 bits"
+    )
+    parts = {name: np.array(tensor.map()) for name, tensor in tensors_of("fp4", "").items()}
+    quantized_folder(tmp_path / "fp4", SETTINGS["fp4"], parts, intermediate_size=32)
+    write_json(tmp_path / "fp4")
+    assert _lines(capsys, tmp_path / "fp4")["loaded as"] == "dequantized"
+    lines = _lines(capsys, REFERENCE / "gpt_oss" / "mxfp4")  # experts only
+    assert lines["loaded as"] == (
+        "CPUs with native kernels: 62.5 % in 4-bit floats in groups of 32 (4.25 bits each); else dequantized"
+    )
     write_gguf(tmp_path / "a.gguf", kind="Q8_0", vocab_size=512)
     lines = _lines(capsys, tmp_path / "a.gguf")
     assert "quantization" not in lines

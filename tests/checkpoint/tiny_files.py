@@ -141,6 +141,27 @@ def write_gguf(
     return made
 
 
+def requantize(source: Path, out: Path, *, kind: Callable[[str], str]) -> None:
+    """Copies a GGUF file; matrices whose rows are whole blocks get the type that `kind` says for the name of the tensor."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        wanted = gguf.GGMLQuantizationType[kind(tensor.name)]
+        block, _ = gguf.GGML_QUANT_SIZES[wanted]
+        values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        if values.ndim < 2 or values.shape[-1] % block or "norm" in tensor.name:
+            wanted = tensor.tensor_type
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _gguf_name(name: str) -> str:
     short = {
         "model.embed_tokens": "token_embd",

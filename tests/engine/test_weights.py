@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from fastgen_jax import Engine, EngineConfig, Research
+from fastgen_jax.checkpoint import kept_in_blocks, load_params, open_checkpoint
+from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.engine.resolve import resolve
-from fastgen_jax.engine.weights import prepare_params
+from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.params import stack, unstack
+from tests.models import parity
 from tests.tiny import drain, greedy, random_params, tiny_engine, tiny_model, tokens_of
 
 SMALL = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
+EXPERTS = ("layers.expert_gate_up", "layers.expert_down")
 PROMPT = np.random.default_rng(5).integers(3, 96, 21).tolist()
 
 
@@ -135,3 +139,23 @@ def test_a_measured_step_leaves_cached_prefixes_as_they_are():
     engine.measure_step(8)
     assert cached(engine) > 0
     assert answer(engine) == before
+
+
+@pytest.mark.parametrize("form", ["float32", "int8", "int4", "as stored"])
+def test_experts_take_the_memory_that_is_counted_for_them(form):
+    checkpoint = open_checkpoint(parity.folder("gpt_oss", "mxfp4"))
+    model, quantize = checkpoint.config, form if form.startswith("int") else None
+    config = resolve(EngineConfig(dtype="float32", quantize=quantize, num_blocks=8), model)
+    if not config.packed_weights:
+        pytest.skip("needs the native kernels of a CPU")
+    stored = kept_in_blocks(checkpoint) if form == "as stored" else {}
+    kept = tuple((path, kind.bits) for path, kind in stored.items())
+
+    def held(spec, array):
+        leaf = prepare_leaf(spec, array, model, config)
+        return np.asarray(sum(part.nbytes for part in jax.tree.leaves(leaf)))
+
+    found = load_params(checkpoint, dtype=None, prepare=held, keep_blocks=form == "as stored", stack_layers=False)
+    without = weight_bytes(model, 1, 4, quantize=quantize, kept=(*kept, *((path, 0.0) for path in EXPERTS)))
+    counted = weight_bytes(model, 1, 4, quantize=quantize, kept=kept) - without
+    assert counted == sum(layer[path.removeprefix("layers.")] for layer in found["layers"] for path in EXPERTS)

@@ -282,6 +282,18 @@ def test_int8_experts_are_read_as_bytes() -> None:
     assert whole - one == 32 * 6 * 3 * 4096 * 14336 // 8
 
 
+KEPT_EXPERTS = (("layers.expert_gate_up", 4.25), ("layers.expert_down", 4.25))
+
+
+@pytest.mark.parametrize(("options", "bits"), [({"kept": KEPT_EXPERTS}, 4.25), ({"quantize": "int4"}, 4.5)])
+def test_experts_of_4_bits_are_read_as_such(options: dict, bits: float) -> None:
+    from fastgen_jax.models.families import family_of
+
+    model = family_of("MixtralForCausalLM").config_from_hf(MIXTRAL_8X7B)
+    whole, one = (read_weight_bytes(model, 1, 4, tokens=n, **options) for n in (10_000, 1))
+    assert whole - one == 32 * 6 * 3 * 4096 * 14336 * bits / 8
+
+
 def test_a_tied_int8_head_is_stored_in_addition_to_the_embedding_on_a_single_device() -> None:
     config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | {"tie_word_embeddings": True}
     apart, tied = (

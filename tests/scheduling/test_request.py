@@ -26,7 +26,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a", ""]}, "stop contains ''"),
     ({"stop": [3]}, "stop contains 3"),
     ({"stop": None}, "stop is None; it must be a sequence; use () for none"),
-    ({"stop_token_ids": list(range(17))}, "stop_token_ids has 17 entries but at most 16"),
+    ({"stop_token_ids": list(range(1025))}, "stop_token_ids has 1025 entries but at most 1024"),
     ({"stop_token_ids": [-1]}, "stop_token_ids contains -1; token ids are ints in [0, 2147483647]"),
     ({"stop_token_ids": [True]}, "stop_token_ids contains True"),
     ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a sequence"),

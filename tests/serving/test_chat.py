@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.chat import AnswerForm
 from fastgen_jax.serving.protocol import ChatRequest
-from fastgen_jax.serving.tools import ToolReader, prepare_messages
+from fastgen_jax.serving.tool_formats import FORMATS
+from fastgen_jax.serving.tools import prepare_messages
 from tests.serving.tiny_server import MODEL, ask, events, offline, tokenizer
 
 CHAT = {
@@ -107,7 +108,7 @@ def test_completions_and_json_objects_follow_the_grammar_too():
 
 
 def test_a_named_function_is_called_with_arguments_that_follow_its_schema():
-    body = {**CHAT, "max_tokens": 60, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    body = {**CHAT, "max_tokens": 90, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}
     got = choice(body)
     (call,) = got["message"]["tool_calls"]
     assert got["message"]["content"] is None
@@ -131,19 +132,11 @@ def test_a_required_call_chooses_one_of_the_tools():
     assert json.loads(call["function"]["arguments"])["c"] in ("A", "B")
 
 
-def test_calls_are_read_from_free_text_and_the_content_before_them_stays():
-    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
-    text = 'Let me see. <tool_call>{"name": "f", "arguments": {"c": "A"}}</tool_call>\n<tool_call>{"name": "f"}</tool_call>'
-    content, calls = "", []
-    for piece in (text[i : i + 3] for i in range(0, len(text), 3)):
-        more, deltas = reader.push(piece)
-        content, calls = content + more, calls + deltas
-    more, deltas = reader.flush()
-    assert content + more == "Let me see. "
-    assert [c["function"] for c in calls + deltas] == [
-        {"name": "f", "arguments": '{"c": "A"}'},
-        {"name": "f", "arguments": "{}"},
-    ]
+def pieces_of(text, size):
+    """The pieces of an answer of a model that writes <tool_call>, which arrives in pieces of `size` characters."""
+    reader = AnswerForm(schemas={}, tools=FORMATS["hermes"], reasoning=None).reader()
+    pieces = [piece for i in range(0, len(text), size) for piece in reader.push(text[i : i + size])]
+    return pieces + reader.flush()
 
 
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
@@ -178,11 +171,9 @@ CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 )
 @pytest.mark.parametrize("size", [1, 7, 1_000_000])
 def test_everything_that_is_not_a_call_is_content(text, content, size):
-    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
-    size = max(size, len(text) // 1000)
-    pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)] + [reader.flush()]
-    assert "".join(piece for piece, _ in pieces) == content
-    assert reader.num_calls == sum(len(calls) for _, calls in pieces) == text.count(CALL)
+    pieces = pieces_of(text, max(size, len(text) // 1000))
+    assert "".join(piece.text for piece in pieces if piece.kind == "content") == content
+    assert sum(piece.kind == "call" for piece in pieces) == text.count(CALL)
 
 
 @pytest.mark.parametrize("said", ['Wait. <tool_call>{"name": "f", </tool_call>', '<tool_call>{"name": "f", "arg'])
@@ -198,9 +189,8 @@ def test_an_unreadable_call_stays_in_the_answer(said):
 
 
 def test_arguments_that_the_model_wrote_as_a_string_stay_unchanged():
-    reader = ToolReader(ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER]))
-    _, (call,) = reader.push('<tool_call>{"name": "f", "arguments": "{\\"c\\": 1}"}</tool_call>')
-    assert call["function"]["arguments"] == '{"c": 1}'
+    call, arguments = pieces_of('<tool_call>{"name": "f", "arguments": "{\\"c\\": 1}"}</tool_call>', 1000)
+    assert (call.text, arguments.text) == ("f", '{"c": 1}')
 
 
 def test_references_inside_a_tools_schema_are_resolved():
@@ -220,19 +210,24 @@ def test_references_inside_a_tools_schema_are_resolved():
 def test_tools_are_described_in_a_message_if_the_template_has_none():
     plain = tokenizer(template="{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
     body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
-    messages, tools = prepare_messages(plain, body.messages, body.tools, writes_calls=True)
+    messages, tools = prepare_messages(plain, body.messages, body.tools)
     assert tools is None
     prompt = plain.apply_chat_template(messages)
     assert prompt.startswith("system:You may call functions.")
     assert '"name": "f"' in prompt
     assert prompt.endswith("\nuser:x\n")
-    with_system, _ = prepare_messages(
-        plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools, writes_calls=True
-    )
+    with_system, _ = prepare_messages(plain, [{"role": "system", "content": "Be brief."}, *body.messages], body.tools)
     assert plain.apply_chat_template(with_system).startswith("system:Be brief.\n\nYou may call functions.")
 
 
 def test_a_template_with_an_unknown_format_of_tool_calls_is_refused_with_tool_choice_auto():
-    body = ChatRequest(model=MODEL, messages=[{"role": "user", "content": "x"}], tools=[WEATHER])
-    with pytest.raises(ApiError, match="in a format that this server cannot read"):
-        prepare_messages(tokenizer(template="{{ tools }}"), body.messages, body.tools, writes_calls=True)
+    body = {**CHAT, "tools": [WEATHER], "chat_template": "{{ tools | length }}"}
+    got = ask("/v1/chat/completions", body, trust_request_chat_template=True)
+    assert got.status_code == 400
+    assert "in a format that this server cannot read" in got.json()["error"]["message"]
+    assert got.json()["error"]["param"] == "tool_choice"
+    assert ask("/v1/chat/completions", body, trust_request_chat_template=True, tool_format="llama").status_code == 200
+    forced = ask(
+        "/v1/chat/completions", {**body, "tool_choice": "required", "max_tokens": 90}, trust_request_chat_template=True
+    )
+    assert forced.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"

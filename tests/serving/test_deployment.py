@@ -144,13 +144,15 @@ def test_openais_client_works_with_every_endpoint(client):
     got = api.chat.completions.create(
         model=model,
         messages=messages,
-        max_tokens=40,
+        max_tokens=90,
         tools=[tool],
         tool_choice={"type": "function", "function": {"name": "f"}},
     )
     assert json.loads(got.choices[0].message.tool_calls[0].function.arguments)["a"] in (1, 2)
+    vectors = [entry.embedding for entry in api.embeddings.create(model=model, input=["x", "yz", "x"]).data]
+    assert vectors[0] == vectors[2] != vectors[1]  # from a replica
     with pytest.raises(openai.BadRequestError):
-        api.embeddings.create(model=model, input="x")
+        api.embeddings.create(model=model, input="x" * 10_000)
     with pytest.raises(openai.NotFoundError):
         api.completions.create(model="other", prompt="x")
     with pytest.raises(openai.AuthenticationError):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax import SamplingParams
+from fastgen_jax.text.filters import TokenFilter
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler
 from tests.serving.tiny_server import MODEL, ask, engine, events, tokenizer
 from tests.tiny import drain, greedy, tokens_of
@@ -162,3 +163,37 @@ def test_a_grammar_may_require_the_text_of_a_special_token():
     grammar = Grammar.json_schema({"enum": ["a</s>b"]})
     request_id = shared.add([5], SamplingParams(max_new_tokens=30, seed=1), grammar=grammar)
     assert text_of(drain(shared)[request_id]) == '"a</s>b"'
+
+
+def test_a_grammar_is_compiled_once_and_its_matchers_are_independent(monkeypatch):
+    compiler = GrammarCompiler(tokenizer(), vocab_size=96, eos_token_ids=(2,))
+    first = compiler.matcher(DIGITS)
+    monkeypatch.setattr(compiler, "_compile", None)
+    for token_id in tokenizer().encode("12", add_special_tokens=False):
+        assert not first.advance(token_id)
+    masks = np.zeros((2, 3), np.int32)
+    matchers = (first.restarted(), compiler.matcher(Grammar(kind="regex", source=DIGITS.source)))
+    for matcher, words in zip(matchers, masks, strict=True):
+        matcher.fill_mask(words)
+        assert not matcher.advance(tokenizer().encode("1", add_special_tokens=False)[0])
+    assert (masks[0] == masks[1]).all()
+
+
+def test_a_filter_bans_the_end_of_a_sequence_only_after_its_beginning():
+    banned = TokenFilter(vocab_size=40, allowed=[1, 2, 3, 33], banned=[(3,), (1, 2, 33)])
+    assert not banned.is_static
+
+    def allowed():
+        words = np.zeros(2, np.int32)
+        banned.fill_mask(words)
+        return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+    seen = []
+    for token_id in (1, 2, 2, 1, 2):
+        seen.append(allowed())
+        assert not banned.advance(token_id)
+    assert seen == [[1, 2, 33], [1, 2, 33], [1, 2], [1, 2, 33], [1, 2, 33]]
+    assert allowed() == [1, 2]
+    assert TokenFilter(vocab_size=40, allowed=None, banned=[(3,)]).is_static
+    banned = banned.restarted()
+    assert allowed() == [1, 2, 33]

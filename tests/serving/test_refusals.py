@@ -23,7 +23,9 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
     [
         ("completions", {"temprature": 1}, "temprature", "unknown field 'temprature'"),
         ("completions", {"suffix": "end"}, "suffix", "suffix='end' is not supported"),
-        ("completions", {"best_of": 4}, "best_of", "best_of=4 is not supported"),
+        ("completions", {"best_of": 2, "n": 4}, "best_of", "best_of=2 is less than n=4"),
+        ("completions", {"best_of": 4, "stream": True}, "best_of", "best_of=4 selects among complete answers"),
+        ("completions", {"prompt": [True]}, "prompt", "prompt.0 is True"),
         ("completions", {"temperature": -1}, "temperature", "greater than or equal to 0"),
         ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens=0 requests no output"),
         ("completions", {"prompt": []}, "prompt", "prompt is empty"),
@@ -33,7 +35,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
         ("completions", {"logit_bias": {"4000": 1}}, "logit_bias", "logit_bias names token 4000"),
         ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "require stream=true"),
         ("completions", {"prompt": ["x"] * 100}, None, "more than the 64 requests that may wait"),
-        ("completions", {"min_tokens": 9}, "min_new_tokens", "min_new_tokens is 9"),
+        ("completions", {"min_tokens": 9}, "min_tokens", "min_tokens is 9 but max_tokens is 4"),
         ("completions", {"logprobs": 50}, "logprobs", "less than or equal to 20"),
         ("chat/completions", {"functions": [{}]}, "functions", "functions=[{}] is not supported"),
         ("chat/completions", {"audio": {"voice": "x"}}, "audio", "audio={'voice': 'x'} is not supported"),
@@ -51,7 +53,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
         (
             "chat/completions",
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
-            None,
+            "response_format",
             "the json schema cannot be used",
         ),
     ],
@@ -78,7 +80,7 @@ def test_wrong_models_paths_methods_and_bodies_are_refused():
         assert response.status_code == 400
         assert "not JSON" in response.json()["error"]["message"]
         response = await client.post("/v1/embeddings", json={"input": "x"})
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
     with_server(scenario)
 
@@ -257,3 +259,38 @@ def test_a_client_that_disconnects_frees_its_blocks(stream):
 
     sent = with_server(scenario)
     assert sum(m["type"] == "http.response.body" for m in sent) < 80
+
+
+def test_a_client_that_leaves_a_stream_is_logged_with_status_499(caplog):
+    body = json.dumps({**COMPLETION, "max_tokens": 90, "ignore_eos": True, "stream": True, "temperature": 0}).encode()
+
+    async def scenario(client, backend):
+        resume, watch = pause_after_outputs(backend), Watch(backend)
+        gone = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive():
+            message = next(messages, None)
+            if message is None:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                gone.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        task = asyncio.create_task(client._transport.app(scope, receive, send))
+        await watch.first_output.wait()
+        await gone.wait()
+        await asyncio.sleep(0)  # the watcher of the connection runs before more outputs arrive
+        resume.set()
+        await task
+        return (await client.get("/metrics")).text
+
+    with caplog.at_level("INFO", "fastgen_jax.access"):
+        metrics = with_server(scenario)
+    assert [record.status for record in caplog.records if record.path == "/v1/completions"] == [499]
+    assert 'path="/v1/completions",status="499"' in metrics

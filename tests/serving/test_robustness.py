@@ -33,8 +33,8 @@ def deep(levels: int) -> dict:
     return schema
 
 
-def form(schema: dict) -> dict:
-    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+def form(schema: dict, **more: bool) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema, **more}}}
 
 
 def field(name: str, value: bytes) -> bytes:
@@ -54,9 +54,13 @@ ODD = {
         "logit_bias has 10000 entries but at most 300",
     ),
     "a long key": ("completions", {**COMPLETION, "logit_bias": {"9" * 5000: 1}}, "keys must be token ids"),
-    "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 16 items"),
+    "many stops": ("completions", {**COMPLETION, "stop": ["x"] * 10_000}, "at most 1024 items"),
     "a long stop": ("completions", {**COMPLETION, "stop": "x" * 10_000}, "at most 1000 characters"),
-    "many stops, MII": ("/mii/here", {"prompts": "Hi", "stop": ["x"] * 10_000}, "stop has 10000 strings but at most 16"),
+    "many stops, MII": (
+        "/mii/here",
+        {"prompts": "Hi", "stop": ["x"] * 10_000},
+        "stop has 10000 strings with 10000 characters in all, but at most 1024",
+    ),
     "many samples, MII": ("/mii/here", {"prompts": "Hi", "n": 10**30}, "more than the 64 requests that may wait"),
     "NaN, MII": ("/mii/here", b'{"prompts": "Hi", "temperature": NaN}', "temperature is nan; it must be a finite number"),
     "no UTF-8": ("completions", field("user", b'"\xff\xfe"'), "the body is not JSON in UTF-8"),
@@ -65,11 +69,11 @@ ODD = {
     "deep JSON": ("completions", b"[" * 100_000, "the body is not JSON"),
     "deep JSON in a field": (
         "chat/completions",
-        json.dumps(CHAT)[:-1].encode() + b', "metadata": %s}' % (b"[" * 500 + b"]" * 500),
+        json.dumps(CHAT)[:-1].encode() + b', "prediction": %s}' % (b"[" * 500 + b"]" * 500),
         "is not supported here",
     ),
     "a deep schema": ("chat/completions", {**CHAT, **form(deep(200))}, "the json schema cannot be used: recursion limit"),
-    "a schema elsewhere": ("chat/completions", {**CHAT, **form({"$ref": "http://127.0.0.1:1/x"})}, "cannot be used"),
+    "a schema elsewhere": ("chat/completions", {**CHAT, **form({"$ref": "http://127.0.0.1:1/x"}, strict=True)}, "$ref to"),
     "no number": ("completions", {**COMPLETION, "prompt": [1.5]}, "prompt"),
     "a token below zero": ("completions", {**COMPLETION, "prompt": [-1]}, "prompt.0 is -1: input should be greater"),
     "a long prompt": ("completions", {**COMPLETION, "prompt": "x" * 100_000}, "100001 tokens but max_context_len is 128"),

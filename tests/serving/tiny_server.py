@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import socket
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import cache
 from typing import Any
 
 import httpx
+import uvicorn
 
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.api.async_engine import AsyncEngine, Stream
@@ -27,6 +31,11 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+SHORT_TEMPLATE = (
+    "{# </think> #}{% if tools %}t{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ (m.content or '')[-20:] }}\n"
+    "{% endfor %}a:<think>"
+)
+"""Shows the end of each message, and that there are tools, and begins the reasoning of the answer."""
 MODEL = "tiny"
 
 
@@ -120,6 +129,27 @@ def offline(text: str, **params: Any) -> str:
     shared = engine()
     request_id = shared.add(text, SamplingParams(**params))
     return "".join(output.text for output in drain(shared)[request_id])
+
+
+@contextlib.contextmanager
+def serving(shared: Engine) -> Iterator[str]:
+    """The URL of a server on a real socket, in a thread of this process, without an API key."""
+    backend = AsyncEngine(shared)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend)), log_config=None)
+    )
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()  # from here on connections are accepted
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        backend._thread.close()
+        listener.close()
 
 
 class Watch:

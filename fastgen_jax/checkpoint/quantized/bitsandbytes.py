@@ -84,8 +84,8 @@ def four_bit_values(
     block: int,
     nested_block: int,
     nested_offset: float,
-) -> np.ndarray:
-    """float32 of `shape` from u8[n/2, 1], the first number in the high bits: a table's entries times those of blocks.
+) -> np.ndarray | Groups:
+    """Of `shape`, from u8[n/2, 1], the first number in the high bits: a table's entries times those of blocks.
 
     The largest magnitudes of blocks are float32, or indices of a second table, in blocks, around an offset.
     """
@@ -93,6 +93,13 @@ def four_bit_values(
         scales = nested_table[largest] * np.repeat(nested_largest, nested_block)[: len(largest)] + np.float32(nested_offset)
     else:
         scales = largest.astype(np.float32)
+    if len(shape) == 2 and shape[1] % block == 0:
+        return Groups(
+            shape=(shape[0], shape[1]),
+            rows=lambda some: _codes(packed.reshape(shape[0], -1)[some]),
+            scales=scales.reshape(shape[0], -1),
+            table=table.astype(np.float32),
+        )
     count = math.prod(shape)
     pairs = np.stack([table[np.arange(256) >> 4], table[np.arange(256) & 15]], axis=-1).astype(np.float32)
     out = np.empty(count, np.float32)
@@ -102,3 +109,8 @@ def four_bit_values(
         values = pairs[codes[first // 2 : -(-last // 2)]].reshape(-1)[: last - first]
         np.multiply(values, np.repeat(scales[start : start + _BLOCKS], block)[: last - first], out=out[first:last])
     return out.reshape(shape)
+
+
+def _codes(packed: np.ndarray) -> np.ndarray:
+    """u8[rows, 2 n] of u8[rows, n]: the first number of a byte is in the high bits."""
+    return np.stack([packed >> 4, packed & 15], axis=-1).reshape(len(packed), -1)

@@ -31,7 +31,11 @@ def read_mxfp4(tensors: Mapping[str, StoredTensor], settings: JsonFields) -> dic
         *lead, rows, groups, size = blocks.shape
         expect_shape(module, "_scales", scales, blocks.shape[:-1])
         return PackedTensor(
-            dtype="MXFP4", shape=(*lead, 2 * groups * size, rows), parts=(blocks, scales), values=mxfp4_values
+            dtype="MXFP4",
+            shape=(*lead, 2 * groups * size, rows),
+            parts=(blocks, scales),
+            values=mxfp4_values,
+            of_entry=_mxfp4_expert,
         )
 
     form = Format(needs=("_blocks", "_scales"), dtypes=("uint8",), weight=weight, becomes="")
@@ -52,12 +56,16 @@ def mxfp4_values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return out
 
 
+def _mxfp4_expert(blocks: np.ndarray, scales: np.ndarray) -> Groups:
+    """[out, in] of u8[out, in/32, 16] and their exponents u8[out, in/32]."""
+    return mxfp4_rows(blocks.reshape(len(blocks), -1), scales)
+
+
 @functools.cache
 def _mxfp4_pairs() -> np.ndarray:
     """Both numbers of every byte at every exponent, as two bfloat16 in a u32: [exponent * 256 + byte]."""
-    number = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
     byte = np.arange(256)
-    both = np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
+    both = np.stack([E2M1[byte & 15], E2M1[byte >> 4]], axis=-1)
     with np.errstate(over="ignore"):  # for exponents that do not occur
         scaled = np.ldexp(both, np.arange(256)[:, None, None] - E8M0_BIAS)
         return scaled.astype(ml_dtypes.bfloat16).reshape(-1, 2).view(np.uint32)[:, 0]
@@ -102,13 +110,15 @@ def fp8_weight(module: str, parts: Parts, *, block: list[int] | None) -> PackedT
     return PackedTensor(dtype=weight.dtype, shape=weight.shape, parts=(weight, scales), values=values)
 
 
-def fp8_values(weight: np.ndarray, scales: np.ndarray, *, block: tuple[int, int]) -> np.ndarray:
-    """float32[out, in] of an 8-bit matrix with one scale per block; blocks at the edges may be partial."""
-    out = weight.astype(np.float32)
-    for row in range(0, out.shape[0], block[0]):  # by rows of blocks, without a temporary as large as the matrix
-        of_columns = np.repeat(scales[row // block[0]].astype(np.float32), block[1])[: out.shape[1]]
-        out[row : row + block[0]] *= of_columns
-    return out
+def fp8_values(weight: np.ndarray, scales: np.ndarray, *, block: tuple[int, int]) -> Groups:
+    """[out, in] of an 8-bit matrix with one scale per block; blocks at the edges may be partial."""
+    outputs, inputs = weight.shape
+    return Groups(
+        shape=(outputs, inputs),
+        rows=lambda some: weight[some],
+        scales=scales.repeat(block[0], axis=0)[:outputs],
+        group=None if inputs % block[1] == 0 else np.arange(inputs, dtype=np.int32) // block[1],
+    )
 
 
 def channel_values(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> Groups:
@@ -199,15 +209,13 @@ def nvfp4_weight(
 
 def nvfp4_values(
     packed: np.ndarray, scales: np.ndarray, whole: np.ndarray, inputs: np.ndarray | None, *, divides: bool
-) -> np.ndarray:
-    """float32[out, in] of u8[out, in/2], fp8[out, in/16], f32[] or f32[1], and, if any, factors of the inputs [in]."""
+) -> np.ndarray | Groups:
+    """[out, in] of u8[out, in/2], fp8[out, in/16], f32[] or f32[1], and, if any, factors of the inputs [in]."""
     factor = whole.astype(np.float32).reshape(())
     of_groups = scales.astype(np.float32) / factor if divides else scales.astype(np.float32) * factor
     shape = (len(packed), 2 * packed.shape[1])
-    out = Groups(shape=shape, rows=lambda some: fp4(packed[some]), scales=of_groups).values()
-    if inputs is not None:
-        out *= inputs.astype(np.float32).reshape(1, -1)
-    return out
+    out = Groups(shape=shape, rows=lambda some: fp4(packed[some]), scales=of_groups)
+    return out if inputs is None else out.values() * inputs.astype(np.float32).reshape(1, -1)
 
 
 def mxfp8_values(weight: np.ndarray, scales: np.ndarray) -> Groups:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from fastgen_jax.checkpoint.block_kind import BlockKind
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
     from pallas_kernels.matmul.blocks import BlockFormat
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of the low three bits of a 4-bit float; the fourth is the sign
+_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = np.array((*_HALF, *(-value for value in _HALF)), np.float32)
+"""The values of 4-bit floats: the fourth bit is the sign."""
 E8M0_BIAS = 127
 _ROWS = 256  # outputs that are dequantized at a time, so that temporaries are small
 
@@ -55,20 +57,13 @@ def unpack_sequential(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def fp4(packed: np.ndarray) -> np.ndarray:
-    """float32[..., 2 n] of u8[..., n]: two E2M1 numbers in each byte, the first in the low bits."""
-    return _fp4_pairs()[packed].reshape(*packed.shape[:-1], -1)
-
-
-@functools.cache
-def _fp4_pairs() -> np.ndarray:
-    number = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
-    byte = np.arange(256)
-    return np.stack([number[byte & 15], number[byte >> 4]], axis=-1)
+    """float4_e2m1fn[..., 2 n] of u8[..., n]: two numbers in each byte, the first in the low bits."""
+    return unpack_bits(packed, 4, 2 * packed.shape[-1]).view(ml_dtypes.float4_e2m1fn)
 
 
 def e8m0(exponents: np.ndarray) -> np.ndarray:
-    """The powers of two that 8-bit exponents stand for, float32."""
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - E8M0_BIAS)
+    """The powers of two that 8-bit exponents stand for, float8_e8m0fnu."""
+    return exponents.view(ml_dtypes.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,14 +82,16 @@ class Groups:
     group: np.ndarray | None = None
     """i32[in]: the group of each input. None: consecutive groups of equal size."""
     bits: int | None = None
-    """Of unsigned numbers, or of signed ones if there are no zeros. None: the numbers are floats."""
+    """Of unsigned numbers, or of signed ones if there are no zeros. None: the numbers are floats of 4 or 8 bits."""
+    table: np.ndarray | None = None
+    """float32[16]: the numbers, in uint8, are indices of it."""
 
     def values(self) -> np.ndarray:
         """float32[out, in]."""
         out = np.empty(self.shape, np.float32)
         for start in range(0, self.shape[0], _ROWS):
             some = slice(start, min(start + _ROWS, self.shape[0]))
-            numbers = self.rows(some).astype(np.float32)
+            numbers = _wide(self.rows(some)) if self.table is None else self.table[self.rows(some)]
             if self.group is None:
                 numbers = numbers.reshape(len(numbers), self.scales.shape[1], -1)
             if self.zeros is not None:
@@ -114,33 +111,44 @@ class Groups:
         form = self._block_format()
         if form is None:
             return None
-        scale_bits = 8 * np.dtype(form.scale_dtype).itemsize * (1 + form.has_offsets)
         wide = form.scale_dtype == "float32"
         what = f" and {'float32 ' * wide}offsets" if form.has_offsets else ""
-        name = f"{form.bits} bits{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
-        return BlockKind(name, form.bits + scale_bits / form.size, form.size)
+        numbers = f"{form.bits} bits" if self.bits is not None else f"{form.bits}-bit floats"
+        numbers = numbers if self.table is None else "NF4"
+        name = f"{numbers}{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
+        return BlockKind(name, form.bits_with_scales, form.size, form.bits, is_float=self.bits is None)
 
     def _block_format(self) -> BlockFormat | None:
         from pallas_kernels.matmul import BLOCK_SIZES
-        from pallas_kernels.matmul.blocks import BlockFormat
+        from pallas_kernels.matmul.blocks import NF4, BlockFormat
 
         size, rest = divmod(self.shape[1], self.scales.shape[1])
         scale = self.scales.dtype.name
         is_even = not isinstance(self.zeros, np.ndarray)
         if self.group is not None or rest:
             return None
-        if self.bits == 8 and is_even and self.biases is None:  # a group of another size is divided into blocks
+        if self.table is not None:
+            is_kept = size in BLOCK_SIZES and np.array_equal(self.table, NF4)
+            return BlockFormat("nf4", False, "float32", size) if is_kept else None
+        if self.bits in (8, None) and is_even and self.biases is None:
+            numbers = self.rows(slice(0, 1)).dtype.name if self.bits is None else "int8"
+            if numbers == "float4_e2m1fn" and size in BLOCK_SIZES:
+                return BlockFormat(numbers, False, scale if scale == "float8_e8m0fnu" else "float32", size)
+            # A group of another size is divided into blocks.
             size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
-            return BlockFormat(8, False, "float16" if scale == "float16" else "float32", size) if size else None
+            if size and numbers in ("int8", "float8_e4m3fn"):
+                is_half = (numbers, scale) == ("int8", "float16")
+                return BlockFormat(numbers, False, "float16" if is_half else "float32", size)
+            return None
         if self.bits is None or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
             return None
         if self.bits != 4:
-            return BlockFormat(8, True, "float32", size) if self.bits < 8 or self.biases is None else None
+            return BlockFormat("int8", True, "float32", size) if self.bits < 8 or self.biases is None else None
         if self.biases is None and is_even and scale == "float16":
-            return BlockFormat(4, False, "float16", size)
+            return BlockFormat("uint4", False, "float16", size)
         if self.biases is not None and scale == self.biases.dtype.name == "float16":
-            return BlockFormat(4, True, "float16", size)
-        return BlockFormat(4, True, "float32", size)
+            return BlockFormat("uint4", True, "float16", size)
+        return BlockFormat("uint4", True, "float32", size)
 
     def blocks(self) -> BlockWeight:
         """The matrix [in, out] in its bits; ValueError if it has no `block_kind`."""
@@ -151,16 +159,23 @@ class Groups:
             raise ValueError(
                 f"a matrix {self.shape} of {self.bits} bits with scales {self.scales.shape} is not kept in blocks"
             )
-        numbers = self.rows(slice(0, self.shape[0]))
+        values = self.rows(slice(0, self.shape[0]))
         zeros = np.asarray(0 if self.zeros is None else self.zeros, np.float32)
-        if self.bits == 8 and numbers.dtype == np.uint8:
-            numbers, zeros = numbers ^ 128, zeros - 128
-        values = numbers if self.bits == 4 else numbers.view(np.int8)
+        if self.bits == 8 and values.dtype == np.uint8:
+            values, zeros = values ^ 128, zeros - 128
+        if form.numbers == "int8":
+            values = values.view(np.int8)
         if not form.has_offsets:
             blocks_in_group = self.shape[1] // self.scales.shape[1] // form.size
-            return BlockWeight(values=values, scales=self.scales.astype(form.scale_dtype).repeat(blocks_in_group, axis=1))
+            scales = self.scales if self.scales.dtype.name == form.scale_dtype else self.scales.astype(form.scale_dtype)
+            return BlockWeight(values=values, scales=scales.repeat(blocks_in_group, axis=1), is_nf4=self.table is not None)
         if form.scale_dtype == "float16":
             return BlockWeight(values=values, scales=self.scales, offsets=self.biases)
         scales = self.scales.astype(np.float32)
         offsets = -scales * zeros if self.biases is None else self.biases.astype(np.float32)
         return BlockWeight(values=values, scales=scales, offsets=offsets)
+
+
+def _wide(numbers: np.ndarray) -> np.ndarray:
+    """float32; a table is faster than the cast of 4-bit floats."""
+    return E2M1[numbers.view(np.uint8)] if numbers.dtype == ml_dtypes.float4_e2m1fn else numbers.astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,25 +31,37 @@ class PackedTensor:
     shape: tuple[int, ...]
     parts: tuple[StoredTensor | None, ...]  # the arguments of `values`
     values: Callable[..., np.ndarray | Groups]
+    of_entry: Callable[..., Groups] | None = None
+    """For a stack of matrices: one of them, from this entry of each part."""
+    transposed: bool = False
+    """Whether a matrix of this shape is [in, out]; that of `values` is [out, in]."""
 
     def map(self) -> np.ndarray:
         """The values, float32 or bfloat16."""
-        found = self._found()
-        return found.values() if isinstance(found, Groups) else found
+        found = self.values(*self._parts())
+        whole = found.values() if isinstance(found, Groups) else found
+        return whole.T if self.transposed else whole
 
+    @functools.cached_property
     def block_kind(self) -> BlockKind | None:
-        """How `blocks` stores the matrix; None if it cannot be kept in its bits."""
-        found = self._found()
+        """How `blocks` stores the matrix, or each matrix; None if it cannot be kept in its bits."""
+        found = self._found(None if self.of_entry is None else 0)
         return found.block_kind() if isinstance(found, Groups) else None
 
-    def blocks(self) -> BlockWeight:
-        """The matrix [in, out] in its bits, if it has a `block_kind`."""
-        found = self._found()
+    def blocks(self, entry: int | None = None) -> BlockWeight:
+        """The matrix [in, out], or that of an entry, in its bits, if it has a `block_kind`."""
+        found = self._found(entry)
         assert isinstance(found, Groups), "it has a block_kind"
         return found.blocks()
 
-    def _found(self) -> np.ndarray | Groups:
-        return self.values(*(None if part is None else part.map() for part in self.parts))
+    def _found(self, entry: int | None) -> np.ndarray | Groups:
+        if entry is None:
+            return self.values(*self._parts())
+        assert self.of_entry is not None, "it is a stack"
+        return self.of_entry(*(None if part is None else part[entry] for part in self._parts()))
+
+    def _parts(self) -> list[np.ndarray | None]:
+        return [None if part is None else part.map() for part in self.parts]
 
 
 @dataclass(frozen=True, kw_only=True)

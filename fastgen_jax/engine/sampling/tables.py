@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fastgen_jax.scheduling.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from fastgen_jax.scheduling.request import SamplingParams
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float32, Int, Int32, UInt32
 
 MAX_EOS_TOKEN_IDS = 8
-_MAX_BANNED_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
+_MAX_BANNED_IDS = 16 + MAX_EOS_TOKEN_IDS  # the stop tokens of a usual request, and those of the model
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
 
@@ -99,7 +99,11 @@ def validate(params: SamplingParams, vocab_size: int, *, eos_token_ids: Sequence
         ValueError: a token id is outside the vocabulary, or there are too many tokens to ban for `min_new_tokens`.
     """
     biased = [token_id for token_id, _ in _bias_pairs(params)]
-    for name, ids in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("logit_bias", biased),
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+    ):
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise ValueError(

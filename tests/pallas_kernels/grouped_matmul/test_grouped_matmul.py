@@ -209,7 +209,7 @@ def test_grouped_matmul_refuses_invalid_arguments(arguments: dict, message: str)
     [
         (np.zeros((3, 4), np.float32), {}, r"must be \[G, K, N\]"),
         (np.zeros((2, 3, 4), np.int8), {}, "dtype int8.*floating point"),
-        (np.zeros((2, 3, 4), np.float32), {"quantize": "int4"}, "'int4'.*None or 'int8'"),
+        (np.zeros((2, 3, 4), np.float32), {"quantize": "fp8"}, "'fp8'.*None, 'int8' or 'int4'"),
         (np.zeros((2, 3, 4), np.float32), {"platform": "metal"}, "'metal'"),
         (np.zeros((2, 3, 5), np.float32), {"gated": True}, "even, not 5"),
     ],

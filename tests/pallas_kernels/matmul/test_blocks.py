@@ -8,33 +8,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear, prepare, quantize_int4, swiglu
+from pallas_kernels.matmul import BlockWeight, PackedWeight, concatenate, linear, prepare, quantize_int4, swiglu, widen
+from pallas_kernels.matmul.blocks import NF4
+from tests.pallas_kernels.matmul.random_blocks import FORMATS, random_blocks
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
-FORMATS = [
-    (4, False, "float16"),
-    (4, True, "float16"),
-    (4, True, "float32"),
-    (8, False, "float16"),
-    (8, False, "float32"),
-    (8, True, "float32"),
-]
 ROWS = (1, 2, 3, 14, 15, 40)
 # [K, N] and the size of a block; 4096 is more than one part of the contraction axis.
 SHAPES = [(32, 7, 16), (64, 95, 32), (512, 33, 128), (4096, 40, 64)]
-
-
-def _blocks(k: int, n: int, size: int, bits: int, offsets: bool, scale_dtype: str, *, seed: int = 0) -> BlockWeight:
-    generator = np.random.default_rng(seed)
-    values = generator.integers(0, 16, (n, k)) if bits == 4 else generator.integers(-128, 128, (n, k))
-    scales = generator.uniform(-1, 1, (2, n, k // size)) / 8
-    scales[0, 0, 0] = 3e-6  # subnormal in float16
-    # float32 scales come from products of float16 and a few bits, so that scale * value is exact.
-    scale, offset = (scales.astype(np.float16) * (np.float32(1 if scale_dtype == "float16" else 63))).astype(scale_dtype)
-    return BlockWeight(
-        values=values.astype(np.uint8 if bits == 4 else np.int8), scales=scale, offsets=offset if offsets else None
-    )
 
 
 def _x(m: int, k: int) -> np.ndarray:
@@ -46,7 +28,7 @@ def _x(m: int, k: int) -> np.ndarray:
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize(("k", "n", "size"), SHAPES)
 def test_products_are_those_of_the_matrix_that_the_blocks_stand_for(k, n, size, form, dtype):
-    blocks = _blocks(k, n, size, *form)
+    blocks = random_blocks(k, n, size, *form)
     packed = prepare(blocks, platform="cpu", dtype=dtype)
     plain = prepare(blocks.dequantize().astype(dtype), platform="cpu")
     assert isinstance(packed, PackedWeight)
@@ -64,7 +46,7 @@ def test_products_are_those_of_the_matrix_that_the_blocks_stand_for(k, n, size, 
 @needs_native
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_gated_products_and_single_layers_too(form):
-    layers = [_blocks(64, 2 * 40, 32, *form, seed=seed) for seed in range(3)]
+    layers = [random_blocks(64, 2 * 40, 32, *form, seed=seed) for seed in range(3)]
     stack = jax.tree.map(lambda *rows: jnp.stack(rows), *(prepare(each, platform="cpu", gated=True) for each in layers))
     x = jnp.asarray(_x(5, 64))
     for layer, blocks in enumerate(layers):
@@ -74,16 +56,19 @@ def test_gated_products_and_single_layers_too(form):
 
 @needs_native
 def test_blocks_take_the_memory_of_their_bits():
-    packed = prepare(_blocks(4096, 64, 32, 4, False, "float16"), platform="cpu")
+    packed = prepare(random_blocks(4096, 64, 32, "uint4", False, "float16"), platform="cpu")
     assert packed.panels.nbytes == 4096 * 64 * 4.5 / 8
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_dequantizing_follows_the_definition(form):
-    blocks = _blocks(64, 3, 32, *form)
+    blocks = random_blocks(64, 3, 32, *form)
     for n, k in ((0, 0), (1, 31), (2, 32), (2, 63)):
-        scale, q = np.float64(blocks.scales[n, k // 32]), float(blocks.values[n, k])
-        offset = np.float64(blocks.offsets[n, k // 32]) if blocks.offsets is not None else -8 * scale if form[0] == 4 else 0
+        scale, q = np.float64(blocks.scales[n, k // 32]), blocks.values[n, k]
+        q = float(NF4[q] if blocks.is_nf4 else q)
+        offset = 0 if blocks.offsets is None else np.float64(blocks.offsets[n, k // 32])
+        if form[:2] == ("uint4", False):
+            offset = -8 * scale
         assert blocks.dequantize()[k, n] == np.float32(scale * q + offset)
 
 
@@ -106,7 +91,7 @@ def test_int4_has_at_most_half_the_step_of_a_block_as_error():
         (np.zeros((2, 64), np.uint8), np.zeros((3, 2), np.float16), None, r"must be \[2, K / size\]"),
         (np.zeros((2, 64), np.uint8), np.zeros((2, 8), np.float16), None, "blocks have 8 inputs; supported: 16, 32"),
         (np.zeros((2, 64), np.uint8), np.zeros((2, 2), np.float16), np.zeros((2, 2), np.float32), "unlike the scales"),
-        (np.zeros((2, 64), np.uint8), np.zeros((2, 2), np.float32), None, "not supported; supported: 4 bits with float16"),
+        (np.zeros((2, 64), np.uint8), np.zeros((2, 2), np.float32), None, "not supported; supported: uint4 with float16"),
     ],
 )
 def test_blocks_that_do_not_fit_together_are_refused(values, scales, offsets, message):
@@ -124,12 +109,18 @@ def test_int4_is_refused_where_it_cannot_be():
 
 
 def test_other_platforms_get_the_matrix():
-    blocks = _blocks(64, 6, 32, 4, True, "float16")
+    blocks = random_blocks(64, 6, 32, "uint4", True, "float16")
     plain = prepare(blocks, platform="tpu", dtype="float32")
     np.testing.assert_array_equal(plain, blocks.dequantize())
 
 
+@pytest.mark.parametrize(("form", "bits"), [(("int8", False, "float16"), 4), (("float8_e4m3fn", False, "float32"), 8)])
+def test_values_that_other_bits_cannot_hold_are_not_widened(form, bits):
+    with pytest.raises(ValueError, match=rf"blocks of {form[0]} have no equal in integers of {bits} bits"):
+        widen(random_blocks(64, 3, 32, *form), 32, bits)
+
+
 def test_weights_side_by_side_are_one():
-    parts = [_blocks(64, n, 32, 4, True, "float16", seed=n) for n in (3, 5)]
+    parts = [random_blocks(64, n, 32, "uint4", True, "float16", seed=n) for n in (3, 5)]
     whole = concatenate(parts)
     np.testing.assert_array_equal(whole.dequantize(), np.concatenate([part.dequantize() for part in parts], axis=1))

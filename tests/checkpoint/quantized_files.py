@@ -1,0 +1,82 @@
+"""Quantized matrices of every format, and model directories with one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.checkpoint.quantized import split_settings
+from fastgen_jax.checkpoint.tensor_files import read_safetensors
+from tests.checkpoint.tiny_files import write_hf
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+INT4 = np.load(REFERENCE / "int4.npz")  # see make_int4.py
+MATRICES = REFERENCE / "quantized.safetensors"  # see make_quantized.py
+with safe_open(MATRICES, "np") as file:
+    SETTINGS = json.loads(file.metadata()["settings"])
+GROUPS = np.repeat(np.arange(2, dtype=np.int32), 32)
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+STATIC = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}},
+}
+NAME = "model.layers.1.mlp.gate_proj"
+
+
+def settings_of(case: str) -> dict:
+    """The settings of a case of make_quantized.py as `unpack` gets them."""
+    mlx = {"quantization": SETTINGS[case], "quantization_config": SETTINGS[case]}
+    settings, rest = split_settings(mlx if case.startswith("mlx") else {"quantization_config": SETTINGS[case]})
+    assert settings is not None
+    assert not rest
+    return settings
+
+
+def tensors_of(case: str, module: str) -> dict:
+    """The stored tensors of a case under the names of a module."""
+    tensors = read_safetensors(MATRICES).items()
+    return {
+        module + name.removeprefix(f"{case}/"): t for name, t in tensors if name.startswith(f"{case}/") and "=" not in name
+    }
+
+
+AWQ_PARTS = {".qweight": INT4["awq_weight"], ".qzeros": INT4["awq_zeros"], ".scales": INT4["scales"]}
+GPTQ_PARTS = {".qweight": INT4["gptq_weight"], ".qzeros": INT4["gptq_zeros"], ".scales": INT4["scales"], ".g_idx": GROUPS}
+FP8_PARTS = {".weight": np.ones((24, 64), ml_dtypes.float8_e4m3fn), ".weight_scale_inv": np.ones((2, 4), np.float32)}
+INT8_PARTS = {".weight": np.ones((24, 64), np.int8), ".weight_scale": np.ones((24, 1), np.float32)}
+INT4_PARTS = {
+    ".weight_packed": np.ones((24, 8), np.int32),
+    ".weight_scale": np.ones((24, 2), np.float32),
+    ".weight_shape": np.array([24, 64]),
+}
+
+
+def quantized_folder(path: Path, settings: dict, parts: dict[str, np.ndarray], **overrides) -> Path:
+    """A directory whose matrix NAME is stored as `parts`, whose names begin with what comes after the module's."""
+
+    def change(tensors):
+        del tensors[f"{NAME}.weight"]
+        tensors |= {f"{NAME}{ending}": array for ending, array in parts.items()}
+
+    sizes = {"hidden_size": 64, "intermediate_size": 24} | overrides
+    write_hf(path, vocab_size=512, change=change, **sizes)
+    config = json.loads((path / "config.json").read_text())
+    field = "quantization" if "quant_method" not in settings else "quantization_config"
+    (path / "config.json").write_text(json.dumps(config | {field: settings}))
+    return path
+
+
+def loaded_gate(path: Path) -> np.ndarray:
+    """The matrix NAME as loaded, [in, out]."""
+    params = load_params(open_checkpoint(path), dtype="float32", stack_layers=False)
+    gate, _ = np.split(np.asarray(params["layers"][1]["gate_up"]), 2, axis=1)
+    return gate
