@@ -72,7 +72,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_scale: bool = True  # norms have a scale
     norm_bias: bool = False  # norms have a bias as well
-    norm_offset: float = 0.0  # added to the stored scale: Gemma stores scale - 1
+    norm_offset: float = 0.0  # added to the stored scale: Gemma and Nemotron store scale - 1
     norm_placement: Literal["input", "output", "both", "residual"] = "input"  # of attention and MLP; see decoder.py
     final_norm: bool = True
     embed_norm: bool = False  # on the embeddings, before the first layer

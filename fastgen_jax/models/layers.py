@@ -51,7 +51,7 @@ def norm(
     scale = w[name] if config.norm_scale else jnp.ones(x.shape[-1:], x.dtype)
     if config.norm == "rms":
         return rms_norm(x, scale, eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
-    return layer_norm(x, scale, w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)
+    return layer_norm(x, scale, w.get(f"{name}_bias"), eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
 
 
 def project(

@@ -51,7 +51,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
         *("hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
-        *("n_head_kv",),
+        *("n_head_kv", "d_model", "max_seq_len", "n_heads", "n_layers", "norm_eps", "num_heads", "num_layers"),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
         *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps"),
@@ -163,10 +163,10 @@ def test_partial_rotation_with_scaling_is_refused_where_transformers_cannot_comp
         FAMILIES["llama"].config_from_hf(hf | {"partial_rotary_factor": 0.5})
 
 
-# Of their own functions: BLOOM's GELU, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
-FIXED_ACTIVATION = ("bloom", "gpt_oss", "qwen")
+# Of their own functions: the GELU of BLOOM and MPT, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
+FIXED_ACTIVATION = ("bloom", "gpt_oss", "mpt", "qwen")
 ACTIVATION_FIELDS = {
-    **dict.fromkeys(("opt", "gpt2"), "activation_function"),
+    **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), "hidden_activation"),
 }
