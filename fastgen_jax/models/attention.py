@@ -81,6 +81,10 @@ def prepare_step(
     if config.logn_length is not None:  # keeps the entropy of attention as at the trained length
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
+    if config.query_growth is not None:
+        weight, trained = config.query_growth
+        growth = 1.0 + weight * jnp.log1p((batch.positions // trained).astype(jnp.float32))
+        scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     num_blocks, num_devices = kv_cache.k.shape[0] // config.num_layers, 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)

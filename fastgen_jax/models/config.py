@@ -106,6 +106,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer, in tokens; (): no windows
     mla: MLAConfig | None = None  # multi-head latent attention instead of q, k and v
     attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
+    query_growth: tuple[float, int] | None = None  # (b, n): queries at position p are scaled by 1 + b log(1 + p // n)
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP

@@ -64,6 +64,28 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {
             "window": {**LLAMA_LIKE, "sliding_window": 16},
             "head_dim": {**LLAMA_LIKE, "sliding_window": None, "head_dim": 12},
+            "ministral": {
+                **LLAMA_LIKE,
+                "model_type": "ministral",
+                "head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "ministral3": {
+                **LLAMA_LIKE,
+                "model_type": "ministral3",
+                "head_dim": 12,
+                **rope(
+                    rope_type="yarn",
+                    factor=8.0,
+                    original_max_position_embeddings=16,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    mscale=1.0,
+                    mscale_all_dim=1.0,
+                    llama_4_scaling_beta=0.3,
+                ),
+            },
         },
     ),
     "opt": (
@@ -435,7 +457,7 @@ def main() -> None:
             if (home / family / variant).exists():
                 continue
             torch.manual_seed(0)
-            config = AutoConfig.for_model(model_type, **fields)
+            config = AutoConfig.for_model(**{"model_type": model_type, **fields})
             # transformers 5.23 adds Falcon's ALiBi twice in its eager attention; its others lack Gemma 2's soft cap.
             attention = "sdpa" if family == "falcon" else "eager"
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
