@@ -96,6 +96,7 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: Literal["head", "per_head", "row"] | None = None  # scale [D] shared by heads; [H, D]; over all heads [H*D]
     qk_norm_bias: bool = False
+    qk_norm_rotated: bool = False  # these norms follow the rotary embedding
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
     attention_scale: float | None = None  # of the dot products; None: 1 / sqrt(D)
     attention_scale_by_layer: bool = False  # the scale of layer i, counted from 0, is also divided by i + 1

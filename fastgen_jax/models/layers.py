@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # The normal distribution nearest to the squared ReLU (arXiv:2209.10655, appendix).
 _LAPLACE_MEAN, _LAPLACE_DEVIATION = 0.707107, 0.282095
 
+_XIELU_BETA, _XIELU_EPS = 0.5, -1e-6  # the same in every release
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -39,6 +41,18 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - _LAPLACE_MEAN) / (_LAPLACE_DEVIATION * math.sqrt(2.0)))),
     "linear": lambda x: x,
 }
+
+
+def xielu(x: Float[Array, "T F"], parameters: Float[Array, " 2"]) -> Float[Array, "T F"]:
+    """The activation of Apertus (arXiv:2411.13010), in float32; `parameters` are its learned ones, for x > 0 and for x <= 0.
+
+    The integral of a function that is linear for x > 0 and an exponential below; beta, its value at 0, is 1/2.
+    """
+    x32 = x.astype(jnp.float32)
+    positive, negative = jax.nn.softplus(parameters.astype(jnp.float32))
+    negative = _XIELU_BETA + negative
+    below = (jnp.expm1(jnp.minimum(x32, _XIELU_EPS)) - x32) * negative
+    return (jnp.where(x32 > 0.0, positive * jnp.square(x32), below) + _XIELU_BETA * x32).astype(x.dtype)
 
 
 def norm(

@@ -49,7 +49,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
-        *("hidden_activation", "layer_norm_elementwise_affine"),
+        *("hidden_act", "hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
         *("n_head_kv", "d_model", "max_seq_len", "n_heads", "n_layers", "norm_eps", "num_heads", "num_layers"),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),

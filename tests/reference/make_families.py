@@ -377,6 +377,27 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "bias_tied": {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         },
     ),
+    "apertus": (
+        "apertus",
+        {
+            "default": LLAMA_LIKE
+            | rope(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **TRAINED),
+            "bias_tied": LLAMA_LIKE
+            | {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "relu2", **rope(rope_type="default")},
+        },
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
+            "bias_alpha": {
+                **LLAMA_LIKE,
+                "head_dim": 8,
+                "attention_bias": True,
+                **rope(rope_type="dynamic", factor=1.0, alpha=100.0),
+            },
+        },
+    ),
     "nemotron": (
         "nemotron",
         {
