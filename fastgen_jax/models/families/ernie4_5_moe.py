@@ -22,9 +22,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     # a division by zero, as the decoder does.
     hf.ignore("use_bias", "moe_gate", "moe_use_aux_free", "moe_capacity", "moe_norm_min", "num_nextn_predict_layers")
     width, count = hf["moe_intermediate_size"], hf["num_hidden_layers"]
-    last = hf.get("moe_layer_end_index", -1)
+    last = hf.get("moe_layer_end_index")
     first, step = hf.get("moe_layer_start_index", 1), hf.get("moe_layer_interval", 1)
-    layers = range(first, count if last == -1 else min(last + 1, count))
+    layers = range(first, count if last in (None, -1) else min(last + 1, count))
     return ModelConfig(
         family="ernie4_5_moe",
         **common.sizes(hf, assumed={"num_key_value_heads": 4}),
