@@ -102,6 +102,8 @@ PUBLISHED = [
     ("gemma2", {"sliding_window_size": 4096, "sliding_window": 4096}, {"sliding_window_size": 512}),
     ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False}, {"use_qk_norm": False}),
     ("phi", {"rotary_dim": 4}, {"rotary_dim": 8}),
+    ("nemotron", {"kv_channels": 12}, {"kv_channels": 16}),
+    ("gptj", {"rotary": True, "scale_attn_weights": True}, {"rotary": False}),
     ("stablelm", {"rotary_scaling_factor": 1.0, "num_heads": 4}, {"rotary_scaling_factor": 2.0}),
 ]
 

@@ -144,6 +144,7 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("hunyuan_v1_dense", "default", {"qk_norm_rotated": False}),
         ("mistral", "ministral3", {"query_growth": None}),
         ("minicpm", "default", {"residual_multiplier": 1.0}),
+        ("baichuan", "13b", {"alibi_slopes": ()}),
     ],
 )
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_families import LLAMA_LIKE, PROMPT_LENGTH, compute, randomise, rope
+from make_families import LLAMA_LIKE, NUM_GREEDY, PROMPT_LENGTH, compute, randomise, rope
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,6 +55,33 @@ def internlm2(tensors: Tensors) -> Tensors:
     return renamed
 
 
+def baichuan(tensors: Tensors) -> Tensors:
+    """Queries, keys and values are one matrix."""
+    renamed = {name: value for name, value in tensors.items() if not name.endswith(tuple(f"{x}_proj.weight" for x in "qkv"))}
+    for i in range(LLAMA_LIKE["num_hidden_layers"]):
+        attention = f"model.layers.{i}.self_attn."
+        renamed[f"{attention}W_pack.weight"] = torch.cat([tensors[f"{attention}{x}_proj.weight"] for x in "qkv"])
+    return renamed
+
+
+def compute_alibi(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
+    """As `compute`, with ALiBi instead of the rotary embedding: every token is at position 0. Nothing is cached."""
+    heads = model.config.num_attention_heads
+    slopes = torch.tensor([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)])[:, None, None]  # for powers of two
+    tokens = prompt
+    for _ in range(NUM_GREEDY + 1):
+        places = torch.arange(len(tokens))
+        distance = (places[None, :] - places[:, None]).float()  # [query, key]
+        mask = torch.where(distance <= 0.0, slopes * distance, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            out = model(
+                tokens[None], attention_mask=mask[None], position_ids=torch.zeros_like(tokens)[None], use_cache=False
+            )
+        logits = out.logits[0]
+        tokens = torch.cat([tokens, logits[-1:].argmax(-1)])
+    return {"token_ids": tokens[:-1].numpy(), "logits": logits.numpy()}
+
+
 def unchanged(tensors: Tensors) -> Tensors:
     return tensors
 
@@ -62,6 +89,20 @@ def unchanged(tensors: Tensors) -> Tensors:
 # family -> variant -> (model_type of transformers, fields of its config, fields of the family's config, its tensors)
 Variant = tuple[str, dict[str, Any], dict[str, Any], Callable[[Tensors], Tensors]]
 FAMILIES: dict[str, dict[str, Variant]] = {
+    "baichuan": {
+        "7b": (
+            "llama",
+            {**LLAMA_LIKE, "num_key_value_heads": 4},
+            {"num_key_value_heads": None, "model_max_length": 128},
+            baichuan,
+        ),
+        "13b": (
+            "llama",
+            {**LLAMA_LIKE, "num_key_value_heads": 4},
+            {"num_key_value_heads": None, "model_max_length": 128, "max_position_embeddings": None},
+            baichuan,
+        ),
+    },
     "internlm2": {
         "default": ("llama", LLAMA_LIKE, {"bias": False, "rope_theta": 10000.0}, internlm2),
         "bias_dynamic": (
@@ -107,6 +148,7 @@ FAMILIES: dict[str, dict[str, Variant]] = {
     },
 }
 NAMES = {
+    "baichuan": {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "rms_norm_eps": 1e-6},
     "internlm2": {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "rms_norm_eps": 1e-6},
     "internlm3": {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3", "rms_norm_eps": 1e-6},
     "minicpm": {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm"},
@@ -126,13 +168,16 @@ def main() -> None:
             config = AutoConfig.for_model(model_type, **fields)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
             randomise(model)
-            expected = compute(model, torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
+            has_alibi = own_fields.get("max_position_embeddings", True) is None
+            run = compute_alibi if has_alibi else compute
+            expected = run(model, torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
             np.savez_compressed(folder / "expected.npz", **expected)
             tensors = {name: value.bfloat16().contiguous() for name, value in renamed(model.state_dict()).items()}
             if fields["tie_word_embeddings"]:
                 tensors.pop("lm_head.weight")
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             said = {"hidden_act": "silu", **LLAMA_LIKE, **NAMES[family], **own_fields}
+            said = {name: value for name, value in said.items() if value is not None}
             (folder / "config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
             logits = expected["logits"]
             print(f"{family}/{variant}: logits in [{logits.min():.1f}, {logits.max():.1f}]", flush=True)

@@ -46,6 +46,7 @@ _NAMES = (
     "arcee",
     "apertus",
     "nemotron",
+    "baichuan",
     "internlm2",
     "internlm3",
     "minicpm",

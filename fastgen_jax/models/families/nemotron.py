@@ -18,6 +18,8 @@ NAMES = common.LLAMA_NAMES | {"layers.up": "model.layers.{layer}.mlp.up_proj"}
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     sizes, bias = common.sizes(hf), hf.get("attention_bias", False)
+    common.refuse_unsupported(hf, {"kv_channels": (sizes["head_dim"],)})  # a copy
+    hf.ignore("kv_channels")
     return ModelConfig(
         family="nemotron",
         **sizes,
