@@ -23,7 +23,7 @@ COLAB_PYTHON ?= $(shell for python in python3.13 python3.12 $(PYTHON); do \
   if $$python -c '' 2>/dev/null; then echo $$python; break; fi; done)
 COMPAT_TESTS ?= tests/core tests/pallas_kernels/ragged_attention/test_gpu.py tests/pallas_kernels/ragged_attention/test_oracle.py \
   tests/pallas_kernels/grouped_matmul tests/engine/test_engine.py tests/engine/test_kv_dtype.py \
-  tests/api tests/text tests/cli tests/bench tests/serving
+  tests/api tests/text tests/cli tests/bench tests/serving tests/training
 compat:
 	@if $(MAKE) --silent $(COLAB_VENV)/.installed; \
 	then $(COLAB_VENV)/bin/python -m tests.environments.add_package '.[serve,bench]' && \

@@ -49,6 +49,8 @@ class Execution:
     """Dtype of the residual stream; None: that of the embedding."""
     mesh: Mesh | None = None
     """Devices that weights and cache are sharded over, by `models.sharding`; None: a single device."""
+    wrap_layer: Callable[[Layer], Layer] | None = None
+    """Makes another function of that of a layer, for example one that is computed again for a derivative."""
 
 
 def forward(
@@ -75,6 +77,8 @@ def hidden_rows(
         config = divided(config, execution.mesh.size)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
     layer = partial(run, step=step, config=config)
+    if execution.wrap_layer is not None:
+        layer = execution.wrap_layer(layer)
     x = _embed(params, batch, config, execution.activation_dtype)
     rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
     if config.final_norm:

@@ -2,11 +2,12 @@
 
 `prepare` turns a checkpoint's weight into a plain array, an `Int8Weight` or, on CPUs with a C++ compiler, a
 `PackedWeight`; `linear` and `swiglu` accept all of them. A `BlockWeight` is a checkpoint's weight in 4 or 8 bits, with a
-scale for every few inputs.
+scale for every few inputs. A `PairedWeight` is differentiable and has the products of a `PackedWeight`.
 """
 
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import linear, swiglu
+from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "BlockWeight",
     "Int8Weight",
     "PackedWeight",
+    "PairedWeight",
     "Weight",
     "concatenate",
     "linear",
+    "pair",
     "prepare",
     "quantize_int4",
     "quantize_int8",

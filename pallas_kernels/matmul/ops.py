@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul import cpu
+from pallas_kernels.matmul.paired import PairedWeight
 from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def linear(
     x: Float[Array, "*rows K"],
-    w: Weight,
+    w: Weight | PairedWeight,
     *,
     residual: Float[Array, "*rows N"] | None = None,
     num_rows: Int[Array, ""] | None = None,
@@ -45,12 +46,14 @@ def linear(
         if w.gated:
             raise ValueError("w was prepared with gated=True, for swiglu; for linear, prepare with gated=False")
         return _packed(x, w, residual, num_rows).astype(out_dtype)
+    if isinstance(w, PairedWeight):
+        return _paired(x, w, residual, num_rows).astype(out_dtype)
     y = _product(x, w)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
 
 def swiglu(
-    x: Float[Array, "*rows K"], w: Weight, *, num_rows: Int[Array, ""] | None = None, shards: int = 1
+    x: Float[Array, "*rows K"], w: Weight | PairedWeight, *, num_rows: Int[Array, ""] | None = None, shards: int = 1
 ) -> Float[Array, "*rows F"]:
     """silu(x @ gate) * (x @ up), [..., F] in the dtype of x, computed in float32.
 
@@ -67,6 +70,8 @@ def swiglu(
         if shards != 1:
             raise ValueError(f"shards is {shards}, but a PackedWeight cannot be sharded; pass an array or an Int8Weight")
         return _packed(x, w, None, num_rows).astype(x.dtype)
+    if isinstance(w, PairedWeight):
+        return _paired(x, w, None, num_rows).astype(x.dtype)
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
@@ -81,7 +86,7 @@ def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*r
     return (jax.nn.silu(gate) * up).reshape(*y.shape[:-1], -1)
 
 
-def _check(x: jax.Array, w: Weight) -> None:
+def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
     if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]")
 
@@ -114,3 +119,23 @@ def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows:
         blocks=None if w.blocks is None else (w.blocks.number, w.blocks.size, w.rounds),
     )
     return y.reshape(*x.shape[:-1], w.num_outputs)
+
+
+@jax.custom_jvp
+def _paired(x: jax.Array, w: PairedWeight, residual: jax.Array | None, num_rows: jax.Array | None) -> jax.Array:
+    """float32[..., N]: the packed product, with the derivative of the plain one."""
+    return _packed(x, w.packed, residual, num_rows)
+
+
+@_paired.defjvp
+def _paired_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    x, w, residual, _ = primals
+    x_tangent, w_tangent, residual_tangent, _ = tangents
+
+    def product(x: jax.Array, plain: jax.Array, residual: jax.Array | None) -> jax.Array:
+        y = _product(x, plain.astype(x.dtype))
+        y = gated(y) if w.packed.gated else y
+        return y if residual is None else y + residual.astype(jnp.float32)
+
+    tangent = jax.jvp(product, (x, w.plain, residual), (x_tangent, w_tangent.plain, residual_tangent))[1]
+    return _paired(*primals), tangent

@@ -1,7 +1,8 @@
 """The notebooks run from top to bottom in their own kernel, as they do for a reader.
 
-All four run in the fast suite: the one that needs no model as it is, the others with a tiny checkpoint in place of the
-built-in models. With the real models they take minutes of CPU time, so that is a slow test.
+Four run in the fast suite: the one that needs no model as it is, the others with a tiny checkpoint in place of the
+built-in models. With the real models they take minutes of CPU time, so that is a slow test, and so is the fifth, which
+trains.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.serving.checkpoint import write_checkpoint
 
 HOME = Path(__file__).parents[2] / "notebooks"
 WITHOUT_MODEL = HOME / "a_model_family_in_an_hour.ipynb"
+TRAINS = HOME / "rollouts.ipynb"
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
 EXECUTE = "tests.notebooks.execute"  # writes the outputs
 OWNER = re.compile(r"(?:github\.com|colab\.research\.google\.com/github)/([\w-]+)/fastgen_jax")
@@ -88,7 +90,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("in_clone")
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != WITHOUT_MODEL], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path == TRAINS else [], id=path.stem)
+        for path in NOTEBOOKS
+        if path != WITHOUT_MODEL
+    ],
+)
 def test_a_notebook_runs_from_top_to_bottom_with_a_tiny_model(
     path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +177,7 @@ def test_without_anything_to_install_the_first_cell_explains_what_to_do(fresh: s
 
 
 def test_notebooks_install_the_package_first_and_have_a_badge() -> None:
-    assert len(NOTEBOOKS) == 4
+    assert len(NOTEBOOKS) == 5
     for path in NOTEBOOKS:
         cells = code_cells(path)
         assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source  # tested in a fresh environment
