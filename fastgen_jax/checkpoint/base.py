@@ -19,8 +19,8 @@ from fastgen_jax.models.families.common import Source
 if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
 
-# Saved by old versions of transformers, in any number format: rotary frequencies and causal masks.
-_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
+# Saved by transformers, in any number format: rotary frequencies and causal masks (old versions), constants of xIELU.
+_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|act_fn\.(beta|eps))")
 
 
 class Checkpoint(Protocol):

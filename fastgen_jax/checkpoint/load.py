@@ -211,6 +211,7 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
     sizes = (shape[-1],) if pieces == 1 else weight.spec.parts
     shapes = [(*shape[:-1], size) for size in sizes]
     shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
+    shapes = [(1, *rest) for rest in shapes] if source.is_row else shapes
     return shapes * (len(source.names) // pieces)
 
 
@@ -265,7 +266,8 @@ def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
     """One weight in the shape of its spec: tensors stacked and concatenated, and matrices transposed to [in, out]."""
     source, shape = weight.source, weight.spec.shape
     if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
-        return checkpoint.read(weight.names[0])
+        stored = checkpoint.read(weight.names[0])
+        return stored[0] if source.is_row else stored
     out: np.ndarray | None = None
     entries = shape[0] if source.stacked else 1
     start = 0

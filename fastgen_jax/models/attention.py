@@ -81,6 +81,10 @@ def prepare_step(
     if config.logn_length is not None:  # keeps the entropy of attention as at the trained length
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
+    if config.query_growth is not None:
+        weight, trained = config.query_growth
+        growth = 1.0 + weight * jnp.log1p((batch.positions // trained).astype(jnp.float32))
+        scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     num_blocks, num_devices = kv_cache.k.shape[0] // config.num_layers, 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
@@ -161,24 +165,30 @@ def _heads(
         if step.mesh is not None:  # every device has a copy
             latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
         return q, latent, latent
+    norm_first = config.qk_norm is not None and not config.qk_norm_rotated
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
         q, key, value = (
             part.reshape(x.shape[0], -1, d) for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size)
         )
-        if config.qk_norm is not None:
-            q, key = (_qk_norm(part, w, name, step, config) for part, name in ((q, "q_norm"), (key, "k_norm")))
+        if norm_first:
+            q, key = _qk_norms(q, key, w, step, config)
         q, key, value = (_clipped(part, config) for part in (q, key, value))
-        return (q, key, value) if turn is None else (rotate(q, *turn), rotate(key, *turn), value)
+        if turn is not None:
+            q, key = rotate(q, *turn), rotate(key, *turn)
+        return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
     qkv = qkv.reshape(-1, h + 2 * k, d)
-    if config.qk_norm is not None:
-        parts = ((qkv[:, :h], "q_norm"), (qkv[:, h : h + k], "k_norm"))
-        q, key = (_qk_norm(part, w, name, step, config) for part, name in parts)
+    if norm_first:
+        q, key = _qk_norms(qkv[:, :h], qkv[:, h : h + k], w, step, config)
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
     qkv = _clipped(qkv, config)
-    if turn is None:
-        return qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]
-    return rotary(qkv, *turn, num_heads=h)
+    q, key, value = (qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]) if turn is None else rotary(qkv, *turn, num_heads=h)
+    return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
+
+
+def _qk_norms(q: jax.Array, key: jax.Array, w: LayerWeights, step: Step, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys, each with its norm."""
+    return _qk_norm(q, w, "q_norm", step, config), _qk_norm(key, w, "k_norm", step, config)
 
 
 def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: ModelConfig) -> jax.Array:

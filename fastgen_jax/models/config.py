@@ -72,7 +72,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_scale: bool = True  # norms have a scale
     norm_bias: bool = False  # norms have a bias as well
-    norm_offset: float = 0.0  # added to the stored scale: Gemma stores scale - 1
+    norm_offset: float = 0.0  # added to the stored scale: Gemma and Nemotron store scale - 1
     norm_placement: Literal["input", "output", "both", "residual"] = "input"  # of attention and MLP; see decoder.py
     final_norm: bool = True
     embed_norm: bool = False  # on the embeddings, before the first layer
@@ -96,6 +96,7 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: Literal["head", "per_head", "row"] | None = None  # scale [D] shared by heads; [H, D]; over all heads [H*D]
     qk_norm_bias: bool = False
+    qk_norm_rotated: bool = False  # these norms follow the rotary embedding
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
     attention_scale: float | None = None  # of the dot products; None: 1 / sqrt(D)
     attention_scale_by_layer: bool = False  # the scale of layer i, counted from 0, is also divided by i + 1
@@ -106,6 +107,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer, in tokens; (): no windows
     mla: MLAConfig | None = None  # multi-head latent attention instead of q, k and v
     attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
+    query_growth: tuple[float, int] | None = None  # (b, n): queries at position p are scaled by 1 + b log(1 + p // n)
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP

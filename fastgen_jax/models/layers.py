@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # The normal distribution nearest to the squared ReLU (arXiv:2209.10655, appendix).
 _LAPLACE_MEAN, _LAPLACE_DEVIATION = 0.707107, 0.282095
 
+_XIELU_BETA, _XIELU_EPS = 0.5, -1e-6  # the same in every release
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -41,6 +43,18 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def xielu(x: Float[Array, "T F"], parameters: Float[Array, " 2"]) -> Float[Array, "T F"]:
+    """The activation of Apertus (arXiv:2411.13010), in float32; `parameters` are its learned ones, for x > 0 and for x <= 0.
+
+    The integral of a function that is linear for x > 0 and an exponential below; beta, its value at 0, is 1/2.
+    """
+    x32 = x.astype(jnp.float32)
+    positive, negative = jax.nn.softplus(parameters.astype(jnp.float32))
+    negative = _XIELU_BETA + negative
+    below = (jnp.expm1(jnp.minimum(x32, _XIELU_EPS)) - x32) * negative
+    return (jnp.where(x32 > 0.0, positive * jnp.square(x32), below) + _XIELU_BETA * x32).astype(x.dtype)
+
+
 def norm(
     x: Float[Array, "*rows E"], w: LayerWeights, name: str, *, config: ModelConfig, num_rows: Int[Array, ""] | None = None
 ) -> Float[Array, "*rows E"]:
@@ -51,7 +65,7 @@ def norm(
     scale = w[name] if config.norm_scale else jnp.ones(x.shape[-1:], x.dtype)
     if config.norm == "rms":
         return rms_norm(x, scale, eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
-    return layer_norm(x, scale, w.get(f"{name}_bias"), eps=config.norm_eps, num_rows=num_rows)
+    return layer_norm(x, scale, w.get(f"{name}_bias"), eps=config.norm_eps, offset=config.norm_offset, num_rows=num_rows)
 
 
 def project(

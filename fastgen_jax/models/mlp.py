@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layers import ACTIVATIONS, project
+from fastgen_jax.models.layers import ACTIVATIONS, project, xielu
 from fastgen_jax.models.moe import moe
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import swiglu
@@ -42,6 +42,8 @@ def _hidden(
     x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], config: ModelConfig, num_devices: int
 ) -> Float[Array, "T F"]:
     """The hidden units, before the projection back to E."""
+    if config.activation == "xielu":
+        return xielu(project(x, w, "up", num_rows=num_tokens), w["xielu"])
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))

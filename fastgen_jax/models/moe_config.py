@@ -22,8 +22,9 @@ Activation = Literal[
     "tanh",
     "laplace",
     "linear",
+    "xielu",
 ]
-"""The functions of `layers.ACTIVATIONS`."""
+"""The functions of `layers.ACTIVATIONS`, and `layers.xielu`, which has parameters, in MLPs without a gate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,6 +196,8 @@ def _mlp_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         up = matrix("up", (e, f), ("E", "F"))
     down = matrix("down", (f, e), ("F", "E"))
     yield from (up, down)
+    if config.activation == "xielu":
+        yield dataclasses.replace(vector("xielu", 2, "parameters"), parts=(1, 1))
     if config.mlp_bias:
         yield from (bias(up), bias(down))
 

@@ -59,14 +59,15 @@ def layer_norm(
     bias: Float[Array, "... E"] | None,
     *,
     eps: float,
+    offset: float = 0.0,
     num_rows: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T *shape E"]:
-    """`x` with mean 0 and variance 1 along the last axis, times `weight`, plus `bias`; in float32 (arXiv:1607.06450).
+    """`x` with mean 0 and variance 1 along the last axis, times `weight + offset`, plus `bias`; in float32.
 
-    `bias` has the shape of `weight`; for everything else see `rms_norm`.
+    Source: arXiv:1607.06450. `bias` has the shape of `weight`; for everything else see `rms_norm`.
     """
-    return _norm(x, weight, bias, num_rows, (eps, 0.0, True), implementation)
+    return _norm(x, weight, bias, num_rows, (eps, offset, True), implementation)
 
 
 Settings = tuple[float, float, bool]  # eps, offset, whether the mean is subtracted

@@ -49,9 +49,9 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
-        *("hidden_activation", "layer_norm_elementwise_affine"),
+        *("hidden_act", "hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
-        *("n_head_kv",),
+        *("n_head_kv", "d_model", "max_seq_len", "n_heads", "n_layers", "norm_eps", "num_heads", "num_layers"),
         *("max_position_embeddings", "max_window_layers", "model_max_length", "n_embd", "n_head", "n_inner", "n_layer"),
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
         *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps"),
@@ -102,6 +102,8 @@ PUBLISHED = [
     ("gemma2", {"sliding_window_size": 4096, "sliding_window": 4096}, {"sliding_window_size": 512}),
     ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False}, {"use_qk_norm": False}),
     ("phi", {"rotary_dim": 4}, {"rotary_dim": 8}),
+    ("nemotron", {"kv_channels": 12}, {"kv_channels": 16}),
+    ("gptj", {"rotary": True, "scale_attn_weights": True}, {"rotary": False}),
     ("stablelm", {"rotary_scaling_factor": 1.0, "num_heads": 4}, {"rotary_scaling_factor": 2.0}),
 ]
 
@@ -163,10 +165,10 @@ def test_partial_rotation_with_scaling_is_refused_where_transformers_cannot_comp
         FAMILIES["llama"].config_from_hf(hf | {"partial_rotary_factor": 0.5})
 
 
-# Of their own functions: BLOOM's GELU, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
-FIXED_ACTIVATION = ("bloom", "gpt_oss", "qwen")
+# Of their own functions: the GELU of BLOOM and MPT, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
+FIXED_ACTIVATION = ("bloom", "gpt_oss", "mpt", "qwen")
 ACTIVATION_FIELDS = {
-    **dict.fromkeys(("opt", "gpt2"), "activation_function"),
+    **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), "hidden_activation"),
 }

@@ -140,6 +140,11 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("opt", "default", {"position_offset": 0}),
         ("olmo", "clipped", {"clip_qkv": None}),
         ("gpt2", "scaled_by_layer", {"attention_scale_by_layer": False}),
+        ("nemotron", "default", {"norm_offset": 0.0}),
+        ("hunyuan_v1_dense", "default", {"qk_norm_rotated": False}),
+        ("mistral", "ministral3", {"query_growth": None}),
+        ("minicpm", "default", {"residual_multiplier": 1.0}),
+        ("baichuan", "13b", {"alibi_slopes": ()}),
     ],
 )
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
@@ -232,6 +237,16 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ("gpt_oss", "default", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", "default", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("starcoder2", "default", {"mlp_type": "gated"}, "mlp_type='gated'"),
+        ("apertus", "default", {"post_norm": True}, "post_norm=True"),
+        ("hunyuan_v1_dense", "default", {"use_cla": True}, "use_cla=True"),
+        ("minicpm", "default", {"sparse_config": {"topk": 64}}, "sparse_config={'topk': 64}"),
+        ("minicpm", "default", {"num_experts": 8}, "num_experts=8"),
+        ("mpt", "default", {"attn_config": {"qk_ln": True}}, "qk_ln=True"),
+        ("mpt", "default", {"attn_config": {"rope": True}}, r"attn_config has the unknown fields \['rope'\]"),
+        ("mpt", "default", {"logit_scale": 0.5}, "logit_scale=0.5"),
+        ("gpt_neo", "default", {"attention_types": [[["sparse"], 3]]}, "'sparse'"),
+        ("gptj", "default", {"rotary": False}, "rotary=False"),
+        ("ernie4_5_moe", "default", {"use_bias": True}, "use_bias=True"),
     ],
 )
 def test_unsupported_fields_are_refused_by_name(family, variant, changes, message):

@@ -16,7 +16,18 @@ from tests.tiny import drain, greedy, tokens_of
 
 HOME = REFERENCE / "families"
 TOLERANCE = 1e-4  # of the largest logit: two float32 programs that sum in different orders
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "olmoe",
+    "granitemoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "ernie4_5_moe",
+)
 QUICK = {
     ("mixtral", "relu2"),
     ("qwen2_moe", "every_second"),
@@ -27,6 +38,7 @@ QUICK = {
     ("deepseek_v3", "default"),
     ("gpt_oss", "mxfp4"),
     ("deepseek_v3", "fp8"),
+    ("ernie4_5_moe", "every_second"),
 }  # together they have every feature except the multipliers
 VARIANTS = [
     pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow) for names in variants() if names[0] in FAMILIES

@@ -52,6 +52,7 @@ YARN = rope(rope_type="yarn", factor=4.0, **TRAINED)
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.0, 4.0]}
 GPT2 = {"vocab_size": 64, "n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+MPT = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 96, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = without("num_key_value_heads", "intermediate_size", ffn_hidden_size=48)
 OPT = without("num_key_value_heads", "intermediate_size", ffn_dim=48, word_embed_proj_dim=32, tie_word_embeddings=True)
 GEMMA = {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True}
@@ -63,6 +64,28 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {
             "window": {**LLAMA_LIKE, "sliding_window": 16},
             "head_dim": {**LLAMA_LIKE, "sliding_window": None, "head_dim": 12},
+            "ministral": {
+                **LLAMA_LIKE,
+                "model_type": "ministral",
+                "head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "ministral3": {
+                **LLAMA_LIKE,
+                "model_type": "ministral3",
+                "head_dim": 12,
+                **rope(
+                    rope_type="yarn",
+                    factor=8.0,
+                    original_max_position_embeddings=16,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    mscale=1.0,
+                    mscale_all_dim=1.0,
+                    llama_4_scaling_beta=0.3,
+                ),
+            },
         },
     ),
     "opt": (
@@ -347,6 +370,77 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "arcee": (
+        "arcee",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12, **YARN},
+            "bias_tied": {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        },
+    ),
+    "apertus": (
+        "apertus",
+        {
+            "default": LLAMA_LIKE
+            | rope(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **TRAINED),
+            "bias_tied": LLAMA_LIKE
+            | {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "relu2", **rope(rope_type="default")},
+        },
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "default": {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True},
+            "bias_alpha": {
+                **LLAMA_LIKE,
+                "head_dim": 8,
+                "attention_bias": True,
+                **rope(rope_type="dynamic", factor=1.0, alpha=100.0),
+            },
+        },
+    ),
+    "nemotron": (
+        "nemotron",
+        {
+            "default": LLAMA_LIKE | rope(rope_type="default", partial_rotary_factor=0.5),
+            "bias": {
+                **LLAMA_LIKE,
+                "head_dim": 12,
+                "attention_bias": True,
+                "mlp_bias": True,
+                **rope(rope_type="default", partial_rotary_factor=1.0),
+            },
+        },
+    ),
+    "gptj": ("gptj", {"default": GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "default": without(
+                "num_key_value_heads",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "tie_word_embeddings",
+                num_layers=3,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1], [["local"], 1]],
+                window_size=16,
+            ),
+        },
+    ),
+    "gpt_bigcode": (
+        "gpt_bigcode",
+        {
+            "default": GPT2,
+            "multi_head": GPT2 | {"multi_query": False, "n_inner": 48, "scale_attn_weights": False},
+        },
+    ),
+    "mpt": (
+        "mpt",
+        {
+            "default": MPT,
+            "six_heads": MPT | {"d_model": 24, "n_heads": 6, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.25}},
+        },
+    ),
 }
 
 
@@ -384,7 +478,7 @@ def main() -> None:
             if (home / family / variant).exists():
                 continue
             torch.manual_seed(0)
-            config = AutoConfig.for_model(model_type, **fields)
+            config = AutoConfig.for_model(**{"model_type": model_type, **fields})
             # transformers 5.23 adds Falcon's ALiBi twice in its eager attention; its others lack Gemma 2's soft cap.
             attention = "sdpa" if family == "falcon" else "eager"
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()

@@ -54,6 +54,14 @@ GLM = {
     "routed_scaling_factor": 1.5,
     **rope(rope_type="default", partial_rotary_factor=0.5),
 }
+ERNIE = {
+    **LLAMA_LIKE,
+    "num_hidden_layers": 3,
+    "moe_k": 3,
+    "moe_num_experts": 8,
+    "moe_num_shared_experts": 2,
+    "moe_intermediate_size": 12,
+}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
 # family -> (model_type of transformers, variant -> fields of its config)
@@ -125,6 +133,21 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "norm_topk_prob": False,
                 "tie_word_embeddings": True,
                 "n_shared_experts": 2,
+            },
+        },
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "default": ERNIE,
+            "every_second": ERNIE
+            | {
+                "num_hidden_layers": 4,
+                "moe_layer_interval": 2,
+                "moe_layer_start_index": 0,
+                "moe_num_shared_experts": 0,
+                "tie_word_embeddings": True,
+                "hidden_act": "gelu",
             },
         },
     ),

@@ -25,6 +25,10 @@ _NAMES = (
     "gemma3",
     "gpt2",
     "gpt_neox",
+    "gptj",
+    "gpt_neo",
+    "gpt_bigcode",
+    "mpt",
     "bloom",
     "olmo",
     "olmo2",
@@ -39,6 +43,14 @@ _NAMES = (
     "glm4",
     "exaone4",
     "seed_oss",
+    "arcee",
+    "apertus",
+    "nemotron",
+    "baichuan",
+    "internlm2",
+    "internlm3",
+    "minicpm",
+    "hunyuan_v1_dense",
     "ernie4_5",
     "mixtral",
     "qwen2_moe",
@@ -49,6 +61,7 @@ _NAMES = (
     "deepseek_v2",
     "deepseek_v3",
     "glm4_moe",
+    "ernie4_5_moe",
 )
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}

@@ -132,13 +132,14 @@ class Source:
 
     They are transposed from [out, in] if `transpose`, and concatenated along the output axis (the last one). If `stacked`,
     the names of row 0 of the first axis come first, then those of row 1, and so on. `rearrange` reorders the output axis of
-    the result.
+    the result. If `is_row`, a vector [n] is stored as [1, n].
     """
 
     names: tuple[str, ...]
     _: KW_ONLY
     transpose: bool = False
     stacked: bool = False
+    is_row: bool = False
     rearrange: Callable[[np.ndarray], np.ndarray] | None = None
 
 

@@ -84,6 +84,8 @@ _CHANGES_OUTPUT = frozenset(
         "alibi",
         "attention_chunk_size",
         "attention_window_size",
+        "attention_types",
+        "attn_config",
         "attn_logit_softcapping",
         "attn_scale",
         "attn_temperature_tuning",
@@ -105,6 +107,7 @@ _CHANGES_OUTPUT = frozenset(
         "use_logn_attn",
         "use_qk_norm",
         "use_sliding_window",
+        "window_size",
         # rotary embeddings
         "llama_4_scaling",
         "no_rope_layers",

@@ -1,15 +1,27 @@
-"""Mistral 7B and its descendants: Llama with a sliding window. Multimodal checkpoints are read without their vision part."""
+"""Mistral 7B and its descendants: Llama with a sliding window. Multimodal checkpoints are read without their vision part.
+
+Ministral 3 and Devstral 2 scale the queries beyond the context length of training.
+"""
 
 from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
 
-ARCHITECTURES = ("MistralForCausalLM", "Mistral3ForConditionalGeneration")
-FEATURES = "sliding window on all or some layers; explicit head_dim; every rotary scaling; Small 3.1/3.2 without images"
+ARCHITECTURES = (
+    "MistralForCausalLM",
+    "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
+    "Mistral3ForConditionalGeneration",
+)
+FEATURES = (
+    "sliding window on all or some layers; explicit head_dim; every rotary scaling; Small 3.1/3.2, Ministral 3 and "
+    "Devstral 2 without images"
+)
+_ROTARY = ("max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
 
 
 @reads_every_field
@@ -18,12 +30,24 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     return ModelConfig(
         family="mistral",
         **common.sizes(hf, assumed={"num_key_value_heads": 8}),
-        **rotary(hf, max_context_len=131_072),
+        **_positions(hf),
         layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: True),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         activation=common.activation(hf, default="silu"),
     )
+
+
+def _positions(hf: Fields) -> ModelFields:
+    """The rotary settings, and `query_growth` of Ministral 3, which is among them in config.json."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    beta = rope.get("llama_4_scaling_beta")
+    if beta is None:
+        return rotary(hf, max_context_len=131_072)
+    plain = {name: value for name, value in rope.items() if name not in ("llama_4_scaling_beta", "max_position_embeddings")}
+    fields = {name: hf[name] for name in _ROTARY if name in hf} | {"rope_parameters": plain, "rope_scaling": None}
+    growth = (beta, plain["original_max_position_embeddings"])
+    return rotary(fields, max_context_len=262_144) | {"query_growth": growth}
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
