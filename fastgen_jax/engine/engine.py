@@ -102,7 +102,7 @@ class Engine:
         self._stepper = Stepper(self.config, self.runner, self.scheduler, self._journal, self.metrics)
         self._sleep = Sleep(self.runner, self.scheduler, self.metrics)
         self._updating = Updating(
-            self.runner, self.scheduler, self._journal, self.manual_sequences, self._stepper, self._sleep, step=self.step
+            self.runner, self.scheduler, self._journal, self.manual_sequences, self._stepper, self._sleep
         )
         missing = self.runner.missing(self.config.budget_ladder)
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
@@ -379,7 +379,7 @@ class Engine:
         "abort", and are finished first with "wait". While the engine is paused, `has_work` is false for requests that are
         kept, and `step` returns nothing of them.
         """
-        self._updating.pause(mode)
+        self._updating.pause(mode, self.step)
 
     def resume(self) -> None:
         """Ends a pause. If the memory was released and there are requests, it is restored first."""

@@ -37,8 +37,6 @@ class Updating:
         sequences: ManualSequences,
         stepper: Stepper,
         sleep: Sleep,
-        *,
-        step: Callable[[Outbox], list[RequestOutput]],
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -46,7 +44,6 @@ class Updating:
         self._sequences = sequences
         self._stepper = stepper
         self._sleep = sleep
-        self._step = step
         self.wakers: list[Callable[[], object]] = []
         """Called after a change that may have made work for a thread that steps and now waits, or outputs for it."""
 
@@ -98,8 +95,8 @@ class Updating:
         journal.is_open = False
         return None
 
-    def pause(self, mode: PauseMode) -> None:
-        """See `Engine.pause`."""
+    def pause(self, mode: PauseMode, step: Callable[[Outbox], list[RequestOutput]]) -> None:
+        """See `Engine.pause`; `step` is the engine's."""
         if mode not in get_args(PauseMode):
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(map(repr, get_args(PauseMode)))}")
         journal, scheduler = self._journal, self._scheduler
@@ -113,14 +110,14 @@ class Updating:
                 if mode == "abort":
                     journal.abort_all()
         if mode == "wait":
-            self._finish_requests()
+            self._finish_requests(step)
         self._tell()
 
-    def _finish_requests(self) -> None:
+    def _finish_requests(self, step: Callable[[Outbox], list[RequestOutput]]) -> None:
         scheduler, journal = self._scheduler, self._journal
         try:
             while scheduler.is_held and not scheduler.is_paused:
-                self._step(Outbox())
+                step(Outbox())
         except BaseException:
             self.resume()
             raise

@@ -67,6 +67,7 @@ def create_app(server: ServerState) -> FastAPI:
         max_body_bytes=int(config.max_body_mb * 2**20),
         origins=config.cors_origin,
         on_response=server.metrics.note_response,
+        refusal=_refusal,
     )
     if config.cors_origin:  # the outermost layer, so that browsers can read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["*"], allow_headers=["*"])
@@ -214,17 +215,19 @@ def _add_errors(app: FastAPI) -> None:
         path = request.url.path
         with_version = f"/v1{path}"
         if error.status_code == 404 and any(getattr(route, "path", "") == with_version for route in app.routes):
-            return ApiError(
+            refusal = ApiError(
                 f"there is no {path} here, but {with_version}; end the client's base_url with /v1", status=404, code=code
-            ).response()
-        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
-            return ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}").response()
-        return ApiError(
-            f"{request.method} {request.url.path}: {error.detail}",
-            status=error.status_code,
-            code=code,
-            headers=dict(error.headers or {}),
-        ).response()
+            )
+        elif error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            refusal = ApiError(f"the body is not JSON in UTF-8: {str(error.__cause__)[:200]}")
+        else:
+            refusal = ApiError(
+                f"{request.method} {path}: {error.detail}",
+                status=error.status_code,
+                code=code,
+                headers=dict(error.headers or {}),
+            )
+        return _refusal(path, refusal)
 
     @app.exception_handler(ClientDisconnectedError)
     async def disconnected(_: Request, __: Exception) -> Response:
@@ -237,13 +240,18 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return _refusal(request.url.path, as_api_error(error))
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
-    if request.url.path.startswith(MESSAGES_PATH):
-        return JSONResponse(error_body(answer.status, answer.body), answer.status, headers=answer.headers)
-    return answer.response()
+    return _refusal(request.url.path, answer)
+
+
+def _refusal(path: str, error: ApiError) -> JSONResponse:
+    """The response to a refused request, in the format of the API that the path belongs to."""
+    if path.startswith(MESSAGES_PATH):
+        return JSONResponse(error_body(error.status, error.body), error.status, headers=error.headers)
+    return error.response()

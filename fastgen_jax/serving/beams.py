@@ -13,7 +13,7 @@ from functools import partial
 
 from fastgen_jax.api.async_engine import RequestFailedError, Stream
 from fastgen_jax.api.engine_thread import Failure
-from fastgen_jax.engine.outputs import RequestOutput
+from fastgen_jax.engine.outputs import RequestOutput, VersionRuns
 from fastgen_jax.engine.prompts import TokenIds
 from fastgen_jax.scheduling import Request, SamplingParams
 from fastgen_jax.serving.work import Backend, Timing, Work
@@ -88,7 +88,8 @@ def start_beams(
     task = asyncio.create_task(search())
     zeros = [0] * width
     timings = [Timing(first.arrival_time) for _ in streams]
-    return Work([prompt], [params] * width, streams, timings, [*zeros], [*zeros], [None] * width)
+    versions = [VersionRuns() for _ in streams]
+    return Work([prompt], [params] * width, streams, timings, [*zeros], [*zeros], [None] * width, versions)
 
 
 def _output(request: Request, beam: Beam, backend: Backend) -> RequestOutput:

@@ -68,10 +68,12 @@ class RequestMiddleware:
         api_keys: Sequence[str],
         max_body_bytes: int,
         on_response: Callable[[str, int], object],
+        refusal: Callable[[str, ApiError], ASGIApp],
         origins: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._on_response = on_response
+        self._refusal = refusal
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._origins = origins
@@ -127,9 +129,9 @@ class RequestMiddleware:
                     raise
                 refusals.append(error)
             if refusals and not state["status"]:
-                refusal = refusals[0]
+                refused = refusals[0]
                 refusals.clear()
-                await refusal.response()(scope, receive, named)
+                await self._refusal(scope["path"], refused)(scope, receive, named)
         finally:
             # The path of the route, not of the request: clients can send any number of different paths.
             if scope["state"].get("left") or not state["status"]:

@@ -145,7 +145,8 @@ def test_every_field_that_can_be_written_as_text_is_a_flag_of_serve_or_generate(
     hints = get_type_hints(cls)
     expressed = {f.name for f in fields(cls) if flag_form(hints[f.name]) is not None}
     missing = {name for name in expressed if f"--{name.replace('_', '-')}" not in flags}
-    assert missing <= {"n", "logprobs", "prompt_logprobs"}  # generate prints one text per prompt
+    # `generate` prints one text per prompt.
+    assert missing <= {"n", "logprobs", "logprobs_mode", "prompt_logprobs", "prompt_logprobs_start"}
 
 
 def test_choices_are_those_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:

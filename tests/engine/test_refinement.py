@@ -109,7 +109,7 @@ def test_nothing_is_chosen_on_a_machine_that_other_programs_disturb(caplog, monk
 def test_a_program_that_cannot_be_compiled_ends_it_and_nothing_is_saved(caplog, monkeypatch) -> None:
     modeled, real = (model(knee, skips_padding=False) for knee in (30.0, 110.0))
     runner = FakeRunner(ladder.modeled_ladder(modeled, SIZES, max_num_seqs=64), real)
-    monkeypatch.setattr(runner, "compile", lambda size: 1 / 0)
+    monkeypatch.setattr(runner, "compile", lambda size, work: 1 / 0)
     with caplog.at_level(logging.WARNING):
         assert refine(runner, modeled) is None
     assert "ZeroDivisionError" in caplog.text

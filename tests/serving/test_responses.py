@@ -222,3 +222,20 @@ def test_keys_of_anthropics_clients_are_accepted_and_pings_need_none():
         assert (await client.head("/health")).content == b""
 
     with_server(scenario, api_key=("k",))
+
+
+def test_bodies_that_cannot_be_read_are_refused_in_the_format_of_anthropic():
+    async def scenario(client, _):
+        json = {"Content-Type": "application/json"}
+        return [
+            await client.post("/v1/messages", content=b"\x00\x00", headers=json),
+            await client.post("/v1/messages", content=b" " * 2000, headers=json),
+            await client.post("/v1/messages", content=b"{}", headers={"Content-Type": "text/plain"}),
+            await client.get("/v1/messages/unknown"),
+        ]
+
+    responses = with_server(scenario, max_body_mb=0.001)
+    assert [response.status_code for response in responses] == [400, 413, 415, 404]
+    for response in responses:
+        assert response.json()["type"] == "error"
+        assert response.json()["error"].keys() == {"type", "message"}
