@@ -43,16 +43,15 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def xielu(x: Float[Array, "T F"], parameters: Float[Array, " 2"]) -> Float[Array, "T F"]:
-    """The activation of Apertus (arXiv:2411.13010), in float32; `parameters` are its learned ones, for x > 0 and for x <= 0.
+def xielu(x: Float[Array, "T F"], above: Float[Array, " one"], below: Float[Array, " one"]) -> Float[Array, "T F"]:
+    """The activation of Apertus (arXiv:2411.13010), in float32: quadratic above 0, the integral of an exponential below.
 
-    The integral of a function that is linear for x > 0 and an exponential below; beta, its value at 0, is 1/2.
+    `above` and `below` are its learned parameters; the derivative at 0 is 1/2.
     """
     x32 = x.astype(jnp.float32)
-    positive, negative = jax.nn.softplus(parameters.astype(jnp.float32))
-    negative = _XIELU_BETA + negative
-    below = (jnp.expm1(jnp.minimum(x32, _XIELU_EPS)) - x32) * negative
-    return (jnp.where(x32 > 0.0, positive * jnp.square(x32), below) + _XIELU_BETA * x32).astype(x.dtype)
+    above, below = (jax.nn.softplus(learned.astype(jnp.float32))[None, :] for learned in (above, below))
+    negative = (jnp.expm1(jnp.minimum(x32, _XIELU_EPS)) - x32) * (_XIELU_BETA + below)
+    return (jnp.where(x32 > 0.0, above * jnp.square(x32), negative) + _XIELU_BETA * x32).astype(x.dtype)
 
 
 def norm(

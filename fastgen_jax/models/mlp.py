@@ -43,7 +43,7 @@ def _hidden(
 ) -> Float[Array, "T F"]:
     """The hidden units, before the projection back to E."""
     if config.activation == "xielu":
-        return xielu(project(x, w, "up", num_rows=num_tokens), w["xielu"])
+        return xielu(project(x, w, "up", num_rows=num_tokens), w["xielu_above"], w["xielu_below"])
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))

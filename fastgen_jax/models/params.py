@@ -197,7 +197,7 @@ def _mlp_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     down = matrix("down", (f, e), ("F", "E"))
     yield from (up, down)
     if config.activation == "xielu":
-        yield dataclasses.replace(vector("xielu", 2, "parameters"), parts=(1, 1))
+        yield from (vector("xielu_above", 1, "one"), vector("xielu_below", 1, "one"))
     if config.mlp_bias:
         yield from (bias(up), bias(down))
 

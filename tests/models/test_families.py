@@ -32,7 +32,10 @@ WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
 # Compared in test_decoder.py too, without the answer; and families without a feature that no other family has.
-IN_SLOW_TESTS = ("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5")
+IN_SLOW_TESTS = (
+    *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
+    *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt"),
+)
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
     for names in variants()

@@ -86,6 +86,21 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "norms after the rotation": (
+        dataclasses.replace(
+            UNEVEN,
+            qk_norm="head",
+            qk_norm_rotated=True,
+            query_growth=(0.5, 8),
+            norm="layer",
+            norm_bias=True,
+            norm_offset=1.0,
+            activation="xielu",
+            mlp_gated=False,
+        ),
+        4,
+        None,
+    ),
 }
 QUICK = ["uneven experts"]
 

@@ -55,6 +55,7 @@ def sources(config: ModelConfig) -> dict[str, Source]:
             "layers.attn_norm": f"{_LAYER}attention_layernorm",
             "layers.mlp_norm": f"{_LAYER}feedforward_layernorm",
             "layers.up": f"{_LAYER}mlp.up_proj",
-            "layers.xielu": Source((f"{_LAYER}mlp.act_fn.alpha_p", f"{_LAYER}mlp.act_fn.alpha_n")),
+            "layers.xielu_above": Source((f"{_LAYER}mlp.act_fn.alpha_p",)),
+            "layers.xielu_below": Source((f"{_LAYER}mlp.act_fn.alpha_n",)),
         },
     )
