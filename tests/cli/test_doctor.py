@@ -51,6 +51,7 @@ def test_the_report_has_versions_devices_kernels_caches_and_extras() -> None:
     assert report["environment"]["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_written_are_named_with_the_variable_that_moves_them(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, report, _ = diagnose(
@@ -71,6 +72,7 @@ def test_folders_that_cannot_be_written_are_named_with_the_variable_that_moves_t
         assert f"set {variable} to" in problem["remedy"]
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_gets_the_command_that_installs_one(tmp_path: Path) -> None:
     if importlib.util.find_spec("ziglang") is not None:
         pytest.skip("ziglang is installed, which is a compiler")
@@ -103,6 +105,7 @@ def test_a_jax_that_hangs_is_stopped() -> None:
     assert "end other processes that use the accelerator" in problem["remedy"]
 
 
+@pytest.mark.slow
 def test_a_gpu_without_a_plugin_gets_the_extra_for_its_driver() -> None:
     path = os.pathsep.join([str(PROGRAMS / "gpu"), os.environ["PATH"]])
     _, report, _ = diagnose(PATH=path, JAX_PLATFORMS=None)

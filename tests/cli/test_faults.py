@@ -44,11 +44,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "argv"),
     [
         ("uvicorn", ["serve", "some-model"]),
-        pytest.param("fastapi", ["batch", __file__, "/tmp/out.jsonl"], marks=pytest.mark.slow),
+        ("fastapi", ["batch", __file__, "/tmp/out.jsonl"]),
     ],
 )
 def test_a_command_without_its_extra_names_it(module: str, argv: list[str]) -> None:

@@ -130,6 +130,7 @@ def test_a_bucket_that_can_only_be_read_causes_one_warning(server: BucketServer,
     assert caplog.text.count("nothing more is added to the cache in the bucket") == 1
 
 
+@pytest.mark.slow
 def test_a_slow_bucket_does_not_delay_an_engine(server: BucketServer, tmp_path, monkeypatch, without_jax_cache) -> None:
     """The engine answers while its files wait for the server."""
     from fastgen_jax import Engine, EngineConfig

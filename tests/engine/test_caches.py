@@ -97,7 +97,7 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"token_budget": 16, "budget_ladder": []}, id="one program"),
+        pytest.param({"token_budget": 16, "budget_ladder": []}, id="one program", marks=pytest.mark.slow),
         pytest.param({}, id="all defaults", marks=pytest.mark.slow),
     ],
 )
@@ -138,6 +138,7 @@ def test_the_number_of_blocks_is_kept_for_the_same_options_while_it_fits(fresh, 
     assert blocks(10**9, max_num_seqs=64) == enough
 
 
+@pytest.mark.slow
 def test_a_damaged_program_is_compiled_again_once(fresh, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder))
@@ -235,6 +236,7 @@ def read_only():
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_read_and_missing_programs_are_compiled(fresh, read_only, caplog) -> None:
     folder = fresh / "cache"
     expected = answer(start(folder, num_blocks=None))

@@ -145,7 +145,10 @@ def test_the_oldest_programs_are_dropped(folder, monkeypatch) -> None:
     assert [load(folder, name) is not None for name in saved] == [False, True, True]
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}], ids=["plain", "int8"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="plain"), pytest.param({"quantize": "int8"}, id="int8", marks=pytest.mark.slow)],
+)
 def test_an_engine_made_of_loaded_programs_answers_the_same_without_tracing_a_step(tmp_path, options, monkeypatch) -> None:
     traced: list[str] = []
     lower = executables.compile_and_save

@@ -151,6 +151,7 @@ def test_without_the_package_a_notebook_installs_the_clone_around_it_or_next_to_
     execute(WITHOUT_MODEL, repository / place, kernel=fresh, num_cells=num_cells)
 
 
+@pytest.mark.slow
 def test_without_the_package_a_notebook_installs_the_wheel_next_to_it(fresh: str, tmp_path: Path) -> None:
     repository, folder = clone(tmp_path / "clone"), tmp_path / "a folder without a clone"
     folder.mkdir()

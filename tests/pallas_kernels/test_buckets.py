@@ -54,6 +54,7 @@ def test_refused_requests_are_errors(server, kind) -> None:
         {"list": bucket.names, "read": lambda: bucket.read(["x"]), "write": lambda: bucket.write({"x": b""})}[kind]()
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_is_an_error(monkeypatch, server) -> None:
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")
     with pytest.raises(BucketError, match="Could not connect"):

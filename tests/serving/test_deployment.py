@@ -259,6 +259,7 @@ def end_while_busy(client, name):
     assert not find_alive(name)
 
 
+@pytest.mark.slow
 def test_a_wrong_option_and_a_name_in_use_are_reported_to_the_caller(client, checkpoint):
     with pytest.raises(ValueError, match="unknown argument '--bad-option'"):
         fastgen_jax.serve(checkpoint, deployment_name="bad", bad_option=1, timeout=120)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.serving.tiny_server import MODEL, engine
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
-EXAMPLES = 8  # per operation; `--run-slow` tries many more
+EXAMPLES = 4  # per operation; `--run-slow` tries many more
 
 
 def operations(url):

@@ -70,6 +70,7 @@ def test_several_processes_build_one_library(tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_without_a_folder_for_it_the_library_is_built_among_the_temporary_files(tmp_path: Path):
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()

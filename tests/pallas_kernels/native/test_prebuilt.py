@@ -128,6 +128,7 @@ def test_without_a_compiler_prebuilt_kernels_are_used_and_nothing_is_written(who
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_opened_is_replaced_by_a_compiled_one_with_a_warning(folder: Path, tmp_path: Path):
     (folder / f"{BEST}.so").write_bytes(b"not a library")
     change(folder, sha256={BEST: hashlib.sha256(b"not a library").hexdigest()})
