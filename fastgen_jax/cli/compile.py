@@ -53,13 +53,16 @@ def _compile_ahead(model: str, choices: Any, topology: str, out: str | None) -> 
     from fastgen_jax.plan.source import describe
 
     programs: list[ProgramAhead] = []
-    print(f"{'tokens':>7} {'traced':>9} {'lowered':>9} {'compiled':>9} {'arguments':>11} {'temporaries':>12} {'saved':>10}")
+    print(
+        f"{'tokens':>7} {'sampling':>9} {'traced':>9} {'lowered':>9} {'compiled':>9} "
+        f"{'arguments':>11} {'temporaries':>12} {'saved':>10}"
+    )
 
     def report(program: ProgramAhead) -> None:
         programs.append(program)
         saved = f"{program.saved / MIB:.1f} MiB" if program.saved else "-"
         print(
-            f"{program.tokens:7} {program.trace_seconds:7.1f} s {program.lower_seconds:7.1f} s "
+            f"{program.tokens:7} {program.work:>9} {program.trace_seconds:7.1f} s {program.lower_seconds:7.1f} s "
             f"{program.compile_seconds:7.1f} s "
             f"{program.arguments / MIB:7,.0f} MiB {program.temporaries / MIB:8,.0f} MiB {saved:>10}",
             flush=True,
