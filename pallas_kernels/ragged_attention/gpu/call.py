@@ -54,7 +54,17 @@ def ragged_attention_gpu(
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, _, _ = k_cache.shape
-    call = _Call.of(k_cache, index, scoring, num_tokens, num_heads, layer.num_blocks, tiles, generation, bool(interpret))
+    call = _Call.of(
+        k_cache,
+        index,
+        scoring,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_blocks=layer.num_blocks,
+        tiles=tiles,
+        generation=generation,
+        interpreted=bool(interpret),
+    )
     plan = index.plans.gpu if index.plans is not None else None
     if plan is None:
         plan = call.plan(index, scoring)
@@ -98,7 +108,8 @@ def plan_gpu(
 ) -> GpuPlan:
     """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read."""
     scoring = Scoring(scale=1.0, sliding_window=window)
-    return _Call.of(k_cache, index, scoring, num_tokens, num_heads, num_blocks, None, None, False).plan(index, scoring)
+    call = _Call.of(k_cache, index, scoring, num_tokens=num_tokens, num_heads=num_heads, num_blocks=num_blocks)
+    return call.plan(index, scoring)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +132,13 @@ class _Call:
         k_cache: Cache,
         index: RaggedIndex,
         scoring: Scoring,
+        *,
         num_tokens: int,
         num_heads: int,
         num_blocks: int,
-        tiles: GpuTiles | None,
-        generation: str | None,
-        interpreted: bool,
+        tiles: GpuTiles | None = None,
+        generation: str | None = None,
+        interpreted: bool = False,
     ) -> _Call:
         """Raises ValueError if `support.unsupported` returns a reason."""
         _, num_kv_heads, block_size, head_dim = k_cache.shape
