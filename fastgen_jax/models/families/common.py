@@ -141,6 +141,8 @@ class Source:
     stacked: bool = False
     is_row: bool = False
     rearrange: Callable[[np.ndarray], np.ndarray] | None = None
+    keeps_values: bool = True
+    """False if `rearrange` computes other values, once: it leaves its own results as they are, up to rounding."""
 
 
 LLAMA_NAMES: dict[str, str | Sequence[str]] = {
