@@ -161,7 +161,10 @@ def _export(
     tensors = [
         Planned(name, number, shape)
         for weight, number in zip(published, dtypes, strict=True)
-        for name, shape in zip(weight.names, stored_shapes(weight), strict=True)
+        for name, shape in [
+            *zip(weight.names, stored_shapes(weight), strict=True),
+            *((name, ()) for name, _ in weight.constants),
+        ]
     ]
     embed = next(number for weight, number in zip(published, dtypes, strict=True) if weight.spec.name == "embed")
     generation = {} if isinstance(like, Mapping) else like.generation_config
@@ -173,6 +176,7 @@ def _export(
             for weight, target, number in zip(weights, published, dtypes, strict=True):
                 array = read(weight).astype(number_type(number), copy=False)
                 yield from take_apart(target, array)
+                yield from (np.array(value, number_type(number)) for _, value in target.constants)
                 advance()
 
         sizes = {} if shard_bytes is None else {"shard_bytes": shard_bytes}

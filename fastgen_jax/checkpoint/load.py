@@ -52,6 +52,11 @@ class Weight:
         return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
 
     @property
+    def constants(self) -> tuple[tuple[str, float], ...]:
+        """The scalars that are stored beside it, by name."""
+        return tuple((name.format(layer=self.layer), value) for name, value in self.source.constants)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the array in float32."""
         return 4 * math.prod(self.spec.shape)

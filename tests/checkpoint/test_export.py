@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fastgen_jax.checkpoint import export_checkpoint, export_params, load_params, open_checkpoint, shards
-from fastgen_jax.checkpoint.base import is_buffer
 from fastgen_jax.checkpoint.huggingface import text_name
 from fastgen_jax.checkpoint.shards import Planned, write_directory
 from fastgen_jax.cli import main
@@ -51,7 +50,6 @@ def published(path: Path) -> dict[str, np.ndarray]:
     config, tensors = json.loads((path / "config.json").read_text()), tensors_of(path)
     if "text_config" in config or "vision_config" in config:
         tensors = {inner: array for name, array in tensors.items() if (inner := text_name(name)) is not None}
-    tensors = {name: array for name, array in tensors.items() if not is_buffer(name)}
     if open_checkpoint(path).config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     return tensors

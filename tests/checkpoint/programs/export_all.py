@@ -14,13 +14,13 @@ from tests.models.parity import folder, variants
 
 
 def main(out: Path) -> None:
-    """Writes FOLDER/family-variant, with the expected.npz of the original, for `load_exported`."""
+    """Writes FOLDER/family-variant, with the original in it, for `load_exported`."""
     for family, variant in variants():
         checkpoint = open_checkpoint(folder(family, variant))
         if checkpoint.quantization:
             continue
         export_checkpoint(out / f"{family}-{variant}", checkpoint)
-        shutil.copy(folder(family, variant) / "expected.npz", out / f"{family}-{variant}")
+        shutil.copytree(folder(family, variant), out / f"{family}-{variant}" / "original")
 
 
 if __name__ == "__main__":
