@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def check(folder: Path) -> str:
@@ -31,9 +31,11 @@ def check(folder: Path) -> str:
 
 def logits_of(folder: Path) -> tuple[np.ndarray, dict[str, object]]:
     """The logits of some tokens, and what transformers found wrong with the tensors."""
+    has_images = "text_config" in AutoConfig.from_pretrained(folder).to_dict()
+    kind = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
     with torch.no_grad():
