@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fastgen_jax.core import RaggedBatch
@@ -109,10 +110,13 @@ def _left_padded(tokens: jax.Array, skipped: jax.Array) -> TrainingBatch:
 def params_from_state(state: Any, config: ModelConfig) -> Params:
     """The weights in a state of nnx, in the engine's form.
 
-    Those of a `Model` are returned as they are. Those of tunix' own models are fused and stacked by one compiled program, on
-    the devices that they are on. ValueError names the weight for which a state has no arrays.
+    Weights in that form and those of a `Model` are returned as they are. Those of tunix' own models are fused and stacked by
+    one compiled program, on the devices that they are on. ValueError names the weight for which a state has no arrays.
     """
-    arrays = {".".join(map(str, path)): _value(leaf) for path, leaf in nnx.to_flat_state(state)}
+    if isinstance(state, Mapping) and isinstance(state.get("embed"), jax.Array | np.ndarray):
+        return dict(state)
+    flat: Any = nnx.to_flat_state(state)  # type: ignore[arg-type]
+    arrays = {".".join(map(str, path)): _value(leaf) for path, leaf in flat}
     if "embed" in arrays:
         layers = {name.removeprefix("layers."): leaf for name, leaf in arrays.items() if name.startswith("layers.")}
         return {**{name: leaf for name, leaf in arrays.items() if "." not in name}, "layers": layers}

@@ -127,7 +127,7 @@ class Sampler:
                 extra = sync_request.extra_config
                 if ("params" in extra) == ("path" in extra):
                     raise ValueError("extra_config needs either 'params', a state or pytree, or 'path', a checkpoint")
-                self._pending = extra["path"] if "path" in extra else self._in_form(extra["params"])
+                self._pending = extra.get("path") or params_from_state(extra["params"], self._engine.intake.model)
                 self._round["phase"] = "h2d_done"
             return dict(self._round)
 
@@ -154,9 +154,16 @@ class Sampler:
         """The key of the last update, its phase and its version."""
         return dict(self._round)
 
-    def _in_form(self, params: Any) -> Any:
-        is_plain = isinstance(params, Mapping) and "layers" in params and "embed" in params
-        return params if is_plain else params_from_state(params, self._engine.intake.model)
+    async def get_transfer_status(self, req_id: Any, **kwargs: Any) -> str:
+        """ "SUCCESS" for the update `req_id` once its weights have arrived, else "PENDING"."""
+        is_here = req_id == self._round["req_id"] and self._round["phase"] in ("h2d_done", "committed")
+        return "SUCCESS" if is_here else "PENDING"
+
+    async def migrate_kv_cache(
+        self, source_server_id: str, target_server_id: str, token_ids: list[int], **kwargs: Any
+    ) -> bool:
+        """False: keys and values stay in the engine that computed them, and another one computes them again."""
+        return False
 
     def _enter(self, request: Any, phase: str) -> bool:
         """Whether `phase` of the update of this request is still to do; ValueError if it must not be done."""
