@@ -19,6 +19,27 @@ struct RowBlocks {
   int64_t length(int64_t i) const { return size + (i < num_larger); }
 };
 
+// One row, two panels at a time: a column is one chain of multiply-adds, and only with several vectors of columns does a
+// CPU have another one to go on with while it waits for a result.
+template <class Weight>
+void multiply_row(ffi::ThreadPool& pool, const typename Weight::Factor* a, int64_t steps, const Weight& weight,
+                  int64_t num_panels, const Output& output) {
+  parallel_for(pool, (num_panels + 1) / 2, [&](int64_t item) {
+    const int64_t panel = 2 * item;
+    float sums[2 * kWidth];
+    for (int64_t k = 0; k == 0 || k < steps; k += kDepth) {
+      const int64_t part = std::min(kDepth, steps - k);
+      if (panel + 1 < num_panels) {
+        weight.multiply_pair(part, a + k, weight.part(panel, k), sums, k == 0);
+      } else {
+        const char* b = weight.part(panel, k);
+        weight.multiply(1, part, a + k, b, sums, k == 0, b + kNearBytes, weight.step_bytes());
+      }
+    }
+    for (int64_t p = panel; p < std::min(panel + 2, num_panels); ++p) output.write(0, p, sums + (p - panel) * kWidth, nullptr);
+  });
+}
+
 struct PackedRows;
 struct WidePanel;
 struct Sums;
@@ -37,6 +58,9 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   const bool packs = m > 1 || Weight::kGroup > 1;
   Factor* packed = packs ? reinterpret_cast<Factor*>(scratch<PackedRows>(m * steps)) : nullptr;
   const Factor* a = packs ? packed : reinterpret_cast<const Factor*>(x);
+  if constexpr (Weight::kPairs) {
+    if (!packs) return multiply_row(pool, a, steps, weight, num_panels, output);
+  }
   const int64_t num_packs = packs ? blocks.count : 0;
   std::atomic<int64_t> num_packed{0};
 

@@ -82,7 +82,12 @@ struct UInt4 {
     const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return _mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
 #else
-    return __builtin_convertvector((words >> (4 * j)) & 15, Vec);
+    // In the middle of the fraction of a power of two, a number is added to it: cheaper than a shift and a conversion.
+    const int at = j < 2 ? j + 2 : j < 5 ? j : j - 3;
+    const IntVec moved = j < 2 ? words << 8 : j < 5 ? words : words >> 12;
+    const float power = static_cast<float>(1 << (23 - 4 * at));
+    const int32_t exponent = (127 + 23 - 4 * at) << 23;
+    return as_floats((moved & (15 << (4 * at))) | exponent) - power;
 #endif
   }
 };
@@ -168,28 +173,32 @@ struct BlockFormat {
 
   static int64_t block_bytes(int64_t size) { return kScaleBytes + size / kPerWord * kWordBytes; }
 
-  // Calls f(j, v, row) for each step j of a word and vector v of columns, with the values as `Wide` has them, and next()
-  // after each word.
-  template <class F, class Next>
-  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, F&& f, Next&& next) {
+  // Calls f(j, v, row) for each step j of a word and vector v of the columns of `Panels` panels, `panel_bytes` apart, with
+  // the values as `Wide` has them, and next() after each word.
+  template <int Panels, class F, class Next>
+  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, int64_t panel_bytes, F&& f,
+                                          Next&& next) {
+    constexpr int kAll = Panels * kVecs;
     for (int64_t block = 0; block < steps * kGroup / size; ++block) {
-      Vec scale[kVecs], offset[kVecs];
-      const Scale* scales = reinterpret_cast<const Scale*>(from);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        scale[v] = load_scales(scales + v * kLanes);
-        offset[v] = Offsets ? load_scales(scales + kWidth + v * kLanes) : scale[v] * -Number::kMiddle;
+      Vec scale[kAll], offset[kAll];
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) {
+        const Scale* scales = reinterpret_cast<const Scale*>(from + v / kVecs * panel_bytes) + v % kVecs * kLanes;
+        scale[v] = load_scales(scales);
+        offset[v] = Offsets ? load_scales(scales + kWidth) : scale[v] * -Number::kMiddle;
       }
       from += kScaleBytes;
       for (int64_t word = 0; word < size / kPerWord; ++word, from += kWordBytes) {
         // Not memcpy, which GCC does in halves of an AVX2 register by way of the stack: it took a third of the time.
-        IntVec words[kVecs];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) words[v] = reinterpret_cast<const UnalignedIntVec*>(from)[v];
+        IntVec words[kAll];
+#pragma GCC unroll 8
+        for (int v = 0; v < kAll; ++v) {
+          words[v] = reinterpret_cast<const UnalignedIntVec*>(from + v / kVecs * panel_bytes)[v % kVecs];
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < kPerWord; j += kGroup) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kAll; ++v) {
             Vec inputs[kGroup];
 #pragma GCC unroll 2
             for (int i = 0; i < kGroup; ++i) {
@@ -205,38 +214,41 @@ struct BlockFormat {
   }
 
   static void widen(int64_t size, int64_t steps, const char* from, typename Wide::Element* to) {
-    for_each_step(
-        size, steps, from, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
+    for_each_step<1>(
+        size, steps, from, 0, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
         [&] { to += kPerWord / kGroup * kStep<Wide>; });
   }
 
-  // As `tile` in panels.h.
-  template <int Rows>
-  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
-                   int64_t ahead_step) {
-    Vec acc[Rows][kVecs];
+  // As `tile` in panels.h, with the columns of `Panels` panels: sums [Rows, Panels, kWidth].
+  template <int Rows, int Panels>
+  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, int64_t panel_bytes, float* sums, bool first,
+                   const char* ahead, int64_t ahead_step) {
+    constexpr int kAll = Panels * kVecs;
+    Vec acc[Rows][kAll];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = first ? Vec{} : load(sums + r * kWidth + v * kLanes);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) acc[r][v] = first ? Vec{} : load(sums + (r * kAll + v) * kLanes);
     }
     ahead_step *= kPerWord / kGroup;
-    for_each_step(
-        size, steps, b,
+    for_each_step<Panels>(
+        size, steps, b, panel_bytes,
         [&](int j, int v, auto row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) acc[r][v] = Wide::multiply_add(acc[r][v], a[j * Rows + r], row);
         },
         [&]() __attribute__((always_inline)) {
-          __builtin_prefetch(ahead);
-          __builtin_prefetch(ahead + 64);
+          for (int p = 0; p < Panels; ++p) {
+            __builtin_prefetch(ahead + p * panel_bytes);
+            __builtin_prefetch(ahead + p * panel_bytes + 64);
+          }
           ahead += ahead_step;
           a += kPerWord / kGroup * Rows;
         });
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) store(sums + (r * kAll + v) * kLanes, acc[r][v]);
     }
   }
 };
@@ -249,13 +261,16 @@ struct Blocks {
   static constexpr int kGroup = Wide::kGroup;
   // Unpacking costs more than reading, so with more rows it is done once for all of them.
   static constexpr int kDirectRows = 4;
+  static constexpr bool kPairs = true;
 
   const char* data;
   int64_t size;         // inputs of a block
   int64_t depth;        // inputs of a panel, a multiple of `size`
   int64_t block_bytes;  // 0: there are no blocks of this format and size
   void (*widen_panel)(int64_t, int64_t, const char*, typename Wide::Element*);
-  void (*tiles[kDirectRows])(int64_t, int64_t, const Factor*, const char*, float*, bool, const char*, int64_t);
+  using Tile = void (*)(int64_t, int64_t, const Factor*, const char*, int64_t, float*, bool, const char*, int64_t);
+  Tile tiles[kDirectRows];
+  Tile pair;  // one row, two panels
 
   // The numbers of the formats are also in blocks.py.
   Blocks(int64_t format, const void* data, int64_t size, int64_t depth)
@@ -280,10 +295,11 @@ struct Blocks {
     if (size % Format::kPerWord) return;
     block_bytes = Format::block_bytes(size);
     widen_panel = Format::widen;
-    tiles[0] = Format::template tile<1>;
-    tiles[1] = Format::template tile<2>;
-    tiles[2] = Format::template tile<3>;
-    tiles[3] = Format::template tile<4>;
+    tiles[0] = Format::template tile<1, 1>;
+    tiles[1] = Format::template tile<2, 1>;
+    tiles[2] = Format::template tile<3, 1>;
+    tiles[3] = Format::template tile<4, 1>;
+    pair = Format::template tile<1, 2>;
   }
 
   // Whether an array with these axes within a panel holds such blocks.
@@ -299,7 +315,11 @@ struct Blocks {
   void widen(const char* from, int64_t steps, typename Wide::Element* to) const { widen_panel(size, steps, from, to); }
   void multiply(int64_t rows, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
                 int64_t ahead_step) const {
-    tiles[rows - 1](size, steps, a, b, sums, first, ahead, ahead_step);
+    tiles[rows - 1](size, steps, a, b, 0, sums, first, ahead, ahead_step);
+  }
+  // One row with the panel at b and the next one.
+  void multiply_pair(int64_t steps, const Factor* a, const char* b, float* sums, bool first) const {
+    pair(size, steps, a, b, panel_bytes(), sums, first, b + kNearBytes, step_bytes());
   }
 };
 

@@ -175,6 +175,7 @@ struct Dense {
   using Wide = typename Storage::Wide;
   using Factor = typename Storage::Factor;
   static constexpr int kGroup = Storage::kGroup;
+  static constexpr bool kPairs = false;
 
   const Element* data;
   int64_t steps;
