@@ -71,34 +71,65 @@ KERNEL_INLINE Vec load_scales(const Exponent* p) {
 // ---- numbers -----------------------------------------------------------------------------------------------------
 //
 // A type of number defines how number j of kLanes words becomes a float (`unpack`), and what it is counted from without
-// stored offsets (`kMiddle`).
+// stored offsets (`kMiddle`). It may be greater by a constant, `bias(place(j))`, with one of kPlaces values.
 
-struct UInt4 {
+struct Unbiased {
+  static constexpr int kPlaces = 1;
+  static constexpr int place(int) { return 0; }
+  static constexpr float bias(int) { return 0; }
+};
+
+// Whole numbers of less than 16 bits are turned into floats by an exponent written above them: bits at `bit` and above of the fraction
+// of 2^(23 - bit) add a whole number to it. Two bit operations are cheaper than a shift and a conversion.
+KERNEL_INLINE Vec above_power(IntVec words, int mask, int bit) {
+  return as_floats((words & (mask << bit)) | ((127 + 23 - bit) << 23));
+}
+constexpr float power_above(int bit) { return static_cast<float>(1 << (23 - bit)); }
+
+#if defined(__AVX512F__)
+struct UInt4 : Unbiased {
   static constexpr int kBits = 4;
   static constexpr float kMiddle = 8;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
-#if defined(__AVX512F__)
     // The table lookup ignores all but the lowest four bits, and returns the value as a float.
     const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return _mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
-#else
-    // In the middle of the fraction of a power of two, a number is added to it: cheaper than a shift and a conversion.
-    const int at = j < 2 ? j + 2 : j < 5 ? j : j - 3;
-    const IntVec moved = j < 2 ? words << 8 : j < 5 ? words : words >> 12;
-    const float power = static_cast<float>(1 << (23 - 4 * at));
-    const int32_t exponent = (127 + 23 - 4 * at) << 23;
-    return as_floats((moved & (15 << (4 * at))) | exponent) - power;
-#endif
   }
 };
 
-struct SInt8 {
+struct SInt8 : Unbiased {
   static constexpr int kBits = 8;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
     return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vec);
   }
 };
+#else
+// Biases have so few bits that their products with float16 scales are exact.
+struct UInt4 {
+  static constexpr int kBits = 4;
+  static constexpr float kMiddle = 8;
+  static constexpr int kPlaces = 3;
+  // Two shifts bring all eight numbers to bits 8, 12 and 16.
+  static constexpr int place(int j) { return j < 2 ? j : (j - 2) % 3; }
+  static constexpr float bias(int place) { return power_above(8 + 4 * place); }
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    return above_power(j < 2 ? words << 8 : j < 5 ? words : words >> 12, 15, 8 + 4 * place(j));
+  }
+};
+
+struct SInt8 {
+  static constexpr int kBits = 8;
+  static constexpr float kMiddle = 0;
+  static constexpr int kPlaces = 1;
+  static constexpr int place(int) { return 0; }
+  static constexpr float bias(int) { return power_above(8) + 128; }
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    words ^= static_cast<int32_t>(0x80808080);  // from -128 on, it becomes a number without sign
+    return above_power(j == 0 ? words << 8 : words >> (8 * (j - 1)), 255, 8);
+  }
+};
+#endif
 
 // A sign, two bits of exponent and one of fraction (E2M1).
 constexpr float kFloat4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
@@ -110,7 +141,7 @@ constexpr float kNormalFloat4[16] = {
 
 // Indices of a table.
 template <const float (&Table)[16]>
-struct Coded4 {
+struct Coded4 : Unbiased {
   static constexpr int kBits = 4;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
@@ -139,7 +170,7 @@ using Float4 = Coded4<kFloat4>;
 using NormalFloat4 = Coded4<kNormalFloat4>;
 
 // A sign, four bits of exponent and three of fraction (E4M3). NaN is not a valid weight.
-struct Float8 {
+struct Float8 : Unbiased {
   static constexpr int kBits = 8;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
@@ -167,7 +198,10 @@ struct BlockFormat {
   using Factor = typename Wide::Factor;
   static constexpr int kGroup = Wide::kGroup;
   static constexpr int kPerWord = 32 / Number::kBits;
-  static constexpr bool kAdds = Offsets || Number::kMiddle != 0;
+  // Whether the product of a scale and a bias is exact, so that the bias is subtracted along with the offset.
+  static constexpr bool kFolds = std::is_same_v<Scale, Half> && !Offsets;
+  static constexpr int kOffsets = kFolds ? Number::kPlaces : 1;
+  static constexpr bool kAdds = Offsets || Number::kMiddle != 0 || (kFolds && Number::bias(0) != 0);
   static constexpr int64_t kScaleBytes = kWidth * static_cast<int64_t>(sizeof(Scale)) * (1 + Offsets);
   static constexpr int64_t kWordBytes = kWidth * 4;
 
@@ -180,12 +214,16 @@ struct BlockFormat {
                                           Next&& next) {
     constexpr int kAll = Panels * kVecs;
     for (int64_t block = 0; block < steps * kGroup / size; ++block) {
-      Vec scale[kAll], offset[kAll];
+      Vec scale[kAll], offset[kOffsets][kAll];
 #pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) {
         const Scale* scales = reinterpret_cast<const Scale*>(from + v / kVecs * panel_bytes) + v % kVecs * kLanes;
         scale[v] = load_scales(scales);
-        offset[v] = Offsets ? load_scales(scales + kWidth) : scale[v] * -Number::kMiddle;
+#pragma GCC unroll 4
+        for (int p = 0; p < kOffsets; ++p) {
+          const float middle = Number::kMiddle + (kFolds ? Number::bias(p) : 0);
+          offset[p][v] = Offsets ? load_scales(scales + kWidth) : scale[v] * -middle;
+        }
       }
       from += kScaleBytes;
       for (int64_t word = 0; word < size / kPerWord; ++word, from += kWordBytes) {
@@ -202,8 +240,10 @@ struct BlockFormat {
             Vec inputs[kGroup];
 #pragma GCC unroll 2
             for (int i = 0; i < kGroup; ++i) {
-              const Vec q = Number::unpack(words[v], j + i);
-              inputs[i] = kAdds ? scale[v] * q + offset[v] : scale[v] * q;
+              Vec q = Number::unpack(words[v], j + i);
+              const int place = Number::place(j + i);
+              if (!kFolds && Number::bias(place) != 0) q -= Number::bias(place);
+              inputs[i] = kAdds ? scale[v] * q + offset[kFolds ? place : 0][v] : scale[v] * q;
             }
             f(j / kGroup, v, as_step(Wide{}, inputs));
           }
