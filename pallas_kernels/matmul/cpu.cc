@@ -20,23 +20,24 @@ struct RowBlocks {
 };
 
 // One row, two panels at a time: a column is one chain of multiply-adds, and only with several vectors of columns does a
-// CPU have another one to go on with while it waits for a result.
+// CPU have another one to go on with while it waits for a result. A work item is a run of such pairs, so that what a
+// pair prefetches is what the thread needs next.
 template <class Weight>
 void multiply_row(ffi::ThreadPool& pool, const typename Weight::Factor* a, int64_t steps, const Weight& weight,
                   int64_t num_panels, const Output& output) {
-  parallel_for(pool, (num_panels + 1) / 2, [&](int64_t item) {
-    const int64_t panel = 2 * item;
-    float sums[2 * kWidth];
-    for (int64_t k = 0; k == 0 || k < steps; k += kDepth) {
-      const int64_t part = std::min(kDepth, steps - k);
-      if (panel + 1 < num_panels) {
-        weight.multiply_pair(part, a + k, weight.part(panel, k), sums, k == 0);
-      } else {
-        const char* b = weight.part(panel, k);
-        weight.multiply(1, part, a + k, b, sums, k == 0, b + kNearBytes, weight.step_bytes());
+  const int64_t num_pairs = (num_panels + 1) / 2, pair_bytes = 2 * weight.panel_bytes();
+  const int64_t enough_items = 8 * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t run = std::max<int64_t>(1, std::min(kRunBytes / pair_bytes, num_pairs / enough_items));
+  parallel_for(pool, (num_pairs + run - 1) / run, [&](int64_t item) {
+    for (int64_t panel = 2 * run * item; panel < std::min(2 * run * (item + 1), num_panels); panel += 2) {
+      float sums[2 * kWidth];
+      const bool pair = panel + 1 < num_panels;
+      for (int64_t k = 0; k == 0 || k < steps; k += kDepth) {
+        weight.multiply_row(std::min(kDepth, steps - k), a + k, weight.part(panel, k), sums, k == 0, pair);
       }
+      output.write(0, panel, sums, nullptr);
+      if (pair) output.write(0, panel + 1, sums + kWidth, nullptr);
     }
-    for (int64_t p = panel; p < std::min(panel + 2, num_panels); ++p) output.write(0, p, sums + (p - panel) * kWidth, nullptr);
   });
 }
 

@@ -234,9 +234,9 @@ struct BlockFormat {
           words[v] = reinterpret_cast<const UnalignedIntVec*>(from + v / kVecs * panel_bytes)[v % kVecs];
         }
 #pragma GCC unroll 8
-        for (int j = 0; j < kPerWord; j += kGroup) {
+        for (int v = 0; v < kAll; ++v) {
 #pragma GCC unroll 8
-          for (int v = 0; v < kAll; ++v) {
+          for (int j = 0; j < kPerWord; j += kGroup) {
             Vec inputs[kGroup];
 #pragma GCC unroll 2
             for (int i = 0; i < kGroup; ++i) {
@@ -357,9 +357,9 @@ struct Blocks {
                 int64_t ahead_step) const {
     tiles[rows - 1](size, steps, a, b, 0, sums, first, ahead, ahead_step);
   }
-  // One row with the panel at b and the next one.
-  void multiply_pair(int64_t steps, const Factor* a, const char* b, float* sums, bool first) const {
-    pair(size, steps, a, b, panel_bytes(), sums, first, b + kNearBytes, step_bytes());
+  // One row with the panel at b, and the next one if `both`. Prefetches the panels after them.
+  void multiply_row(int64_t steps, const Factor* a, const char* b, float* sums, bool first, bool both) const {
+    (both ? pair : tiles[0])(size, steps, a, b, panel_bytes(), sums, first, b + 2 * panel_bytes(), step_bytes());
   }
 };
 
