@@ -265,7 +265,7 @@ def _advice(
     else:
         advice.append(
             f"{sequences} sequences of the full context fit, fewer than max_num_seqs={max_num_seqs}; shorter ones share "
-            f"the KV cache, and requests that do not fit wait"
+            f"{left} tokens of KV, and requests that do not fit wait"
         )
     return tuple(advice)
 
