@@ -48,6 +48,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     """A field that is neither would be ignored, with a warning, by a family that does not read it."""
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
+        *("intermediate_size_mlp", "router_jitter_noise", "text_config"),
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
         *("hidden_act", "hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.config import ModelConfig, QueryGrowth, RopeConfig
 from fastgen_jax.models.division import (
     Heads,
     check_num_devices,
@@ -91,7 +91,7 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
             UNEVEN,
             qk_norm="head",
             qk_norm_rotated=True,
-            query_growth=(0.5, 8),
+            query_growth=QueryGrowth(weight=0.5, length=8),
             norm="layer",
             norm_bias=True,
             norm_offset=1.0,

@@ -18,6 +18,11 @@ from typing import Any
 from conversion.base import ModelBase, TextModel
 from conversion.exaone import Exaone4Model
 from conversion.glm import Glm4Model
+from conversion.hunyuan import HunYuanModel
+from conversion.internlm import InternLM2Model
+from conversion.llama import LlamaModel
+from conversion.nemotron import NemotronModel
+from conversion.phi import Phi3MiniModel
 from conversion.stablelm import StableLMModel
 
 load = ModelBase.load_hparams
@@ -39,6 +44,8 @@ def none(self: Any) -> None:
 ModelBase.load_hparams = staticmethod(load_all)
 StableLMModel.modify_tensors = modify_all
 TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
-TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = Glm4Model.set_vocab = Exaone4Model.set_vocab = none
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = none
+for model in (Glm4Model, Exaone4Model, HunYuanModel, InternLM2Model, LlamaModel, NemotronModel, Phi3MiniModel):
+    model.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -35,6 +35,10 @@ def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "stablelm_epoch":
         renamed = {"layer_norm_eps": config["norm_eps"], "partial_rotary_factor": config["rope_pct"]}
         return {**config, "model_type": "stablelm", **renamed}
+    if model_type == "minimax_m2":
+        return {**config, "partial_rotary_factor": config["rotary_dim"] / config["head_dim"]}
+    if model_type == "kimi_k25":  # its text model
+        return {**config["text_config"], "model_type": "deepseek_v3"}
     return {**config, "model_type": {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)}
 
 

@@ -40,6 +40,13 @@ _RENAMED = {
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
+def with_settings(hf: Fields, settings: JsonFields) -> JsonObject:
+    """The rotary fields of `hf` with other `rope_parameters`, for a family with settings of its own among them."""
+    names = ("max_position_embeddings", "original_max_position_embeddings", "rope_theta")
+    hf.ignore("rope_parameters", "rope_scaling")
+    return {name: hf[name] for name in names if name in hf} | {"rope_parameters": settings}
+
+
 def rotary(hf: JsonFields, *, max_context_len: int, **assumed: Any) -> ModelFields:
     """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
     max_context_len = hf.get("max_position_embeddings") or max_context_len
