@@ -30,7 +30,7 @@ def in_chunks(index: RaggedIndex, size: int, *, block_size: int, num_rows: int) 
     """
     if size % block_size:
         raise ValueError(
-            f"block_size is {block_size}, but this model attends within chunks of {size} tokens, which must consist of whole "
+            f"block_size is {block_size}, but this model attends within chunks of {size} tokens, which must be whole "
             f"blocks; choose a block_size that divides {size}"
         )
     queries, last = jnp.diff(index.query_starts), index.block_tables.shape[1] - 1

@@ -52,7 +52,12 @@ def logits(config: dict[str, Any]) -> np.ndarray:
         file = Path(folder) / "model.safetensors"
         with safe_open(file, "pt") as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        weights = {name: torch.from_numpy(random_tensor(name, tuple(shape))) for name, shape in shapes.items()}
+        weights = {}
+        for name, shape in shapes.items():
+            # Published with the inputs of experts first, but not saved like that.
+            swapped = hf.model_type == "qwen3_vl_moe" and "mlp.experts." in name
+            shape = (shape[0], shape[2], shape[1]) if swapped else tuple(shape)
+            weights[name] = torch.from_numpy(random_tensor(name, shape))
         save_file(weights, file, metadata={"format": "pt"})
         attention = "sdpa" if fields.get("alibi") else "eager"
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()

@@ -81,10 +81,11 @@ def rope_from_hf(
                 "by its implementation in transformers; remove it from config.json if whole heads are rotated"
             )
         hf.have_no_effect(partial_rotary_factor=partial)
+    beside = hf.get("rope_theta")
     return rope_from_fields(
         fields,
         max_context_len=max_context_len,
-        theta=float(fields.pop("rope_theta", None) or hf.get("rope_theta") or theta),
+        theta=float(fields.pop("rope_theta", None) or beside or theta),
         dim=None if partial == 1.0 or head_dim is None else int(head_dim * partial),
         trained_len=hf.get("original_max_position_embeddings"),
     )
