@@ -174,6 +174,7 @@ def _olmo(m: Metadata) -> JsonObject:
 
 def _nemotron(m: Metadata) -> JsonObject:
     m.only("rope.scaling.type", "none")
+    m.get("attention.layer_norm_rms_epsilon", 0.0)  # a copy
     return {
         "layer_norm_eps": None,
         "norm_eps": m.get("attention.layer_norm_epsilon"),
@@ -186,6 +187,7 @@ def _nemotron(m: Metadata) -> JsonObject:
 def _mistral3(m: Metadata) -> JsonObject:
     """Ministral 3 and Devstral 2, which scale queries by position, and earlier models with this name, which do not."""
     m.only("attention.sliding_window", 0)
+    m.only("rope.dimension_count", m.get("attention.key_length"))
     rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
     growth = m.get("attention.temperature_scale", 0.0)
     if rope["rope_type"] == "yarn":  # mscale is not recorded; in every release it equals mscale_all_dim
@@ -193,7 +195,7 @@ def _mistral3(m: Metadata) -> JsonObject:
         rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
     return {
         "architectures": ["Ministral3ForCausalLM" if growth else "MistralForCausalLM"],
-        "sliding_window": None,
+        "sliding_window": 0,
         "rope_parameters": rope | ({"llama_4_scaling_beta": growth} if growth else {}),
     }
 
@@ -326,7 +328,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_by_kind=True,
     ),
     "minicpm": Architecture(name="MiniCPMForCausalLM", halves_interleaved=True, partial_rotary=True, fields=_minicpm),
-    "mistral3": Architecture(name="Ministral3ForCausalLM", halves_interleaved=True, fields=_mistral3),
+    "mistral3": Architecture(name="Ministral3ForCausalLM", halves_interleaved=True, partial_rotary=True, fields=_mistral3),
     "mpt": Architecture(name="MptForCausalLM", fields=own.mpt, own_fields=True),
     "nemotron": Architecture(
         name="NemotronForCausalLM", fields=_nemotron, stored_norm_offset=1.0, layer_norm=True, partial_rotary=True

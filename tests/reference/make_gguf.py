@@ -227,7 +227,7 @@ CONFIGS = {
         rope_parameters={
             "rope_type": "longrope",
             "rope_theta": 1e4,
-            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "short_factor": [1.0, 1.125, 1.25, 1.5],
             "long_factor": [1.0, 1.5, 2.0, 4.0],
             "short_mscale": 1.243163121016122,
             "long_mscale": 1.243163121016122,
@@ -254,6 +254,7 @@ FURTHER = {
     "gptneox": {"rotary_pct": 0.25},
     "deepseek2": {"scoring_func": "sigmoid"},
     "minimax-m2": {"rotary_dim": 8, "scoring_func": "sigmoid"},
+    "mpt": {"architectures": ["MPTForCausalLM"]},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "deepseek2-lite": {"scoring_func": "softmax"},
 }

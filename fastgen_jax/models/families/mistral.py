@@ -30,7 +30,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         family="mistral",
         **common.sizes(hf, assumed={"num_key_value_heads": 8}),
         **_positions(hf),
-        layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: True),
+        layer_windows=common.windows(hf, hf.get("sliding_window", 4096) or None, lambda layer: True),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         activation=common.activation(hf, default="silu"),
