@@ -167,6 +167,13 @@ def _minicpm(m: Metadata) -> JsonObject:
     }
 
 
+def _apertus(m: Metadata) -> JsonObject:
+    for key, constant in (("xielu.beta", 0.5), ("xielu.eps", -1e-6)):
+        if any(abs(value - constant) > 1e-9 for value in m.file.metadata.get(key, ())):  # stored in float32
+            raise m.refusal(f"{key} is {m.file.metadata[key]}; only {constant} is supported")
+    return {"attention_bias": m.has("blk.0.attn_output.bias")}
+
+
 def _olmo(m: Metadata) -> JsonObject:
     m.only("attention.layer_norm_epsilon", 1e-5)
     return {"layer_norm_eps": None, "clip_qkv": m.get("attention.clamp_kqv", 0.0) or None}
@@ -305,7 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "apertus": Architecture(
         name="ApertusForCausalLM",
-        fields=lambda m: {"attention_bias": m.has("blk.0.attn_output.bias")},
+        fields=_apertus,
         of_metadata={"act_fn.alpha_p": "xielu.alpha_p", "act_fn.alpha_n": "xielu.alpha_n"},
     ),
     "baichuan": Architecture(

@@ -29,7 +29,7 @@ def widened(source: Path, target: Path) -> None:
     writer = gguf.GGUFWriter(target, kind)
     add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
     for name, field in reader.fields.items():
-        if name.startswith(f"{kind}."):
+        if name.startswith((f"{kind}.", "xielu.")):
             value = field.contents()
             writer.add_array(name, value) if isinstance(value, list) else add[type(value)](name, value)
     if f"{kind}.vocab_size" not in reader.fields:

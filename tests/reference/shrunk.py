@@ -155,7 +155,7 @@ def _small(config: dict[str, Any], embed: int) -> dict[str, Any]:
         small[name] = [layer for layer in config.get(name) or () if layer < layers]
     small["max_window_layers"] = round(layers * min(config.get("max_window_layers", 0) / count, 1.0))
     scaling = {name: _rope(config[name]) for name in ("rope_scaling", "rope_parameters") if config.get(name)}
-    factor = next((rope["factor"] for rope in scaling.values() if "original_max_position_embeddings" in rope), 4.0)
+    factor = next((rope.get("factor", 4.0) for rope in scaling.values() if "original_max_position_embeddings" in rope), 4.0)
     small["max_position_embeddings"] = int(TRAINED * factor) if "ffn_dim" not in config else 96
     small = {name: value for name, value in small.items() if config.get(name) is not None}
     return {**small, **scaling, "model_type": config["model_type"]}
