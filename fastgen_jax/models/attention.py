@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
@@ -37,7 +38,9 @@ class Step:
     """Values shared by all layers of a step."""
 
     batch: RaggedBatch
-    indices: dict[int | None, RaggedIndex]  # `batch.index` for each sliding window
+    indices: tuple[RaggedIndex, ...]  # for each cache group; without groups, `batch.index` for each sliding window
+    kinds: tuple[int, ...]  # which of them each layer uses
+    rows: tuple[int, ...]  # of the cache, for each layer
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
@@ -88,28 +91,35 @@ def prepare_step(
         growth = 1.0 + rule.weight * jnp.log1p(((batch.positions + rule.first) // rule.length).astype(jnp.float32))
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
-    num_blocks, num_devices = kv_cache.k.shape[0] // config.num_layers, 1 if mesh is None else mesh.size
+    indices = [batch.index, *batch.windowed]
+    groups = cache_groups(config, len(indices))
+    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
-    windows = tuple(dict.fromkeys(config.layer_windows or (None,)))
-    chunked = _index_in_chunks(batch, kv_cache, windows, config=config, implementation=implementation)
-    # One group of windows for each index; those of chunks are masked by their index alone.
-    groups = [(index, (None,)) for index in chunked.values()] if chunked else [(batch.index, windows)]
-    indices = [index for index, of_index in groups for _ in of_index]
+    windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
+    if not batch.windowed:
+        of_layers = config.layer_windows or (None,) * config.num_layers
+        windows = tuple(dict.fromkeys(of_layers))
+        indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
+    if config.window_chunks:
+        indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
+        windows = (None,) * len(windows)  # the indices say where chunks begin
     if not callable(implementation):
-        planned = partial(
-            plan_layers,
-            k_cache=jax.tree.map(
+        indices = plan_layers(
+            indices,
+            jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
             ),
+            windows,
             num_tokens=batch.positions.shape[0],
             num_heads=local.num_heads // num_devices,
             num_blocks=num_blocks,
             implementation=implementation,
         )
-        indices = [plan for index, of_index in groups for plan in planned(index, windows=of_index)]
     return Step(
         batch=batch,
-        indices=dict(zip(windows, indices, strict=True)),
+        indices=tuple(indices),
+        kinds=kinds,
+        rows=tuple(row for _, row in groups.places),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
@@ -120,21 +130,20 @@ def prepare_step(
     )
 
 
-def _index_in_chunks(
+def _in_chunks(
     batch: RaggedBatch,
     kv_cache: KVCache,
+    indices: list[RaggedIndex],
     windows: tuple[int | None, ...],
-    *,
-    config: ModelConfig,
     implementation: str | Attention | None,
-) -> dict[int | None, RaggedIndex]:
-    """The index for each of `windows` if they are chunks of the sequence, all of the same shape; {} if they are not.
+) -> list[RaggedIndex]:
+    """`indices` with a row for each chunk that tokens are in, all of the same shape; a window is the size of a chunk.
 
-    Also {} if no context can be longer than a chunk.
+    They are returned as they are if no context can be longer than a chunk.
     """
     sizes = [size for size in windows if size is not None]
-    if not config.window_chunks or not sizes:
-        return {}
+    if not sizes:
+        return indices
     num_tokens, block_size = batch.positions.shape[0], kv_cache.k.shape[2]
     if callable(implementation):
         if num_tokens > min(sizes):
@@ -142,13 +151,15 @@ def _index_in_chunks(
                 f"this model attends within chunks of {min(sizes)} tokens, which is not supported without a KV cache for "
                 f"more tokens than that in a batch; got {num_tokens}"
             )
-        return {}
+        return indices
     if batch.index.block_tables.shape[1] * block_size <= min(sizes):
-        return {}
-    num_sequences = batch.index.context_lens.shape[0]
-    shape = {"block_size": block_size, "num_rows": num_chunk_rows(num_sequences, num_tokens, min(sizes))}
+        return indices
+    rows = num_chunk_rows(batch.index.context_lens.shape[0], num_tokens, min(sizes))
     everything = _NO_WINDOW // block_size * block_size
-    return {size: in_chunks(batch.index, everything if size is None else size, **shape) for size in windows}
+    return [
+        in_chunks(index, batch.positions, everything if size is None else size, block_size=block_size, num_rows=rows)
+        for index, size in zip(indices, windows, strict=True)
+    ]
 
 
 def attention(
@@ -184,8 +195,8 @@ def attention(
         value,
         cache.k,
         cache.v,
-        _index_of(step, config, index),
-        CacheLayer(number=index, num_blocks=step.num_blocks),
+        _index_of(step, index),
+        CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks),
         _scoring_of(config, w, index),
     )
     out = take_rows(out[..., :d], rows)
@@ -305,15 +316,21 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
     )
 
 
-def _index_of(step: Step, config: ModelConfig, index: jax.Array | int) -> RaggedIndex:
-    """The batch's index with the plan for the window of a layer."""
-    windows = config.layer_windows or (None,)
-    if same_for_all(windows) or isinstance(index, int):
-        return step.indices[windows[0] if same_for_all(windows) else windows[int(index)]]
-    kind = jnp.asarray([list(step.indices).index(window) for window in windows], jnp.int32)[index]
+def _index_of(step: Step, index: jax.Array | int) -> RaggedIndex:
+    """The index of the cache group of a layer, with the plan for its window."""
+    if same_for_all(step.kinds) or isinstance(index, int):
+        return step.indices[step.kinds[0] if same_for_all(step.kinds) else step.kinds[int(index)]]
+    kind = jnp.asarray(step.kinds, jnp.int32)[index]
     return jax.tree.map(
-        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices.values()
+        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices
     )
+
+
+def _row_of(step: Step, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The row of the cache that belongs to a layer."""
+    if step.rows == tuple(range(len(step.rows))):
+        return index
+    return step.rows[index] if isinstance(index, int) else jnp.asarray(step.rows, jnp.int32)[index]
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:

@@ -23,8 +23,10 @@ def num_chunk_rows(num_sequences: int, num_tokens: int, size: int) -> int:
     return num_sequences + min(num_sequences, num_tokens // 2) + num_tokens // size
 
 
-def in_chunks(index: RaggedIndex, size: int, *, block_size: int, num_rows: int) -> RaggedIndex:
+def in_chunks(index: RaggedIndex, positions: Int[Array, " T"], size: int, *, block_size: int, num_rows: int) -> RaggedIndex:
     """`index` with one row for each chunk of `size` tokens that tokens of this step are in, in the order of the tokens.
+
+    `positions` are those of the tokens in their sequences. The tables of a cache group with windows begin at a later block.
 
     Raises ValueError unless `size` is a multiple of `block_size`.
     """
@@ -34,9 +36,11 @@ def in_chunks(index: RaggedIndex, size: int, *, block_size: int, num_rows: int) 
             f"blocks; choose a block_size that divides {size}"
         )
     queries, last = jnp.diff(index.query_starts), index.block_tables.shape[1] - 1
-    starts = index.context_lens - queries  # positions of the first tokens
+    starts = jnp.take(positions, index.query_starts[:-1], mode="clip")  # of the chunks of this step
+    lengths = starts + queries
+    tables_begin = lengths - index.context_lens
     firsts = starts // size
-    counts = jnp.where(queries > 0, (index.context_lens - 1) // size - firsts + 1, 0)
+    counts = jnp.where(queries > 0, (lengths - 1) // size - firsts + 1, 0)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     row = jnp.arange(num_rows, dtype=jnp.int32)
     used = row < ends[-1]
@@ -48,10 +52,10 @@ def in_chunks(index: RaggedIndex, size: int, *, block_size: int, num_rows: int) 
     begins = (of_row(firsts - ends + counts) + row) * size  # positions where the chunks begin
     query = of_row(index.query_starts[:-1]) + jnp.maximum(begins - of_row(starts), 0)
     used_tokens = index.query_starts[-1]
-    blocks = begins[:, None] // block_size + jnp.arange(last + 1, dtype=jnp.int32)[None, :]
+    blocks = (begins - of_row(tables_begin))[:, None] // block_size + jnp.arange(last + 1, dtype=jnp.int32)[None, :]
     return RaggedIndex(
         kv_slots=index.kv_slots,
         query_starts=jnp.append(jnp.where(used, query, used_tokens), used_tokens),
-        context_lens=jnp.where(used, jnp.minimum(of_row(index.context_lens) - begins, size), 0),
+        context_lens=jnp.where(used, jnp.minimum(of_row(lengths) - begins, size), 0),
         block_tables=jnp.take_along_axis(jnp.take(index.block_tables, sequence, axis=0), jnp.clip(blocks, 0, last), axis=1),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ BATCHES = (
 )
 
 
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("chunks", BATCHES)
-def test_each_chunk_that_a_step_computes_is_a_row(chunks):
+def test_each_chunk_that_a_step_computes_is_a_row(chunks, windowed):
     queries = np.array([count for _, count in chunks])
     starts = np.concatenate([[0], np.cumsum(queries)])
     num_tokens = int(starts[-1]) + 3  # padding
@@ -31,7 +34,15 @@ def test_each_chunk_that_a_step_computes_is_a_row(chunks):
         block_tables=jnp.asarray(tables, jnp.int32),
     )
     rows = num_chunk_rows(len(chunks), num_tokens, SIZE)
-    got = in_chunks(index, SIZE, block_size=BLOCK, num_rows=rows)
+    positions = np.concatenate([*(np.arange(first, first + count) for first, count in chunks), np.zeros(3)])
+    # A cache group with windows has freed whole blocks that no query sees.
+    freed = np.array([max(first - SIZE + 1, 0) // BLOCK if windowed else 0 for first, _ in chunks])
+    index = replace(
+        index,
+        context_lens=index.context_lens - jnp.asarray(freed * BLOCK, jnp.int32),
+        block_tables=jnp.asarray([np.roll(row, -count) for row, count in zip(tables, freed, strict=True)], jnp.int32),
+    )
+    got = in_chunks(index, jnp.asarray(positions, jnp.int32), SIZE, block_size=BLOCK, num_rows=rows)
     expected = []
     for sequence, (first, count) in enumerate(chunks):
         for begin in range(first // SIZE * SIZE, first + count, SIZE) if count else ():
@@ -57,4 +68,4 @@ def test_chunks_consist_of_whole_blocks():
         block_tables=jnp.zeros((1, 1), jnp.int32),
     )
     with pytest.raises(ValueError, match=r"block_size is 16, but this model attends within chunks of 24 tokens"):
-        in_chunks(index, 24, block_size=16, num_rows=2)
+        in_chunks(index, zeros, 24, block_size=16, num_rows=2)

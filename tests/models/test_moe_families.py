@@ -82,9 +82,9 @@ def test_runs_of_similar_layers_are_scanned(family: str, variant: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | None):
-    params, config = load("deepseek_v3", "default")
+@pytest.mark.parametrize(("family", "quantize"), [("deepseek_v3", None), ("deepseek_v3", "int8"), ("llama4", None)])
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, quantize: str | None):
+    params, config = load(family, "default")
     engine = Engine(
         params,
         config,
@@ -97,7 +97,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | Non
             quantize=quantize,
         ),
     )
-    tokens = expected("deepseek_v3", "default")[0].tolist()
+    tokens = expected(family, "default")[0].tolist()
     prompts = [tokens[:60], tokens[:7], tokens[20:41], tokens[5:6]]
     alone = []
     for prompt in prompts:

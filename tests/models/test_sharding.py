@@ -86,6 +86,23 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "chunks": (
+        dataclasses.replace(
+            EXPERTS,
+            num_heads=6,
+            num_kv_heads=3,
+            qk_norm="unit",
+            layer_ropes=(RopeConfig(), None),
+            layer_windows=(4, None),
+            window_chunks=True,
+            query_growth=QueryGrowth(weight=0.5, length=4, first=1, unrotated_only=True),
+            moe=dataclasses.replace(
+                MOE, scores="sigmoid_of_chosen", weigh_inputs=True, expert_bias=False, swiglu_limit=None, shared_gate=False
+            ),
+        ),
+        4,
+        None,
+    ),
     "norms after the rotation": (
         dataclasses.replace(
             UNEVEN,
