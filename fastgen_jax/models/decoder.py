@@ -30,7 +30,7 @@ from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import PackedWeight, linear
+from pallas_kernels.matmul import PackedWeight, linear, reads_in_place
 from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def run_layers(
         for name, spec in param_specs(config)["layers"].items()
         if spec.kind is Kind.EXPERTS
     }
+    in_place = {name: leaf for name, leaf in layers.items() if name not in experts and reads_in_place(leaf, x.dtype)}
     having = layers_with(config)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
@@ -131,12 +132,14 @@ def run_layers(
             carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
         ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
             x, cache, index = carry
+            weights = {**weights, **{name: leaf.at_layer(index) for name, leaf in in_place.items()}}
             x, cache = layer(x, cache, weights, LayerCall(index=index))
             return (x, cache, index + 1), None
 
         # The counter is carried: XLA makes one of it and the loop's own, and products on a GPU read their weights in place
         # only if it is the index. An array of layer numbers would be sliced in every layer.
-        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
+        sliced = {name: leaf for name, leaf in layers.items() if name not in in_place}
+        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), sliced)
         return jnp.take(x, rows, axis=0), kv_cache
 
     for start, stop in _runs(having, config.num_layers):
@@ -153,8 +156,9 @@ def run_layers(
                     lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False), layers[name]
                 )
                 for name, row in first_row.items()
-                if name not in experts
+                if name not in experts and name not in in_place
             }
+            weights |= {name: in_place[name].at_layer(row + i) for name, row in first_row.items() if name in in_place}
             first_expert = None
             if expert_row is not None:
                 assert config.moe is not None, "only a model with experts has layers with experts"
