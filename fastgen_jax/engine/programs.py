@@ -22,7 +22,8 @@ from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
+from fastgen_jax.models.params import head_spec
+from fastgen_jax.models.sharding import TENSOR, in_place, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
@@ -226,7 +227,7 @@ def step_program(
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
     options = _COMPILER_OPTIONS.get(device.device_kind)
-    if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device, mesh)):
+    if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
         options = _GPU_OPTIONS
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
@@ -236,10 +237,9 @@ def step_program(
     return jit(step, out_shardings=(whole, cache, whole))
 
 
-def _reads_int8_in_place(device: Any, mesh: Mesh | None) -> bool:
+def _reads_int8_in_place(device: Any) -> bool:
     """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper`."""
-    one = mesh is None or mesh.size == 1
-    return one and getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
+    return getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
@@ -273,6 +273,8 @@ def _step(
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
+    if "lm_head" in params and (lm_head := in_place(head_spec(config), params["lm_head"], hidden.dtype, mesh)) is not None:
+        params = {**params, "lm_head": lm_head}
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))

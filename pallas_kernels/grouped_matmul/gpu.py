@@ -54,8 +54,8 @@ def grouped_matmul_gpu(
     if not fits(w.shape, stored, x.dtype):
         raise ValueError(
             f"implementation='gpu' multiplies bfloat16 or float16 by weights of that dtype or int8, [G, E, F] with E and F "
-            f"multiples of 64 and F at least 128, but x is {x.dtype} and w {stored}{list(w.shape)}; pad w with zeros, or "
-            f"pass implementation='tiles'"
+            f"multiples of 64 (F of 32 for int8) and F at least 128, but x is {x.dtype} and w {stored}{list(w.shape)}; pad "
+            f"w with zeros, or pass implementation='tiles'"
         )
     if tiles is None:
         rows = 64 if num_rows <= 96 * num_groups else 128  # tiles of 128 rows only if most of them are full

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,7 @@ def _multiply(refs: dict[str, Ref], spec: _Spec) -> None:
     ring = (tiles.stages, WARPGROUPS, DEPTH, tiles.columns)
     scratch: dict[str, Scratch] = {
         "x_buffer": plgpu.SMEM((tiles.stages, tiles.rows, DEPTH), spec.dtype, transforms=_tiled(DEPTH, 2)),
-        "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=_tiled(tiles.columns, spec.stored.itemsize)),
+        "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=_tiled(math.gcd(64, spec.num_columns), spec.stored.itemsize)),
         "out_buffer": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, STORED), jnp.float32, transforms=_tiled(STORED, 4)),
         "full": plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
@@ -195,7 +196,7 @@ def _multiply(refs: dict[str, Ref], spec: _Spec) -> None:
 
 
 def _tiled(columns: int, itemsize: int) -> tuple[Any, Any]:
-    """The shared-memory layout of rows of that many numbers, with the widest swizzle that divides a row."""
+    """The shared-memory layout of rows of a multiple of that many numbers, with the widest swizzle that divides them."""
     swizzle = next(width for width in (128, 64, 32) if (itemsize * columns) % width == 0)
     return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 

@@ -29,13 +29,16 @@ class Tiles:
     blocks: int  # thread blocks that share the tiles
 
 
-def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
-    """Whether the program is for one Hopper, and the kernel supports activations of `dtype` and weights [G, K, N]."""
+def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+    """Whether the program is for Hoppers, and the kernel supports activations of `dtype` and weights [G, K, N].
+
+    XLA cannot divide the kernel over several devices: there it has to be inside a shard_map, or become `divided` later.
+    """
     if gpu_target.generation() != "hopper" or jax_versions.too_old(jax_versions.HOPPER_PRODUCT):
         return False
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
-        return False  # XLA cannot divide the kernel over devices; it needs a shard_map there
+    if not divided and not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
+        return False
     return fits(shape, stored, dtype)
 
 
@@ -43,7 +46,8 @@ def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
     """Whether weights [G, K, N] consist of whole tiles, in dtypes that the kernel multiplies."""
     if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8):
         return False
-    return shape[-2] % DEPTH == 0 and shape[-1] % 64 == 0 and shape[-1] >= 128
+    # A swizzle of 128 bytes is 64 numbers of 16 bits; numbers of 8 bits are converted, from narrower ones too.
+    return shape[-2] % DEPTH == 0 and shape[-1] % (32 if stored == jnp.int8 else 64) == 0 and shape[-1] >= 128
 
 
 def modeled(
@@ -81,7 +85,7 @@ def modeled(
         sums = 4 * splits * num_rows * num_columns if splits > 1 else 0
         return -(-items // blocks) * per_item * blocks + sums
 
-    widths = [width for width in (64, 128) if num_columns % width == 0 and 2 * width <= num_columns]
+    widths = [64, 128] if num_columns % 128 == 0 and num_columns >= 256 else [64]
     # Every split must have a step.
     counts = [n for n in range(1, MOST_SPLITS + 1) if (n - 1) * -(-steps // n) < steps] if splits is None else [splits]
     columns, parts = min(itertools.product(widths, counts), key=lambda choice: cost(*choice))

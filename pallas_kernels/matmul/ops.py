@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
 from pallas_kernels.matmul import cpu, hopper_support
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
+from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -81,12 +83,20 @@ def swiglu(
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
-def reads_in_place(w: object, dtype: DTypeLike) -> TypeGuard[Int8Weight]:
-    """Whether `linear` reads one layer of this stack [L, K, N] where it is, for activations of `dtype`; see `at_layer`.
+def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[Int8Weight]:
+    """Whether `linear` reads this weight [K, N], or one layer of this stack [L, K, N], where it is; see `at_layer`.
 
-    If not, a slice of the layer is the better operand: XLA may fuse it.
+    If not, a slice of the layer is the better operand: XLA may fuse it. `dtype` is that of the activations; `division` is
+    how the weight is divided, if the program is one of several devices.
     """
-    return isinstance(w, Int8Weight) and hopper_support.supported(w.shape, w.values.dtype, dtype)
+    if not isinstance(w, Int8Weight):
+        return False
+    if division is None:
+        return hopper_support.supported(w.shape, w.values.dtype, dtype)
+    *layers, inputs, outputs = w.shape
+    share = division.mesh.size
+    shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
+    return hopper_support.supported(shape, w.values.dtype, dtype, divided=True)
 
 
 def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
@@ -109,6 +119,8 @@ def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     """float32[..., N]"""
     if not isinstance(w, Int8Weight):
         return _dot(x, w)
+    if w.division is not None:
+        return _divided_product(x, w, w.division)
     if not hopper_support.supported(w.shape, w.values.dtype, x.dtype):
         return _int8_product(x, w)
     return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_int8_product)
@@ -124,6 +136,29 @@ def _int8_product(x: jax.Array, w: Int8Weight) -> jax.Array:
     if w.layer is not None:
         values, scales = (jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False) for part in (values, scales))
     return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
+
+
+def _divided_product(x: jax.Array, w: Int8Weight, division: Division) -> jax.Array:
+    mesh, axis, of_inputs = division
+    lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
+    parts = Int8Weight(
+        values=PartitionSpec(*layers, *((axis, None) if of_inputs else (None, axis))),  # pyright: ignore[reportArgumentType]
+        scales=PartitionSpec(*layers, None if of_inputs else axis),  # pyright: ignore[reportArgumentType]
+        layer=None if w.layer is None else PartitionSpec(),  # pyright: ignore[reportArgumentType]
+    )
+
+    def local(x: jax.Array, w: Int8Weight) -> jax.Array:
+        y = _product(x, w)
+        return jax.lax.psum(y, axis) if of_inputs else y
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*lead, axis if of_inputs else None), parts),
+        out_specs=PartitionSpec(*lead, None if of_inputs else axis),
+        check_vma=False,
+    )
+    return run(x, replace(w, division=None))
 
 
 def _product_in_place(x: jax.Array, w: Int8Weight) -> jax.Array:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul import blocks, cpu
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 _LARGEST = 127
 
 
+class Division(NamedTuple):
+    """How a weight is divided over the devices of a mesh: each has a share of its inputs or of its outputs."""
+
+    mesh: Mesh
+    axis: str
+    of_inputs: bool
+
+
 @pytree
 class Int8Weight:
     """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
@@ -31,11 +40,13 @@ class Int8Weight:
       values: int8[..., K, N] in [-127, 127].
       scales: float32[..., N], positive.
       layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
+      division: over which devices `linear` runs a kernel, which XLA cannot divide; None: it does not have to.
     """
 
     values: Int8[Array, "*layers K N"]
     scales: Float32[Array, "*layers N"]
     layer: Int[Array, ""] | None = None
+    division: Division | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

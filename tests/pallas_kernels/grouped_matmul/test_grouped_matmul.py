@@ -259,6 +259,6 @@ def test_a_call_copies_no_weight(dtype: jnp.dtype, layers: tuple[int, ...]):
 def test_the_gpu_kernel_refuses_weights_that_are_not_whole_tiles():
     x, w = jnp.ones((8, 360), jnp.bfloat16), jnp.ones((2, 360, 128), jnp.bfloat16)
     with pytest.raises(
-        ValueError, match=r"E and F multiples of 64 .* but x is bfloat16 and w bfloat16\[2, 360, 128\]; pad w"
+        ValueError, match=r"E and F multiples of 64 .*, but x is bfloat16 and w bfloat16\[2, 360, 128\]; pad w"
     ):
         grouped_matmul(x, w, jnp.asarray([4, 4], jnp.int32), implementation="gpu")

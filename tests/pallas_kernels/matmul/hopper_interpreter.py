@@ -52,7 +52,7 @@ ALL = [
     *QUICK,
     Case(num_rows=200, rows=128, columns=128, num_columns=384, dtype="float16"),
     Case(num_rows=64, splits=4, blocks=20),
-    Case(num_rows=1, blocks=1, stages=3),
+    Case(num_rows=1, blocks=1, stages=3, num_columns=160),
     Case(groups=(0, 130, 1), num_rows=131, rows=128, columns=128, num_columns=256, blocks=5),
     Case(groups=(0, 0, 0), num_rows=9),
     Case(groups=(1,) * 20, num_rows=24, depth=64, int8=False, stages=4),

@@ -65,6 +65,8 @@ def test_every_row_of_a_group_is_in_one_tile_of_its_matrix(sizes: tuple[int, ...
         ((256, 2880, 5760), "bfloat16", "bfloat16", True),
         ((32, 4096, 6144), "int8", "float32", False),
         ((32, 360, 2880), "bfloat16", "bfloat16", False),
+        ((1, 4096, 16032), "int8", "bfloat16", True),  # the vocabulary of Llama 3 on eight devices
+        ((1, 4096, 16032), "bfloat16", "bfloat16", False),
         ((32, 4096, 720), "int8", "bfloat16", False),
         ((32, 4096, 64), "int8", "bfloat16", False),
         ((32, 4096, 6144), "float32", "bfloat16", False),
@@ -74,7 +76,7 @@ def test_weights_of_whole_tiles_are_supported(shape: tuple[int, ...], stored: st
     assert fits(shape, jnp.dtype(stored), jnp.dtype(dtype)) == expected
 
 
-@pytest.mark.parametrize("shape", [(1, 4096, 6144), (1, 14336, 4096), (1, 896, 128256), (1, 64, 192)])
+@pytest.mark.parametrize("shape", [(1, 4096, 6144), (1, 14336, 4096), (1, 896, 128256), (1, 64, 160)])
 @pytest.mark.parametrize("stored", ["int8", "bfloat16"])
 @pytest.mark.parametrize("rows", [64, 128])
 def test_modeled_tiles_fit_and_every_split_has_work(shape: tuple[int, ...], stored: str, rows: int) -> None:
@@ -83,7 +85,6 @@ def test_modeled_tiles_fit_and_every_split_has_work(shape: tuple[int, ...], stor
     assert shared_bytes(tiles, jnp.dtype(stored)) <= 227 * 1024 - 1024
     steps = shape[1] // 64
     assert (tiles.splits - 1) * -(-steps // tiles.splits) < steps
-    assert shape[2] % tiles.columns == 0
 
 
 def test_a_product_with_few_columns_is_split_so_that_all_multiprocessors_read() -> None:
