@@ -32,6 +32,9 @@ MERGE_KERNEL = (0, 12)
 HOPPER_PRODUCT = (0, 12)
 """The product with weights in place has been compiled and tested from here on."""
 
+AUTOTUNING_KEPT = (0, 12)
+"""From here on, the folder of XLA's autotuning results is not part of the keys of JAX's compilation cache."""
+
 
 def too_old(version: tuple[int, ...]) -> str | None:
     """What is missing if this jax is older than `version`, with the remedy, as the end of a sentence; otherwise None."""

@@ -53,9 +53,10 @@ def linear(
         return _paired(x, w, residual, num_rows).astype(out_dtype)
     if gpu_target.is_gpu() and not isinstance(w, Int8Weight) and x.dtype == out_dtype and x.dtype.itemsize == 2:
         # A GPU's library sums in float32, adds the residual, and rounds once. XLA would have it write float32, and launch
-        # kernels that convert the residual before and the result after it.
+        # kernels that convert the residual before and the result after it. Without the barrier XLA would also have it add a
+        # bias and apply an activation, and then copy the layer's weight out of the stack for it.
         y = _dot(x, w, out_dtype)
-        return y if residual is None else y + residual
+        return jax.lax.optimization_barrier(y if residual is None else y + residual)
     y = _product(x, w)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
