@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(GPU_MODELS), choices=list(GPU_MODELS))
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--quantize", nargs="+", default=["none", "int8"], choices=("none", "int8"))
-    parser.add_argument("--kind", default="h100", help="h100 or a100")
+    parser.add_argument("--kind", default="h100", help="h100, a100 or t4")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--work", default="greedy", choices=("any", "greedy", "sampled"))
     parser.add_argument("--text", type=Path, help="a folder for the text of each optimized program")
