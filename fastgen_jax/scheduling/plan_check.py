@@ -101,8 +101,6 @@ def _fault_of_chunks(
                 f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "
                 f"have {needed} and {stop == sequence.num_tokens}"
             )
-        if samples and sequence.awaits_each_token and sequence.num_in_flight:
-            return f"{sequence} must not sample its next token while one is in flight"
         held = len(sequence.block_ids) if cached is None else len(cached)
         blocks.take(max(0, -(-stop // size) - held))
     if not admitted.keys() <= with_chunk:

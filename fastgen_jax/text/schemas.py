@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.grammar import JSON_LAYOUT, GrammarError, library
+from fastgen_jax.text.grammar import JSON_LAYOUT, GrammarError, check_size, library
 
 _DATA = frozenset({"const", "default", "enum", "examples", "example"})  # words whose values are no schemas
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # name -> schema
@@ -38,6 +38,7 @@ def fitted(schema: JsonFields, *, strict: bool) -> Fitted:
         text = json.dumps(schema, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise GrammarError(f"the json schema cannot be used: {type(error).__name__}: {error}") from None
+    check_size("json schema", text)
     error, usable = _fitted(text)
     if usable is None or (strict and usable.relaxed):
         words = f", and {', '.join(usable.relaxed)} cannot be enforced" if usable else ""
