@@ -113,11 +113,11 @@ def _run(engine: Engine, *, held: int, free: int, tokens: int, seed: int, greedy
     from fastgen_jax.text.grammar import Grammar
 
     grammar = Grammar.json_schema(SCHEMA)
-    sampling = {"do_sample": False} if greedy else {"temperature": 1.0}
     kinds: dict[str, bool] = {}
     for number in range(held + free):
-        seeded = {} if greedy else {"seed": 1000 * seed + number}
-        params = SamplingParams(max_new_tokens=tokens, ignore_eos=True, **sampling, **seeded)
+        params = SamplingParams(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+        if not greedy:
+            params = SamplingParams(max_new_tokens=tokens, ignore_eos=True, temperature=1.0, seed=1000 * seed + number)
         request_id = engine.add(f"{number}. {PROMPT}", params, grammar=grammar if number < held else None)
         kinds[request_id] = number < held
     generated = dict.fromkeys(kinds, 0)
