@@ -238,8 +238,8 @@ class _Vocabulary:
 
 @cache
 def compile_threads() -> ThreadPoolExecutor:
-    """The threads in which a server compiles grammars: so few that heavy ones leave cores to the engine."""
-    workers = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+    """The threads in which a server compiles grammars: so few that heavy ones leave time to the engine."""
+    workers = max(2, min(4, len(os.sched_getaffinity(0)) // 4))
     return ThreadPoolExecutor(workers, thread_name_prefix="fastgen-grammars")
 
 
