@@ -6,6 +6,7 @@ This module requires Ray; `ray_app.build` names it, and Ray imports it in the pr
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Sequence
 from typing import Any  # of Ray, an optional package
 
@@ -21,7 +22,8 @@ class PrefixRouter(_RequestRouter):
     def initialize_state(self) -> None:
         """Called by Ray after `__init__`."""
         self._memories: dict[Any, PrefixMemory] = {}
-        self._work: dict[Any, int] = {}
+        self._work: dict[Any, int] = {}  # tokens; changed with the lock
+        self._lock = threading.Lock()
 
     async def choose_replicas(self, candidate_replicas: Sequence[Any], pending_request: Any = None) -> list[list[Any]]:
         """Returns the replicas in the order in which Ray tries them. Calls other than `generate` may go to any."""
@@ -42,18 +44,18 @@ class PrefixRouter(_RequestRouter):
         request = _request_of(pending_request)
         if request is None:
             return
-        known = {replica_id, *self.curr_replicas}
+        known, work = {replica_id, *self.curr_replicas}, expected_work(request)
         self._memories = {id: memory for id, memory in self._memories.items() if id in known}
-        self._work = {id: work for id, work in self._work.items() if id in known}
-        work = expected_work(request)
-        self._memories.setdefault(replica_id, PrefixMemory()).add(
-            prefix_pieces(request.prompt_token_ids, salt=request.cache_salt)
-        )
-        self._work[replica_id] = self._work.get(replica_id, 0) + work
+        memory = self._memories.setdefault(replica_id, PrefixMemory())
+        memory.add(prefix_pieces(request.prompt_token_ids, salt=request.cache_salt))
+        with self._lock:
+            self._work = {id: work for id, work in self._work.items() if id in known}
+            self._work[replica_id] = self._work.get(replica_id, 0) + work
 
-        def ended(*_: object) -> None:
-            if replica_id in self._work:
-                self._work[replica_id] -= work
+        def ended(*_: object) -> None:  # Ray calls it in another thread
+            with self._lock:
+                if replica_id in self._work:
+                    self._work[replica_id] -= work
 
         result.add_done_callback(ended)
 
