@@ -50,6 +50,9 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """POST /v1/messages/count_tokens: the fields that become part of the prompt."""
 
+    # Fields that this server cannot fulfil -> values that ask for nothing.
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {"speed": (None, "standard")}
+
     model: str
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     system: Content | None = None
@@ -59,20 +62,25 @@ class CountRequest(Body):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
     cache_control: JsonObject | None = None
+    speed: object = None
     chat_template_kwargs: JsonObject | None = Field(None, description="Extension.")
+
+    @model_validator(mode="after")
+    def _supported(self) -> CountRequest:
+        check_neutral(self, self.NEUTRAL)
+        return self
 
 
 class MessagesRequest(CountRequest, ChatOptions):
     """The body. Fields described as extensions are not in Anthropic's API."""
 
-    # Fields that this server cannot fulfil -> values that ask for nothing.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
+        **CountRequest.NEUTRAL,
         "container": (None,),
         "context_management": (None,),
         "mcp_servers": (None, []),
         "service_tier": (None, "auto", "standard_only"),
         "inference_geo": (None,),
-        "speed": (None, "standard"),
         "diagnostics": (None,),
     }
 
@@ -84,13 +92,7 @@ class MessagesRequest(CountRequest, ChatOptions):
     mcp_servers: object = None
     service_tier: object = None
     inference_geo: object = None
-    speed: object = None
     diagnostics: object = None
-
-    @model_validator(mode="after")
-    def _supported(self) -> MessagesRequest:
-        check_neutral(self, self.NEUTRAL)
-        return self
 
 
 def chat_of(body: CountRequest, *, switches: frozenset[str] = frozenset()) -> ChatRequest:
