@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fastgen_jax
+from tests.serving.checkpoint import write_checkpoint
 
+CONTEXT = 8192
 TESTERS = (
     *("pytest", "pytest-asyncio", "pytest-xdist", "respx", "rich", "inline-snapshot", "http-snapshot[httpx]", "httpx2"),
     *("dirty-equals", "hypothesis", "time-machine", "trio", "opentelemetry-sdk", "boto3", "pillow", "importlib-metadata"),
@@ -80,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="for the environment and the sources; kept")
     parser.add_argument("--suites", nargs="+", choices=[*SUITES], default=[*SUITES])
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="model to serve (default: %(default)s)")
+    parser.add_argument("--model", help="model to serve (default: a tiny random one, whose answers have the right form)")
     parser.add_argument("--url", help="a server that runs already, without /v1; it must accept the models of the suites")
     parser.add_argument("--workers", default="2", help="tests at the same time (default: %(default)s)")
     options = parser.parse_args()
@@ -90,7 +93,7 @@ def main() -> int:
     python = environment(folder, suites)
     sources = {suite.package: source_of(folder, python, suite) for suite in suites}
     names = sorted({name for suite in suites for name in models_of(sources[suite.package], suite)})
-    with contextlib.nullcontext(options.url) if options.url else serving(options.model, names) as url:
+    with contextlib.nullcontext(options.url) if options.url else serving(options.model or tiny_model(folder), names) as url:
         for suite in suites:
             results = run(suite, sources[suite.package], python, url=url, workers=options.workers)
             print("\n".join(report(suite, sources[suite.package].name, results)), flush=True)
@@ -128,6 +131,16 @@ def models_of(source: Path, suite: Suite) -> set[str]:
     files += (source / "src" / suite.package / "resources").rglob("messages.py")  # which lists names that are deprecated
     text = "\n".join(file.read_text() for file in files)
     return set(re.findall(r'\bmodel(?:_id)?="([^"]+)"', text)) | set(re.findall(r'"(claude-[\w.-]+)"', text))
+
+
+def tiny_model(folder: Path) -> str:
+    """A tiny random model with a context that is long enough for the tests, one token per character."""
+    path = folder / "tiny"
+    if not path.exists():
+        write_checkpoint(path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return str(path)
 
 
 @contextlib.contextmanager
