@@ -128,9 +128,9 @@ def models_of(source: Path, suite: Suite) -> set[str]:
     files = [
         file for test in suite.tests for file in ([source / test] if test.endswith(".py") else (source / test).rglob("*.py"))
     ]
-    files += (source / "src" / suite.package / "resources").rglob("messages.py")  # which lists names that are deprecated
     text = "\n".join(file.read_text() for file in files)
-    return set(re.findall(r'\bmodel(?:_id)?="([^"]+)"', text)) | set(re.findall(r'"(claude-[\w.-]+)"', text))
+    own = "\n".join(file.read_text() for file in (source / "src").rglob("*.py"))  # its lists of names are tested, too
+    return set(re.findall(r'\bmodel(?:_id)?="([^"]+)"', text)) | set(re.findall(r'"(claude-[\w.-]+)"', own))
 
 
 def tiny_model(folder: Path) -> str:

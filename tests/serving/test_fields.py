@@ -124,7 +124,7 @@ def test_a_list_of_models_is_in_the_format_of_anthropic_for_its_clients():
     assert [page["has_more"] for page in lists] == [False, True, False, True]
     assert [(page["first_id"], page["last_id"]) for page in lists] == [(MODEL, "c"), (MODEL, "b"), ("c", "c"), ("b", "b")]
     assert one.json() == lists[0]["data"][1]
-    assert one.json()["type"] == "model"
+    assert (one.json()["type"], one.json()["lifecycle"]) == ("model", "active")
     assert one.json()["max_tokens"] == engine().config.longest_sequence
     assert one.json()["created_at"].endswith("Z")
     assert [(r.status_code, r.json()["error"]["type"]) for r in (missing, unknown, invalid)] == [

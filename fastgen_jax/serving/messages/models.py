@@ -32,6 +32,10 @@ def model_info(name: str, *, created: float, max_tokens: int | None) -> JsonObje
         "max_input_tokens": max_tokens,
         "max_tokens": max_tokens,
         "capabilities": None,
+        "lifecycle": "active",
+        "deprecated_at": None,
+        "retires_at": None,
+        "line": None,
     }
 
 
