@@ -90,7 +90,7 @@ def schemas_of(value: Any) -> Iterator[dict[str, Any]]:
                 inner = None
         if isinstance(inner, dict) and not SCHEMA_WORDS & set(value):
             yield inner
-        elif SCHEMA_WORDS & set(value) and jsonschema.validators.validator_for(value, default=None) is not None:
+        elif SCHEMA_WORDS & set(value) and isinstance(value.get("properties", {}), dict):
             yield value
 
 
@@ -125,7 +125,8 @@ def answer(
                 usable = fitted(schema, strict=False)
                 grammar = Grammar.json_schema(usable.schema)
                 params = SamplingParams(max_new_tokens=tokens, temperature=0.7, seed=number)
-                prompt = f"JSON that follows the schema {json.dumps(schema)[:400]}:\n"
+                about = schema.get("title") or schema.get("description") or "an object"
+                prompt = f"As JSON, {str(about)[:80]}:\n"
                 request_id = engine.add(prompt, params, grammar=grammar)
             except GrammarError as error:
                 outcomes[f"refused: {str(error)[:60]}"] += 1

@@ -138,5 +138,5 @@ def test_the_number_of_replicas_follows_the_load(url, tmp_path):
 
             await asyncio.gather(*map(client, range(8)))
 
-    asyncio.run(asyncio.wait_for(load(), 120))
+    asyncio.run(asyncio.wait_for(load(), 300))
     eventually(lambda: len(replicas()) == 1, "the second replica is gone")
