@@ -20,6 +20,7 @@ from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.engine.sampling.tables import SamplingBatch
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
@@ -88,13 +89,14 @@ class Programs:
             max_blocks=config.max_blocks,
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
+            groups=config.groups,
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
         """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
         cache = KVCache.zeros(
-            num_layers=model.num_layers,
+            num_layers=cache_groups(model, len(config.windows)).num_rows,
             num_blocks=config.num_blocks,
             num_kv_heads=divided(model, config.tensor_parallel or 1).num_kv_heads,
             block_size=config.block_size,
