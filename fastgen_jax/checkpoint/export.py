@@ -22,7 +22,7 @@ from fastgen_jax.checkpoint.snapshot import check_target
 from fastgen_jax.checkpoint.tensor_files import number_type
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families import FAMILIES, family_of
+from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.families.fields import is_multimodal, text_part
 from fastgen_jax.models.params import layers_with
 from fastgen_jax.models.weight_spec import Leaf, Params, WeightSpec
@@ -31,6 +31,20 @@ log = logging.getLogger(__name__)
 
 # Of families whose model_type in transformers is not the name of the family here.
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
+# Families of which only a part of the weights is loaded, and the rest cannot be left out elsewhere.
+_INCOMPLETE = {
+    "deepseek_v32": "the indexer, which chooses the tokens to attend to,",
+    "mllama": "the layers that attend to images",
+}
+# The fields of a text model that a multimodal config.json may leave out.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
@@ -155,7 +169,13 @@ def _export(
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or None to keep that of each weight")
     check_target(out)
     hf = like if isinstance(like, Mapping) else like.config_json
-    sources = FAMILIES[model_config(hf, "config_json").family].sources(model_config(hf, "config_json"))
+    config = model_config(hf, "config_json")
+    if config.family in _INCOMPLETE:
+        raise ValueError(
+            f"models of the family {config.family} cannot be exported, because {_INCOMPLETE[config.family]} are not loaded; "
+            "keep the original checkpoint, or write a snapshot"
+        )
+    sources = FAMILIES[config.family].sources(config)
     published = [replace(weight, source=sources[weight.spec.path], omitted="") for weight in weights]
     dtypes = [_written_dtype(weight.spec, dtype_of(weight), dtype) for weight in weights]
     tensors = [
@@ -192,11 +212,12 @@ def published_config(hf: JsonFields, dtype: str) -> JsonObject:
 
     Layers for multi-token prediction and parts for images are not loaded, so the config must not announce them.
     """
-    family = family_of(hf["architectures"][0])
-    name = family.__name__.rpartition(".")[2]
+    config = model_config(hf, "config_json")
+    name = config.family
     fields = dict(hf)
     if is_multimodal(hf):
-        fields = text_part(hf) | {"architectures": [family.ARCHITECTURES[0]]}
+        fields = text_part(hf) | {"architectures": [FAMILIES[name].ARCHITECTURES[0]]}
+        fields = {field: getattr(config, size) for field, size in _SIZES.items()} | fields
         if fields.get("model_type") not in (name, f"{name}_text"):
             fields["model_type"] = _MODEL_TYPES.get(name, name)
         for name_of_rope in ("rope_scaling", "rope_parameters"):
