@@ -39,6 +39,7 @@ MAXTEXT = [
     ("gemma2", "default"),
     ("gemma3", "default"),
 ]
+QUICK = [(("llama", "rope_llama3"), True), (("mixtral", "default"), True), (("gemma2", "default"), False)]
 GEMMA = [names for names in MAXTEXT if names[0].startswith("gemma")]
 SCALED_QUERIES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
 Tree = dict[str, Any]
@@ -216,8 +217,19 @@ def resized(path: Path, out: Path, num_layers: int, **fields: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("names", MAXTEXT, ids="-".join)
+@pytest.mark.parametrize(
+    ("names", "scan"),
+    [
+        pytest.param(
+            names,
+            scan,
+            id=f"{'-'.join(names)}-{'scanned' if scan else 'unscanned'}",
+            marks=() if (names, scan) in QUICK else pytest.mark.slow,
+        )
+        for names in MAXTEXT
+        for scan in (True, False)
+    ],
+)
 def test_weights_of_maxtext_are_those_of_transformers(names, scan, source_of):
     source = source_of(*names)
     wrap = linen_state if scan else nnx_state
@@ -295,8 +307,19 @@ GEMMA_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", GEMMA_LAYOUTS)
-@pytest.mark.parametrize("names", GEMMA, ids="-".join)
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        pytest.param(
+            names,
+            layout,
+            id=f"{'-'.join(names)}-{layout}",
+            marks=() if (names[0], layout) in (("gemma", "flat"), ("gemma2", "stacked")) else pytest.mark.slow,
+        )
+        for names in GEMMA
+        for layout in GEMMA_LAYOUTS
+    ],
+)
 def test_weights_of_the_gemma_library_are_those_of_transformers(names, layout, source_of):
     source = source_of(*names)
     tree = GEMMA_LAYOUTS[layout](gemma_tree(source) | {"vision_encoder": {"w": np.zeros(3, np.float32)}})
@@ -313,6 +336,7 @@ def save(folder: Path, tree: Tree, **options: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_exports_the_last_step_of_a_run_of_maxtext(tmp_path, capsys):
     source = Source(folder("qwen3", "default"))
     shutil.copytree(source.path, tmp_path / "base")
