@@ -24,10 +24,12 @@ from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
+from fastgen_jax.models.params import head_spec
+from fastgen_jax.models.sharding import TENSOR, in_place, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
+from pallas_kernels.jax_versions import HOPPER_PRODUCT, too_old
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
@@ -43,7 +45,7 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
 }
 # XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
 # can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
-# written to memory as 16 bits and read again.
+# written to memory as 16 bits and read again. Where the kernel for Hopper does not read them, Triton products remain.
 _GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -237,13 +239,20 @@ def step_program(
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    options = _GPU_OPTIONS if device.platform == "gpu" and not has_int8_weights else compiler_options(device)
+    options = compiler_options(device)
+    if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
+        options = _GPU_OPTIONS
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
         return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())
     cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     return jit(step, out_shardings=(whole, cache, whole))
+
+
+def _reads_int8_in_place(device: Any) -> bool:
+    """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper`."""
+    return getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
 
 
 def compiler_options(device: Any) -> dict[str, bool | str] | None:
@@ -282,6 +291,8 @@ def _step(
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
+    if "lm_head" in params and (lm_head := in_place(head_spec(config), params["lm_head"], hidden.dtype, mesh)) is not None:
+        params = {**params, "lm_head": lm_head}
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
