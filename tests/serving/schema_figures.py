@@ -23,6 +23,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+from jsonschema.validators import validator_for
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.engine import stepper
@@ -131,7 +132,7 @@ def answer(
             except GrammarError as error:
                 outcomes[f"refused: {str(error)[:60]}"] += 1
                 continue
-            running[request_id] = (usable.schema, grammar, [], [])
+            running[request_id] = (dict(usable.schema), grammar, [], [])
         for output in engine.step():
             schema, grammar, texts, ids = running[output.request_id]
             texts.append(output.text)
@@ -154,7 +155,7 @@ def outcome_of(schema: dict[str, Any], text: str, reason: str | None, error: str
         return "cut off by the length limit"
     try:
         value = json.loads(text)
-        validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        validator = validator_for(schema, default=jsonschema.Draft202012Validator)
         validator(schema).validate(value)
     except jsonschema.ValidationError as problem:
         return "invalid" if problem.validator not in RELAXABLE else f"valid but for {problem.validator}, which is relaxed"
