@@ -158,9 +158,12 @@ def test_every_query_head_is_on_the_device_of_its_kv_head(num_kv_heads: int, num
         assert head is None or heads.kv[place // share] == head // group
 
 
-@pytest.mark.parametrize("name", MODELS)
+WIDE_EXPERTS = dataclasses.replace(EXPERTS, moe=dataclasses.replace(MOE, expert_dim=130))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "wide experts"])
 def test_divided_weights_have_the_shapes_of_the_divided_model(name: str) -> None:
-    config, num_devices, _ = MODELS[name]
+    config, num_devices, _ = MODELS.get(name, (WIDE_EXPERTS, 2, None))
     wide = all_specs(divided(config, num_devices))
     for path, spec in all_specs(config).items():
         assert divided_shape(spec, config, num_devices) == wide[path].shape
@@ -174,6 +177,15 @@ def test_a_model_that_devices_divide_as_it_is_stays_the_same() -> None:
     assert divided(EXPERTS, 2) == EXPERTS
     array = np.arange(32 * 64.0).reshape(32, 64)
     assert divided_array(layer_specs(TINY, 0)["qkv"], array, TINY, 2, axes=(-2, -1), fill=0) is array
+
+
+def test_shares_of_wide_experts_are_filled_up_to_whole_tiles() -> None:
+    widths = {}
+    for num_devices in (1, 2, 4):
+        moe = divided(WIDE_EXPERTS, num_devices).moe
+        assert moe is not None
+        widths[num_devices] = moe.expert_dim
+    assert widths == {1: 130, 2: 2 * 128, 4: 4 * 33}
 
 
 def test_scales_of_8_bit_weights_are_filled_up_with_ones() -> None:

@@ -341,7 +341,7 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[..., Mo
 
     @functools.wraps(read)
     def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
-        fields = Fields(_text_part(hf) if is_multimodal(hf) else hf)
+        fields = Fields(text_part(hf) if is_multimodal(hf) else hf)
         config = read(fields)
         fields.check_unread(strict=strict)
         return config
@@ -354,7 +354,7 @@ def is_multimodal(hf: JsonFields) -> bool:
     return "text_config" in hf or "vision_config" in hf
 
 
-def _text_part(hf: JsonFields) -> JsonObject:
+def text_part(hf: JsonFields) -> JsonObject:
     """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
     around, text = (
         {name: value for name, value in part.items() if name not in _AROUND_TEXT} for part in (hf, hf.get("text_config", {}))
