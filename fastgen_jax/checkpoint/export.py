@@ -32,6 +32,13 @@ log = logging.getLogger(__name__)
 # Of families whose model_type in transformers is not the name of the family here.
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
+# Families whose text model alone would not be the published one, and why.
+NOT_EXPORTED = {
+    "deepseek_v32": "the weights of its indexer are not loaded",
+    "llava": "its config.json leaves out sizes of its text model",
+    "mllama": "its layers of cross-attention are not loaded, and the others have new numbers",
+    "qwen3_vl_moe": "no architecture of transformers is its text model alone",
+}
 
 
 def export_params(
@@ -54,6 +61,7 @@ def export_params(
     if `out` has contents; nothing is left if the disk is full.
     """
     hf = like if isinstance(like, Mapping) else like.config_json
+    _check_exportable(hf)
     config = model_config(hf, "config_json")
     rows = _Rows(params, config)
     weights = list(weights_of(config, FAMILIES[config.family].sources(config)))
@@ -97,6 +105,7 @@ def export_checkpoint(
     without it, they are a ValueError. See `export_params` for the rest.
     """
     check_target(out, source=checkpoint.path)
+    _check_exportable(checkpoint.config_json)
     check_tensors(checkpoint)
 
     def stored_dtype(weight: Weight) -> str:
@@ -119,6 +128,13 @@ def export_checkpoint(
 
     weights = list(stored_weights(checkpoint))
     _export(out, weights, stored_dtype, read, like=checkpoint, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+
+
+def _check_exportable(hf: JsonFields) -> None:
+    (architecture,) = hf["architectures"]
+    family = family_of(architecture).__name__.rpartition(".")[2]
+    if family in NOT_EXPORTED:
+        raise ValueError(f"{architecture} cannot be exported as a Hugging Face directory: {NOT_EXPORTED[family]}")
 
 
 def take_apart(weight: Weight, array: np.ndarray) -> Iterator[np.ndarray]:
