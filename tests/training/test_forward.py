@@ -152,7 +152,7 @@ def test_every_family_has_the_numbers_of_its_engine(family):
     variant = next(variant for name, variant in variants() if name == family)
     params, config = load(family, variant, stack_layers=True)
     engine = Engine(
-        params, config, EngineConfig(dtype="float32", token_budget=16, budget_ladder=(), num_blocks=16, block_size=4)
+        params, config, EngineConfig(dtype="float32", token_budget=16, budget_ladder=(), num_blocks=24, block_size=4)
     )
     tokens, _, _ = expected(family, variant)
     tokens = tokens[:20].tolist()
