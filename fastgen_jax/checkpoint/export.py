@@ -31,11 +31,6 @@ log = logging.getLogger(__name__)
 
 # Of families whose model_type in transformers is not the name of the family here.
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
-# Families of which only a part of the weights is loaded, and the rest cannot be left out elsewhere.
-_INCOMPLETE = {
-    "deepseek_v32": "the indexer, which chooses the tokens to attend to,",
-    "mllama": "the layers that attend to images",
-}
 # The fields of a text model that a multimodal config.json may leave out.
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -46,6 +41,12 @@ _SIZES = {
     "num_key_value_heads": "num_kv_heads",
 }
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
+# Families whose text model alone would not be the published one, and why.
+NOT_EXPORTED = {
+    "deepseek_v32": "the weights of its indexer are not loaded",
+    "mllama": "its layers of cross-attention are not loaded, and the others have new numbers",
+    "qwen3_vl_moe": "no architecture of transformers is its text model alone",
+}
 
 
 def export_params(
@@ -68,6 +69,7 @@ def export_params(
     if `out` has contents; nothing is left if the disk is full.
     """
     hf = like if isinstance(like, Mapping) else like.config_json
+    _check_exportable(hf)
     config = model_config(hf, "config_json")
     rows = _Rows(params, config)
     weights = list(weights_of(config, FAMILIES[config.family].sources(config)))
@@ -111,6 +113,7 @@ def export_checkpoint(
     without it, they are a ValueError. See `export_params` for the rest.
     """
     check_target(out, source=checkpoint.path)
+    _check_exportable(checkpoint.config_json)
     check_tensors(checkpoint)
 
     def stored_dtype(weight: Weight) -> str:
@@ -133,6 +136,13 @@ def export_checkpoint(
 
     weights = list(stored_weights(checkpoint))
     _export(out, weights, stored_dtype, read, like=checkpoint, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+
+
+def _check_exportable(hf: JsonFields) -> None:
+    family = model_config(hf, "config_json").family
+    if family in NOT_EXPORTED:
+        (architecture,) = hf["architectures"]
+        raise ValueError(f"{architecture} cannot be exported as a Hugging Face directory: {NOT_EXPORTED[family]}")
 
 
 def take_apart(weight: Weight, array: np.ndarray) -> Iterator[np.ndarray]:
@@ -170,11 +180,6 @@ def _export(
     check_target(out)
     hf = like if isinstance(like, Mapping) else like.config_json
     config = model_config(hf, "config_json")
-    if config.family in _INCOMPLETE:
-        raise ValueError(
-            f"models of the family {config.family} cannot be exported, because {_INCOMPLETE[config.family]} are not loaded; "
-            "keep the original checkpoint, or write a snapshot"
-        )
     sources = FAMILIES[config.family].sources(config)
     published = [replace(weight, source=sources[weight.spec.path], omitted="") for weight in weights]
     dtypes = [_written_dtype(weight.spec, dtype_of(weight), dtype) for weight in weights]

@@ -14,16 +14,14 @@ from fastgen_jax.models.families import FAMILIES
 
 OUTPUT = Path(__file__).with_name("config_defaults.json")
 # Where it is not the name of the family.
-MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mllama": "mllama_text_model"} | {
-    "qwen3_vl_moe": "qwen3_vl_moe_text"
-}
+MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mllama": "mllama_text_model"}
 NOT_IN_TRANSFORMERS = ("qwen", "baichuan", "internlm2", "internlm3", "minicpm")
-OF_SEVERAL_FAMILIES = ("llava",)  # its text model has the defaults of another family
+MULTIMODAL = ("llava", "qwen3_vl_moe")  # their fields are in those of a text model
 
 
 def main() -> None:
     configs = {}
-    for family in sorted(FAMILIES.keys() - {*NOT_IN_TRANSFORMERS, *OF_SEVERAL_FAMILIES}):
+    for family in sorted(FAMILIES.keys() - {*NOT_IN_TRANSFORMERS, *MULTIMODAL}):
         config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)]()
         configs[family] = json.loads(config.to_json_string(use_diff=False))
     OUTPUT.write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")

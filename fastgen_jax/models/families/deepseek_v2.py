@@ -43,8 +43,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     )
 
 
-def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
-    """Everything except the experts, as keyword arguments of `ModelConfig`."""
+def latent_model(hf: Fields, *, max_context_len: int, q_rank: int = 1536) -> ModelFields:
+    """Everything except the experts, as keyword arguments of `ModelConfig`; `max_context_len` and `q_rank` are defaults."""
     common.refuse_unsupported(hf, {"mlp_bias": (False,), "moe_layer_freq": (1,)})
     # The others follow from the sizes, or concern training and multi-token prediction.
     hf.ignore(
@@ -81,7 +81,7 @@ def latent_model(hf: Fields, *, max_context_len: int) -> ModelFields:
             rope_dim=rope_dim,
             nope_dim=nope_dim,
             v_dim=hf["v_head_dim"],
-            q_rank=hf.get("q_lora_rank", 1536) or None,
+            q_rank=hf.get("q_lora_rank", q_rank) or None,
             rope_interleaved=hf.get("rope_interleave", True),
             kv_bias=bias,
         ),

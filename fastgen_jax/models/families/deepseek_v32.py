@@ -34,18 +34,17 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         "indexer_types",
         "layer_types",
     )
-    is_glm = "GlmMoeDsaForCausalLM" in hf.get("architectures", ())
-    model = latent_model(hf, max_context_len=202_752 if is_glm else 163_840)
+    is_glm = "GlmMoeDsaForCausalLM" in (hf.get("architectures") or ())
+    model = latent_model(hf, max_context_len=202_752 if is_glm else 163_840, q_rank=2048 if is_glm else 1536)
+    model["max_context_len"] = min(model["max_context_len"], hf.get("index_topk", 2048))
+    model["norm_eps"] = hf.get("rms_norm_eps", 1e-5 if is_glm else 1e-6)
     of_experts = experts(hf, num_dense=3, num_shared=1, scale=2.5)
+    of_experts["layers"] = layers_of_type(hf, of_experts["layers"])
     return ModelConfig(
         family="deepseek_v32",
-        **model
-        | {
-            "max_context_len": min(model["max_context_len"], hf.get("index_topk", 2048)),
-            "norm_eps": hf.get("rms_norm_eps", 1e-5 if is_glm else 1e-6),
-        },
+        **model,
         moe=MoEConfig(
-            **of_experts | {"layers": layers_of_type(hf, of_experts["layers"])},
+            **of_experts,
             scores="sigmoid",
             choice_bias=True,
             normalize=hf.get("norm_topk_prob", True),

@@ -20,13 +20,15 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
     hf.ignore("topk_method", "scoring_func")
-    model = latent_model(hf, max_context_len=202_752)
+    model = latent_model(hf, max_context_len=202_752, q_rank=768)
+    model["norm_eps"] = hf.get("rms_norm_eps", 1e-5)
     of_experts = experts(hf, num_dense=1, num_shared=1, scale=1.8)
+    of_experts["layers"] = layers_of_type(hf, of_experts["layers"])
     return ModelConfig(
         family="glm4_moe_lite",
-        **model | {"norm_eps": hf.get("rms_norm_eps", 1e-5)},
+        **model,
         moe=MoEConfig(
-            **of_experts | {"layers": layers_of_type(hf, of_experts["layers"])},
+            **of_experts,
             scores="sigmoid",
             choice_bias=True,
             normalize=hf.get("norm_topk_prob", True),

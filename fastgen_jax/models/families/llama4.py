@@ -38,7 +38,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     activation = common.activation(hf, default="silu")
     return ModelConfig(
         family="llama4",
-        **common.sizes(hf) | {"mlp_dim": hf.get("intermediate_size_mlp", 16_384)},
+        **common.sizes(hf, assumed={"num_key_value_heads": 8}) | {"mlp_dim": hf.get("intermediate_size_mlp", 16_384)},
         **positions,
         layer_ropes=tuple(positions["rope"] if turn else None for turn in turns),
         layer_windows=tuple(size if kind == "chunked_attention" else None for kind in kinds),

@@ -17,7 +17,7 @@ _NOT_PREDICTED = 8  # embeddings after those of the vocabulary: <|image|> and 7 
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    sizes = common.sizes(hf, assumed={"vocab_size": 128_256})
+    sizes = common.sizes(hf, assumed={"vocab_size": 128_256, "num_key_value_heads": 8})
     return ModelConfig(
         family="mllama",
         **sizes | {"num_layers": sizes["num_layers"] - len(hf["cross_attention_layers"])},

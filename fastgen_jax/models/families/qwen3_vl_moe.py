@@ -13,10 +13,19 @@ from fastgen_jax.models.families.experts import expert_names
 ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration",)
 FEATURES = "30B-A3B and 235B-A22B without images; experts in all or some layers; norms on queries and keys"
 
+# Where they differ from those of Qwen3-MoE.
+_DEFAULTS = {
+    "max_position_embeddings": 128_000,
+    "rope_theta": 500_000.0,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
+
 
 def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    config = qwen3_moe.config_from_hf(hf, strict=strict)
+    config = qwen3_moe.config_from_hf({**hf, "text_config": _DEFAULTS | hf.get("text_config", {})}, strict=strict)
     assert config.moe is not None, "Qwen3-MoE has experts"
     # The weights of the chosen experts are always normalized.
     return dataclasses.replace(config, family="qwen3_vl_moe", moe=dataclasses.replace(config.moe, normalize=True))
