@@ -4,6 +4,7 @@ from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.built_in import BUILT_IN
 from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
 from fastgen_jax.checkpoint.open import open_checkpoint
+from fastgen_jax.checkpoint.peft import read_peft, write_peft
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 
@@ -15,6 +16,8 @@ __all__ = [
     "kept_in_blocks",
     "load_params",
     "open_checkpoint",
+    "read_peft",
     "resolve_model",
     "save_snapshot",
+    "write_peft",
 ]

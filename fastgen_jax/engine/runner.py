@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fastgen_jax.core import KVCache, copy_block
+from fastgen_jax.engine.adapter_stacks import empty_stacks
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
@@ -36,7 +37,18 @@ class Runner:
         self.model = model
         self.config = config
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
-        self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
+        self.adapters = empty_stacks(model, config)
+        """The stacks of adapters; None without places for them. Replaced, never changed."""
+        self.adapter_versions: Mapping[int, int] = {}
+        """The version of the adapter in each place, which outputs of its requests carry."""
+        self.programs = Programs(
+            model=model,
+            config=config,
+            mesh=self.mesh,
+            params=abstract(params),
+            adapters=None if self.adapters is None else abstract(self.adapters),
+            folder=folder,
+        )
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
@@ -88,7 +100,7 @@ class Runner:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
         self._compiled, self._narrow = {}, {}
         made = [array for ref in self._made if (array := ref()) is not None]
-        _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
+        _delete([*jax.tree.leaves((self.kv_cache, self.state, self.adapters)), *made])
         self.params = {}
 
     def _allocate(self) -> None:
@@ -155,7 +167,8 @@ class Runner:
         return self._run(program or self._compiled[budget], packed)
 
     def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
-        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)
+        adapters = () if self.adapters is None else (self.adapters,)
+        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed, *adapters)
         return output
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 from fastgen_jax.engine.journal import InFlight, Journal
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
 from fastgen_jax.engine.outputs import SampledRows
-from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.packing import Bucket, Packer, by_adapter
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.tables import SamplingTables
@@ -36,6 +36,8 @@ class Stepper:
         journal, timer, compiles = self._journal, StepTimer(), compile_count()
         with timer("plan"):
             step = journal.dispatching = self._scheduler.schedule()
+            if step is not None and self._config.num_adapters:
+                by_adapter(step)
         if step is not None:
             with timer("pack"):
                 bucket = self._runner.bucket(step.num_tokens)
@@ -43,7 +45,14 @@ class Stepper:
             with timer("dispatch"):
                 output = self._runner.run(packed, bucket)
             journal.in_flight.append(
-                InFlight(step, output, timer, self._count(step, bucket, timer), self._runner.weight_version)
+                InFlight(
+                    step,
+                    output,
+                    timer,
+                    self._count(step, bucket, timer),
+                    self._runner.weight_version,
+                    self._runner.adapter_versions,
+                )
             )
             journal.dispatching = None
         self._end_refused()
@@ -125,16 +134,16 @@ class Stepper:
             self._journal.publish(state.advance([], []), state)
 
     def _commit(self, entry: InFlight) -> None:
-        step, output, timer, times, weight_version = entry
+        step, output, timer, times = entry[:4]
         with timer("wait"):
             rows = SampledRows(step, output.sampled)
         with timer("commit"):
             advanced = self._scheduler.commit(step, rows.new_tokens)
         with timer("output"):
-            self._publish_outputs(rows, set(advanced), weight_version)
+            self._publish_outputs(rows, set(advanced), entry)
         self._metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
 
-    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence], weight_version: int) -> None:
+    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence], entry: InFlight) -> None:
         for end, chunk in rows.chunks:
             sequence = chunk.sequence
             state = self._journal.states.get(sequence.request_id)
@@ -148,7 +157,9 @@ class Stepper:
                 continue
             token_id = rows.tokens[end - 1]
             logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, processed=True)]
-            output = state.advance([token_id], logprobs, weight_version=weight_version)
+            place = sequence.request.adapter_place
+            version = entry.weight_version if place is None else entry.adapter_versions[place]
+            output = state.advance([token_id], logprobs, weight_version=version)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")
             self._metrics.finished += output.finished

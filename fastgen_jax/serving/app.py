@@ -91,14 +91,20 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
             card["generation_config"] = server.backend.intake.defaults
         return card
 
+    def adapter_card(name: str, folder: str) -> dict[str, object]:
+        base = server.model.name
+        return {**model_card(base), "id": f"{base}:{name}", "root": folder or name, "parent": base}
+
     @app.get("/v1/models", responses=_ERRORS)
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_card(name) for name in server.model.names]}
+        adapters = {} if server.backend is None else server.backend.adapters
+        cards = [adapter_card(name, folder) for name, folder in adapters.items()]
+        return {"object": "list", "data": [*map(model_card, server.model.names), *cards]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def get_model(model: str) -> dict[str, object]:
-        server.check_model(model)
-        return model_card(model)
+        adapter = server.adapter_of(model)
+        return model_card(model) if adapter is None else adapter_card(adapter, server.ready().adapters[adapter])
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
