@@ -141,15 +141,16 @@ class Adapters:
                 f"adapter {name!r} cannot be loaded yet: requests of an unloaded adapter are unfinished; retry when "
                 f"they are done, or start with max_adapters={count + 1}"
             )
+        names = ", ".join(sorted(self.table))
         raise ValueError(
-            f"adapter {name!r} cannot be loaded: max_adapters is {count}, and {', '.join(self.table)} are loaded; unload one"
-            f", or start with max_adapters={count + 1}"
+            f"adapter {name!r} cannot be loaded: max_adapters is {count}, and {names} are loaded; unload one, or start with "
+            f"max_adapters={count + 1}"
         )
 
 
 def unknown_adapter(name: str, loaded: Iterable[str]) -> str:
     """What is wrong with the name of an adapter that is not loaded."""
-    names = ", ".join(loaded)
+    names = ", ".join(sorted(loaded))
     return f"adapter is {name!r}, which is not loaded; " + (f"loaded: {names}" if names else "no adapter is")
 
 

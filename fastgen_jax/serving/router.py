@@ -372,7 +372,7 @@ class Router:
                 calls.append((call, {"name": name, "source": folder, "version": version}))
         return calls
 
-    async def _call_all(self, name: str, **options: object) -> None:
+    async def _call_all(self, name: str, /, **options: object) -> None:
         """Calls a method of every engine; ValueError if one fails, which the others may not have."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         calls = [self._ask(replica, "call", name, options) for replica in ready]

@@ -71,7 +71,7 @@ class ServerState:
 
     def _unknown(self, name: str | None) -> ApiError:
         adapters = self.backend.adapters if self.backend is not None else {}
-        loaded = f", or {self.model.name}:ADAPTER with one of the loaded adapters: {', '.join(adapters)}"
+        loaded = f", or {self.model.name}:ADAPTER with one of the loaded adapters: {', '.join(sorted(adapters))}"
         return ApiError(
             f"the model {name!r} is not served here; use {' or '.join(map(repr, self.model.names))}"
             f"{loaded if adapters else ''}",

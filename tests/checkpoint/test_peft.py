@@ -24,7 +24,7 @@ from tests.adapters import random_lora
 from tests.models.parity import REFERENCE, folder, load, variants
 
 ADAPTERS = REFERENCE / "adapters"
-FAST = ("all_linear", "gpt2")
+FAST = ("all_linear",)
 # float32 sums in another order than PyTorch's; in units of the largest logit.
 TOLERANCE = 1e-4
 
@@ -64,7 +64,7 @@ def merged_in_files(family: str, variant: str, adapter: Path, path: Path) -> Par
         change = alpha / rank * changes[name.replace("lora_A", "lora_B")] @ a
         full = f"{module}.weight"
         full = full if full in tensors else full.partition(".")[2]  # without the prefix of the model
-        tensors[full] = (tensors[full].astype(np.float32) + (change.T if conv1d else change)).astype(tensors[full].dtype)
+        tensors[full] = tensors[full].astype(np.float32) + (change.T if conv1d else change)
         used += 1
     assert used == len(changes) / 2
     save_file(tensors, path / "model.safetensors")
@@ -156,7 +156,7 @@ def test_tensors_that_do_not_fit_are_refused(copy, change: dict, message: str):
 def test_a_file_without_a_module_that_the_config_lists_is_refused(copy):
     tensors = load_file(copy / WEIGHTS_FILE)
     save_file({name: x for name, x in tensors.items() if "o_proj" not in name}, copy / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match="has nothing for 'o_proj' of target_modules; the files do not match"):
+    with pytest.raises(ValueError, match=r"has nothing for '.*o_proj' of target_modules; the files do not match"):
         read_peft(copy, load("llama", "default")[1])
 
 
