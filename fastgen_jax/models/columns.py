@@ -39,8 +39,8 @@ def split_columns(y: Float[Array, "*rows columns"], parts: Sequence[int], num_de
 
 def join_columns(parts: Sequence[Float[Array, "*rows _"]], num_devices: int) -> Float[Array, "*rows columns"]:
     """The inverse of `split_columns`."""
-    if num_devices == 1:
-        return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:  # in order on any number of devices, or not divided
+        return parts[0]
     lead = parts[0].shape[:-1]
     shares = jnp.concatenate([part.reshape(*lead, num_devices, -1) for part in parts], axis=-1)
     return shares.reshape(*lead, -1)
