@@ -39,7 +39,7 @@ def _checked_template(value: object) -> object:
     return value
 
 
-def _named_folders(value: object) -> object:
+def _named_folders(value: Any) -> object:
     """NAME=FOLDER for each adapter."""
     if isinstance(value, Mapping):
         value = [f"{name}={os.fspath(folder)}" for name, folder in value.items()]
@@ -169,7 +169,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        least = len(self.adapters)
+        least = len(self.adapter_folders)
         if self.max_adapters is not None and (type(self.max_adapters) is not int or self.max_adapters < least):
             raise ValueError(
                 f"max_adapters is {self.max_adapters!r}; it must be an integer of at least {least}"
@@ -221,7 +221,12 @@ class EngineConfig:
     @property
     def num_adapters(self) -> int:
         """Places for adapters in every step."""
-        return len(self.adapters) if self.max_adapters is None else self.max_adapters
+        return len(self.adapter_folders) if self.max_adapters is None else self.max_adapters
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The folders of `adapters` by their names."""
+        return {name: folder for name, _, folder in (str(pair).partition("=") for pair in self.adapters)}
 
     @property
     def promise(self) -> Promise | None:

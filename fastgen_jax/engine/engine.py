@@ -106,8 +106,7 @@ class Engine:
             self.runner, self.scheduler, self._journal, self.manual_sequences, self._stepper, self._sleep
         )
         self._adapters = Adapters(self.runner, self._journal, self._updating)
-        for pair in choices.adapters:
-            adapter, _, folder = pair.partition("=")
+        for adapter, folder in choices.adapter_folders.items():
             self.load_adapter(adapter, folder)
         missing = self.runner.missing(self.config.budget_ladder)
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)

@@ -26,7 +26,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with
 from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import LayerWeights, Leaf, Params
-from pallas_kernels.grouped_matmul import PackedGroups, grouped_matmul
+from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
 from pallas_kernels.matmul import linear
 from pallas_kernels.pytree import pytree, static
 
@@ -53,14 +53,14 @@ class AdaptedWeight:
     An engine keeps it without `weight` and `rows`.
     """
 
-    weight: Leaf | None = None
+    weight: Leaf = None
     """The matrix itself, in any form that `linear` multiplies."""
     rows: AdapterRows | None = None
     """Those of the product."""
-    down: PackedGroups | Float[Array, "*layers inputs parts n r"]
-    """A. Packed, it is [n, in, parts * r]."""
-    up: tuple[PackedGroups | Float[Array, "*layers n r columns"], ...]
-    """B of each part."""
+    down: GroupedWeight
+    """A, an array [in, parts, n, r], or packed [n, in, parts * r]."""
+    up: tuple[GroupedWeight, ...]
+    """B of each part, [n, r, columns]."""
     num_devices: int = static(default=1)
     """Over how many devices the columns are divided; see `columns`."""
 
@@ -146,9 +146,11 @@ def _grouped_change(x: jax.Array, w: AdaptedWeight, rows: AdapterRows) -> jax.Ar
 
 def _dense_change(x: jax.Array, w: AdaptedWeight, rows: AdapterRows) -> jax.Array:
     """float32[T, N]"""
+    assert isinstance(w.down, jax.Array), "dense matrices are arrays"
     inputs, parts, count, rank = w.down.shape
+    flat = [up.reshape(count * rank, -1) for up in w.up if isinstance(up, jax.Array)]
     hidden = linear(x, w.down.reshape(inputs, -1), out_dtype=jnp.float32).reshape(-1, parts, count, rank)
     mine = rows.ids[:, None] == jnp.arange(count)[None, :]  # [T, n]
     hidden = jnp.where(mine[:, None, :, None], hidden, 0.0).astype(x.dtype).reshape(-1, parts, count * rank)
-    changes = [linear(hidden[:, part], up.reshape(count * rank, -1), out_dtype=jnp.float32) for part, up in enumerate(w.up)]
+    changes = [linear(hidden[:, part], up, out_dtype=jnp.float32) for part, up in enumerate(flat)]
     return join_columns(changes, w.num_devices)

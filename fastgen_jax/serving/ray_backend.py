@@ -148,7 +148,7 @@ class RayBackend:
     @property
     def adapters(self) -> Mapping[str, str]:
         """The folders of the loaded adapters by name."""
-        return dict(pair.partition("=")[::2] for pair in self.intake.config.choices.adapters)
+        return self.intake.config.choices.adapter_folders
 
     async def load_adapter(self, name: str, source: str) -> None:
         """ValueError, as for `update_params`."""

@@ -91,7 +91,7 @@ class Router:
         self._changing = asyncio.Lock()  # held while weights are exchanged
         self._weights: dict[str, Any] | None = None  # what replaced those of the model
         # Folder and version of each: those that every replica loads when it starts, and those of now.
-        self._first_adapters = {name: (folder, 0) for name, _, folder in (pair.partition("=") for pair in engine.adapters)}
+        self._first_adapters = {name: (folder, 0) for name, folder in engine.adapter_folders.items()}
         self._adapters = dict(self._first_adapters)
         self._is_paused = False
         self._catching_up: set[asyncio.Task[None]] = set()
