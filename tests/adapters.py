@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.engine.metrics import compile_count
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with
 from fastgen_jax.models.targets import Lora, adaptable
@@ -49,8 +50,10 @@ def new_engine(**options: Any) -> Engine:
     settings = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 12, "block_size": 4, "num_blocks": 128, **options}
     config = EngineConfig(max_adapters=COUNT, max_adapter_rank=RANK, **settings)
     engine = Engine(params, model, config, tokenizer=tokenizer())
+    compiles = compile_count()
     for number in range(COUNT):
         engine.load_adapter(f"a{number}", tiny_lora(number), scale=SCALE)
+    assert compile_count() == compiles, "loading compiles nothing"
     return engine
 
 

@@ -19,7 +19,7 @@ from fastgen_jax.models.params import layers_with
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from fastgen_jax.models.targets import Lora, adaptable
 from fastgen_jax.models.weight_spec import WeightSpec, matrix
-from pallas_kernels.grouped_matmul import PackedGroups
+from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 
 Stacks = Mapping[str, AdaptedWeight]
@@ -35,7 +35,8 @@ def empty_stacks(model: ModelConfig, config: ResolvedConfig) -> Stacks | None:
     def zeros(array: jax.Array, axis: int) -> jax.Array:
         shape = (*array.shape[:axis], count, *array.shape[axis:])
         if not isinstance(array.sharding, NamedSharding):
-            return jnp.zeros(shape, array.dtype)
+            # Bound to its device as the results of `write` are, so that this is compiled once.
+            return jax.device_put(jnp.zeros(shape, array.dtype), array.sharding)
         axes = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
         place = NamedSharding(array.sharding.mesh, PartitionSpec(*axes[:axis], None, *axes[axis:]))
         return jnp.zeros(shape, array.dtype, device=place)
@@ -107,7 +108,7 @@ def _written(stacks: Stacks, adapter: Stacks, place: jax.Array) -> Stacks:
 def _each(change: Any, weight: AdaptedWeight, *others: AdaptedWeight) -> AdaptedWeight:
     """`weight` with `change(array, axis of adapters, arrays of others)` in place of each array."""
 
-    def changed(matrix: PackedGroups | jax.Array, axis: int, *more: Any) -> PackedGroups | jax.Array:
+    def changed(matrix: GroupedWeight, axis: int, *more: Any) -> Any:
         if isinstance(matrix, PackedGroups):
             scales = jnp.zeros((matrix.panels.shape[0], 0), jnp.float32)  # there are none
             return replace(matrix, panels=change(matrix.panels, 1, *(other.panels for other in more)), scales=scales)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fastgen_jax.core import KVCache, copy_block
-from fastgen_jax.engine.adapter_stacks import empty_stacks
+from fastgen_jax.engine.adapter_stacks import adapter_arrays, empty_stacks, write
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
@@ -209,6 +209,9 @@ class Runner:
         """Compiles and runs the small programs that change a slot, so that no first call delays a request."""
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
+        if self.adapters is not None:
+            nothing = adapter_arrays({"layers": {}}, self.model, self.config, scale=1.0)
+            self.adapters = write(self.adapters, nothing, 0)
 
     def time_step(self, program: Program, num_tokens: int) -> float:
         """Seconds of a step of `num_tokens` in a program: one prompt chunk at the start of its sequence.
