@@ -53,6 +53,7 @@ def main() -> None:
         "dtype": options.dtype,
         "token_budget": 128,
         "budget_ladder": (16,),
+        "quantize": "none",
         "max_num_seqs": 16,
         "num_blocks": 256,
         "progress": False,
