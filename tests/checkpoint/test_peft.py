@@ -71,7 +71,7 @@ def merged_in_files(family: str, variant: str, adapter: Path, path: Path) -> Par
     return load_params(open_checkpoint(path), dtype="float32")
 
 
-SOME = ("llama", "gpt2", "gpt_neox", "glm4", "deepseek_v2", "mixtral")
+SOME = ("gpt2", "gpt_neox", "glm4")
 FIRST = {
     family: variant for family, variant in reversed(variants()) if (folder(family, variant) / "model.safetensors").exists()
 }

@@ -66,11 +66,9 @@ def test_an_adapter_computes_what_the_model_with_merged_weights_computes(engine:
     params, _ = tiny_model(stack_layers=True)
     merged = tiny_engine()
     try:
-        for index in (0, 1, 4, 8):
-            name = NAMES[index]
-            (scores,) = engine.score([LONG], SamplingParams(adapter=name))
-            lora = tiny_lora(index - 1) if name else {"layers": {}}
-            merged.update_params(merge_lora(params, lora, scale=SCALE))
+        for number in (0, 3):  # of one matrix, and of all
+            (scores,) = engine.score([LONG], SamplingParams(adapter=f"a{number}"))
+            merged.update_params(merge_lora(params, tiny_lora(number), scale=SCALE))
             (want,) = merged.score([LONG])
             np.testing.assert_allclose(scores.logprobs, want.logprobs, atol=2e-5)
     finally:
