@@ -12,15 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.serving import endpoints
 from fastgen_jax.serving.embeddings import add_embeddings
 from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors
 from fastgen_jax.serving.messages.answer import error_body
-from fastgen_jax.serving.messages.endpoints import PATH as MESSAGES_PATH
 from fastgen_jax.serving.messages.endpoints import add_messages
+from fastgen_jax.serving.messages.models import is_anthropic, model_info, page_of
 from fastgen_jax.serving.metrics import CONTENT_TYPE
 from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
@@ -95,15 +97,29 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
         base = server.model.name
         return {**model_card(base), "id": f"{base}:{name}", "root": folder or name, "parent": base}
 
+    def info(name: str) -> JsonObject:
+        longest = None if server.backend is None else server.backend.intake.config.longest_sequence
+        return model_info(name, created=server.started, max_tokens=longest)
+
     @app.get("/v1/models", responses=_ERRORS)
-    async def list_models() -> dict[str, object]:
-        adapters = {} if server.backend is None else server.backend.adapters
+    async def list_models(
+        request: Request,
+        limit: int = Query(20, ge=1, le=1000, description="Only for clients of Anthropic's API, like the next two."),
+        after_id: str | None = None,
+        before_id: str | None = None,
+    ) -> dict[str, object]:
+        names, adapters = server.model.names, {} if server.backend is None else server.backend.adapters
+        if is_anthropic(request.scope):
+            every = [*names, *(f"{server.model.name}:{name}" for name in adapters)]
+            return page_of([info(name) for name in every], limit=limit, after_id=after_id, before_id=before_id)
         cards = [adapter_card(name, folder) for name, folder in adapters.items()]
-        return {"object": "list", "data": [*map(model_card, server.model.names), *cards]}
+        return {"object": "list", "data": [*map(model_card, names), *cards]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
-    async def get_model(model: str) -> dict[str, object]:
+    async def get_model(model: str, request: Request) -> dict[str, object]:
         adapter = server.adapter_of(model)
+        if is_anthropic(request.scope):
+            return info(model)
         return model_card(model) if adapter is None else adapter_card(adapter, server.ready().adapters[adapter])
 
     @app.post("/v1/completions", responses=_ERRORS)
@@ -233,7 +249,7 @@ def _add_errors(app: FastAPI) -> None:
                 code=code,
                 headers=dict(error.headers or {}),
             )
-        return _refusal(path, refusal)
+        return _refusal(request.scope, refusal)
 
     @app.exception_handler(ClientDisconnectedError)
     async def disconnected(_: Request, __: Exception) -> Response:
@@ -247,17 +263,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return _refusal(request.url.path, as_api_error(error))
+        return _refusal(request.scope, as_api_error(error))
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
-    return _refusal(request.url.path, answer)
+    return _refusal(request.scope, answer)
 
 
-def _refusal(path: str, error: ApiError) -> JSONResponse:
-    """The response to a refused request, in the format of the API that the path belongs to."""
-    if path.startswith(MESSAGES_PATH):
+def _refusal(scope: Scope, error: ApiError) -> JSONResponse:
+    """The response to a refused request, in the format of the API that it belongs to."""
+    if is_anthropic(scope):
         return JSONResponse(error_body(error.status, error.body), error.status, headers=error.headers)
     return error.response()
