@@ -7,12 +7,13 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from fastgen_jax.api.engine_thread import EngineThread, Event, Failure, Load
 from fastgen_jax.api.pooling import Pooled, Pooling, pool
 from fastgen_jax.api.snapshot import take_snapshot
+from fastgen_jax.engine.adapters import AdapterSource
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.outputs import RequestOutput
@@ -208,6 +209,7 @@ class AsyncEngine:
         num_waiting = self._thread.num_waiting
         if num_waiting >= self.max_queue:
             raise QueueFullError(num_waiting, self.max_queue, self.load.wait_seconds)
+        self._engine.check_adapter(request.params.adapter)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or omit it")
         if grammar is not None and matcher is None:
@@ -274,6 +276,33 @@ class AsyncEngine:
     ) -> int:
         """See `Engine.update_params`; steps go on while the weights are read and prepared."""
         return await self._beside_steps(lambda e: e.update_params(params, version=version, recompute=recompute))
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """The folders of the loaded adapters by name; empty for one that is not from a folder."""
+        return {name: adapter.source for name, adapter in self._engine.adapters.items()}
+
+    async def load_adapter(self, name: str, source: AdapterSource, *, scale: float | None = None, version: int = 0) -> None:
+        """See `Engine.load_adapter`; steps go on while the adapter is read."""
+        await self._beside_steps(lambda e: e.load_adapter(name, source, scale=scale, version=version))
+
+    async def update_adapter(
+        self,
+        name: str,
+        source: AdapterSource,
+        *,
+        scale: float | None = None,
+        version: int | None = None,
+        recompute: bool = False,
+    ) -> int:
+        """See `Engine.update_adapter`; steps go on while the adapter is read."""
+        return await self._beside_steps(
+            lambda e: e.update_adapter(name, source, scale=scale, version=version, recompute=recompute)
+        )
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        await self._beside_steps(lambda e: e.unload_adapter(name))
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """See `Engine.pause`; requests that are submitted meanwhile wait."""

@@ -172,6 +172,7 @@ class Pipeline:
         self._shared.destroy()
 
     def _run(self, prompts: Sequence[TokenIds], call: Generation) -> Outputs:
+        self.engine.check_adapter(call.params.adapter)
         intake = self.engine.intake
         grammar = call.grammar
         requests = [

@@ -7,6 +7,7 @@ from fastgen_jax.checkpoint.gemma_library import open_gemma
 from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
 from fastgen_jax.checkpoint.maxtext import open_maxtext
 from fastgen_jax.checkpoint.open import open_checkpoint
+from fastgen_jax.checkpoint.peft import read_peft, write_peft
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
 
@@ -22,6 +23,8 @@ __all__ = [
     "open_checkpoint",
     "open_gemma",
     "open_maxtext",
+    "read_peft",
     "resolve_model",
     "save_snapshot",
+    "write_peft",
 ]

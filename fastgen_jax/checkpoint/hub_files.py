@@ -31,7 +31,9 @@ def files_of_model(names: Sequence[str], *, variant: str | None = None) -> list[
         return _gguf_of(ggufs, variant)
     if "config.json" not in top:
         if any(name.rpartition("/")[2] == "adapter_config.json" for name in names):
-            raise ValueError("it is a LoRA adapter, not a model; merge it into its base model first")
+            raise ValueError(
+                "it is a LoRA adapter, not a model; pass its base model, and --adapters NAME=FOLDER with a download of it"
+            )
         raise ValueError("it has neither a config.json nor a GGUF file")
     for pattern in WEIGHT_FILES:
         if weights := [name for name in top if fnmatch.fnmatchcase(name, pattern)]:

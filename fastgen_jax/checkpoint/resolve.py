@@ -60,7 +60,10 @@ def _in_directory(path: Path) -> Path:
     if (path / "config.json").exists():
         return path
     if (path / "adapter_config.json").exists():
-        raise ValueError(f"{path} is a LoRA adapter, not a model; merge it into its base model, and pass the result")
+        raise ValueError(
+            f"{path} is a LoRA adapter, not a model; pass its base model, and the adapter beside it: --adapters NAME={path} "
+            f"or in Python adapters={{'NAME': {str(path)!r}}}"
+        )
     found = sorted(path.glob("*.gguf"))
     if found and found == parts_of(found[0]):  # one file, or all parts of one
         return found[0]

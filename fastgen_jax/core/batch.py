@@ -40,3 +40,6 @@ class RaggedBatch:
     """Rows of [0, T) whose logits are wanted."""
     num_sample_rows: Int32[Array, ""]
     """How many of `sample_rows` are used, counted from the first."""
+    adapters: Int32[Array, " T"] | None = None
+    """Number of each token's adapter, ascending; that of the first without one is the number of adapters. None: there are
+    none."""

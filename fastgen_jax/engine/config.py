@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,28 @@ def _checked_template(value: object) -> object:
             f"chat_template is {value!r}; pass a file, the text of a template, or the name of one of the model's"
         )
     return value
+
+
+def _named_folders(value: Any) -> object:
+    """NAME=FOLDER for each adapter."""
+    if isinstance(value, Mapping):
+        value = [f"{name}={os.fspath(folder)}" for name, folder in value.items()]
+    pairs = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for pair in pairs:
+        name, separator, folder = pair.partition("=") if isinstance(pair, str) else ("", "", "")
+        if not separator or not folder:
+            raise ValueError(f"adapters has {pair!r}; pass NAME=FOLDER, with the folder of a PEFT adapter")
+        check_adapter_name(name)
+    names = [pair.partition("=")[0] for pair in pairs]
+    if len({*names}) < len(names):
+        raise ValueError(f"adapters has a name twice, of {', '.join(names)}; name each adapter once")
+    return pairs
+
+
+def check_adapter_name(name: object) -> None:
+    """ValueError unless a text can be the name of an adapter: clients write it after the model's, as in base:name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,128}", name):
+        raise ValueError(f"an adapter is called {name!r}; use up to 128 letters, digits, points, hyphens and underscores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +151,30 @@ class EngineConfig:
     or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
+    adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str] = converted(_named_folders, default=())
+    """LoRA adapters that are loaded at the start: NAME=FOLDER, a folder of PEFT each, or in Python a mapping of names to
+    folders. A request chooses one by its `adapter`. Stored as NAME=FOLDER."""
+    max_adapters: int | None = None
+    """Number of LoRA adapters that can be loaded at the same time. None: as many as `adapters`; without any, steps are the
+    same as without this feature."""
+    max_adapter_rank: int = 16
+    """Largest rank of an adapter. Adapters of a lower rank take the same memory and time."""
     compile_cache_dir: str | None = None
     """Folder for compiled programs and measurements, or gs://bucket/prefix, which several machines can share. None:
     FASTGEN_CACHE_DIR, or ~/.cache/fastgen_jax; "": nothing is saved."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "token_budget", "max_num_seqs", "max_context_len", "block_size", "num_blocks"):
+        sizes = ("tensor_parallel", "token_budget")
+        for name in (*sizes, "max_num_seqs", "max_context_len", "block_size", "num_blocks", "max_adapter_rank"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        least = len(self.adapter_folders)
+        if self.max_adapters is not None and (type(self.max_adapters) is not int or self.max_adapters < least):
+            raise ValueError(
+                f"max_adapters is {self.max_adapters!r}; it must be an integer of at least {least}"
+                f"{', the number of adapters' if least else ''}"
+            )
         choices: dict[str, tuple[str | None, ...]] = {
             "dtype": (*get_args(DType), None),
             "quantize": (*get_args(Quantization), "none", None),
@@ -179,6 +217,16 @@ class EngineConfig:
 
     def __repr__(self) -> str:
         return shown(self, self.changed)
+
+    @property
+    def num_adapters(self) -> int:
+        """Places for adapters in every step."""
+        return len(self.adapter_folders) if self.max_adapters is None else self.max_adapters
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The folders of `adapters` by their names."""
+        return {name: folder for name, _, folder in (str(pair).partition("=") for pair in self.adapters)}
 
     @property
     def promise(self) -> Promise | None:

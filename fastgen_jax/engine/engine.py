@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import startup
+from fastgen_jax.engine.adapters import Adapter, Adapters, AdapterSource
 from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.describe import describe
@@ -106,6 +107,9 @@ class Engine:
         self._updating = Updating(
             self.runner, self.scheduler, self._journal, self.manual_sequences, self._stepper, self._sleep
         )
+        self._adapters = Adapters(self.runner, self._journal, self._updating)
+        for adapter, folder in choices.adapter_folders.items():
+            self.load_adapter(adapter, folder)
         missing = self.runner.missing(self.config.budget_ladder)
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
@@ -184,6 +188,7 @@ class Engine:
                     self._wake_if_asleep()
                 journal.begin()
                 try:
+                    request = self._adapters.assign(request)
                     sequence = self.scheduler.add(request)
                 except ValueError:
                     journal.is_open = False  # nothing has changed
@@ -349,7 +354,7 @@ class Engine:
             self._wake_if_asleep()
             return journal.exclusive(operation)
 
-    # Weights and pauses
+    # Weights
 
     @property
     def params(self) -> Params:
@@ -381,6 +386,54 @@ class Engine:
         a weight is missing, unexpected or of another shape or kind, or there are sequences of `Research`.
         """
         return self._updating.update(params, version=version, recompute=recompute)
+
+    # Adapters
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The loaded adapters, by name."""
+        return self._adapters.table
+
+    def check_adapter(self, name: str | None) -> None:
+        """ValueError if `name` is not that of a loaded adapter; None is accepted."""
+        self._adapters.check(name)
+
+    def load_adapter(self, name: str, source: AdapterSource, *, scale: float | None = None, version: int = 0) -> None:
+        """Loads a LoRA adapter between two steps; requests choose it by `SamplingParams(adapter=name)`.
+
+        `source` is a folder that PEFT has saved, or leaves as `lora_params` returns them, with their `scale` (alpha / rank;
+        None: 1). Nothing is compiled, and other requests do not change. Outputs of its requests have `version` as their
+        `weight_version`.
+
+        Raises ValueError, and changes nothing, if the adapter is of another model or of a kind that is not supported, has a
+        rank above `max_adapter_rank`, the name is taken, or `max_adapters` are loaded.
+        """
+        self._adapters.load(name, source, scale=scale, version=version)
+
+    def update_adapter(
+        self,
+        name: str,
+        source: AdapterSource,
+        *,
+        scale: float | None = None,
+        version: int | None = None,
+        recompute: bool = False,
+    ) -> int:
+        """Replaces the weights of a loaded adapter between two steps; returns their version, `version` or the next one.
+
+        `source` and `scale` are as for `load_adapter`, unfinished requests and prefixes as for `update_params`: requests
+        continue with the new adapter, and all cached prefixes are dropped.
+        """
+        return self._adapters.update(name, source, scale=scale, version=version, recompute=recompute)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuses new requests of an adapter; its place is free when its unfinished ones, which go on, are done.
+
+        Raises ValueError if it is not loaded.
+        """
+        self._adapters.unload(name)
+
+    # Pauses
 
     def pause(self, mode: PauseMode = "keep") -> None:
         """Returns when no step runs and none will until `resume`; requests that are added meanwhile wait.

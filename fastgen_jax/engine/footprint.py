@@ -16,6 +16,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.targets import adaptable
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
 from pallas_kernels.matmul import INT4_BLOCK
 
@@ -66,6 +67,16 @@ def weight_bytes(
     if "lm_head" not in specs and num_devices == 1 and (quantize is not None or packed):
         rest += held(head_spec(model))  # a tied head is stored separately
     return math.ceil(layer + rest)
+
+
+def adapter_bytes(model: ModelConfig, count: int, rank: int, dtype: DType) -> int:
+    """Bytes of the places for `count` adapters; twice that much while one is loaded, since steps keep the old ones."""
+    having = layers_with(model)
+    each = sum(
+        len(having[name]) * rank * (spec.shape[0] * max(len(spec.parts), 1) + spec.shape[1])
+        for name, spec in adaptable(model).items()
+    )
+    return 2 * count * each * jnp.dtype(dtype).itemsize
 
 
 def bits_per_value(spec: WeightSpec, itemsize: float, *, quantize: str | None, kept: Mapping[str, float]) -> float:

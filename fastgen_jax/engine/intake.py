@@ -99,6 +99,11 @@ class Intake:
                 "different seeds, or use a pipeline, which does that"
             )
         validate(params, self.model.vocab_size, eos_token_ids=self.eos_token_ids)
+        if params.adapter is not None and not self.config.num_adapters:
+            raise ValueError(
+                f"adapter is {params.adapter!r}, but this engine has no place for adapters; start it with "
+                f"adapters={{{params.adapter!r}: folder}}, or with max_adapters=1 and load it later"
+            )
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings {params.stop} require a tokenizer, and this engine has none; use stop_token_ids")
         for stop in params.stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes
@@ -27,6 +27,8 @@ class InFlight(NamedTuple):
     """Times up to the dispatch."""
     weight_version: int
     """Of the weights that it computes with."""
+    adapter_versions: Mapping[int, int]
+    """The same for the adapters, by their places."""
     is_masked: bool
     """Whether a token depends on a mask, and the masks of the next step on that token."""
 

@@ -12,6 +12,11 @@ _MEMORY = "the KV cache uses free memory; num_blocks sets its size in blocks"
 _PLATFORM = "the environment chooses: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS"
 
 _OTHER_NAMES = {
+    "lora_modules": "adapters",
+    "loras": "adapters",
+    "enable_lora": "max_adapters",
+    "max_loras": "max_adapters",
+    "max_lora_rank": "max_adapter_rank",
     "max_model_len": "max_context_len",
     "max_length": "max_context_len",
     "max_seq_len": "max_context_len",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
-from fastgen_jax.scheduling import BlockGroups, Chunk, Step
+from fastgen_jax.scheduling import BlockGroups, Chunk, Sequence, Step
 from pallas_kernels.ragged_attention import RaggedIndex
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Field(NamedTuple):
 class Layout:
     """The place of each field in a flat int32 array; fields of other 4-byte types keep their bit pattern."""
 
-    def __init__(self, fields: Sequence[Field]) -> None:
+    def __init__(self, fields: abc.Sequence[Field]) -> None:
         self._places: dict[str, tuple[int, Field]] = {}
         self.size = 0
         for field in fields:
@@ -83,6 +84,7 @@ class Bucket:
         max_blocks: int,
         num_slots: int,
         vocab_size: int,
+        num_adapters: int = 0,
         groups: BlockGroups | None = None,
     ) -> None:
         self.num_tokens = num_tokens
@@ -109,6 +111,7 @@ class Bucket:
                 Field("block_tables", (self.num_seqs, max_blocks)),
                 Field("sample_rows", (self.num_seqs,)),
                 Field("num_sample_rows", ()),
+                *([Field("adapters", (num_tokens,))] if num_adapters else []),
                 *windowed,
                 *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
             ]
@@ -120,6 +123,8 @@ class Bucket:
         for name in ("kv_slots", "windowed.kv_slots"):
             if name in views:
                 views[name][:] = num_slots
+        if num_adapters:
+            views["adapters"][:] = num_adapters
         SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
 
     def new_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -173,10 +178,11 @@ class Packer:
         self._block_size = config.block_size
         self._windows = np.array(config.windows[1:], np.int32)[:, None]  # [G - 1, 1]
         self._first_rows = np.arange(1, num_groups, dtype=np.int32)[:, None] * max_num_seqs
+        self._num_adapters = config.num_adapters
         self._tables = tables
 
     def pack(self, step: Step, bucket: Bucket) -> np.ndarray:
-        """The packed array i32 of `step`, padded to `bucket`."""
+        """The packed array i32 of `step`, padded to `bucket`; its chunks are in the order of `by_adapter`."""
         for row, first, block_ids in step.block_updates:
             self._block_tables[row, first : first + len(block_ids)] = block_ids
         buffer, v = bucket.new_buffer()
@@ -204,6 +210,10 @@ class Packer:
         block, offset = np.divmod(positions, self._block_size)
         v["positions"][:total] = positions
         v["kv_slots"][:total] = tables[rows, block] * self._block_size + offset
+        if "adapters" in v:
+            places = (chunk.sequence.request.adapter_place for chunk in chunks)
+            adapters = np.array([self._num_adapters if place is None else place for place in places], np.int32)
+            v["adapters"][:total] = adapters[rows]
         if len(self._windows):
             self._fill_windowed(v, slots, starts, contexts)
             at = self._block_tables[(self._first_rows + slots)[:, rows], block] * self._block_size + offset
@@ -273,6 +283,17 @@ class Packer:
         v["sample_rows"][:n] = rows
         v["num_sample_rows"][...] = n
         self._tables.fill(_sampling_part(v), slots=row_slots, positions=positions, writes_token=writes, targets=wanted)
+
+
+def by_adapter(step: Step) -> None:
+    """Orders the chunks of a step by their adapters; those without one come last."""
+
+    def key(sequence: Sequence) -> float:
+        place = sequence.request.adapter_place
+        return math.inf if place is None else place
+
+    step.chunks.sort(key=lambda chunk: key(chunk.sequence))
+    step.sampled.sort(key=key)  # sorting is stable, so it stays in the order of the chunks
 
 
 def _token_after(chunk: Chunk) -> int | None:

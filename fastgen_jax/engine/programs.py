@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, stored_head_dim
 from fastgen_jax.engine import executables
+from fastgen_jax.engine.adapter_stacks import Stacks
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
@@ -79,6 +80,8 @@ class Programs:
     mesh: Mesh | None
     params: Any
     """The weights as a pytree of `jax.ShapeDtypeStruct`."""
+    adapters: Any = None
+    """The stacks of adapters in the same form; None without places for adapters."""
     folder: Folder | None
     """The cache folder with programs of earlier starts; None: nothing is kept."""
 
@@ -92,6 +95,7 @@ class Programs:
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
             groups=config.groups,
+            num_adapters=config.num_adapters,
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
@@ -145,11 +149,13 @@ class Programs:
         """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
         if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
             return None
-        arguments = self._arguments(self.bucket(budget))[:3]
+        params, cache, state, _, *adapters = self._arguments(self.bucket(budget))
+        arguments = (params, cache, state, *adapters)
         return program_name(arguments, self.model, self.config, budget, work, devices=devices_of(self.config))
 
-    def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
-        return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+    def _arguments(self, bucket: Bucket) -> tuple[Any, ...]:
+        adapters = () if self.adapters is None else (self.adapters,)
+        return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32), *adapters
 
 
 def load_or_compile(
@@ -187,7 +193,10 @@ def devices_of(config: ResolvedConfig) -> list[Any]:  # of jax.Device, which typ
 def program_name(
     arguments: object, model: ModelConfig, config: ResolvedConfig, budget: int, work: Work, *, devices: Sequence[Any]
 ) -> str:
-    """The name under which a step's program is saved; `arguments` are weights, KV cache and state, arrays or shapes."""
+    """The name under which a step's program is saved.
+
+    `arguments` are weights, KV cache, state and, with places for adapters, their stacks: arrays or shapes.
+    """
     shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
     form = (config.choices.attention, config.activation_dtype, config.tensor_parallel, work)
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
@@ -218,6 +227,8 @@ def step_program(
     device: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
+
+    An engine with places for adapters passes their stacks as a fifth argument.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
@@ -271,6 +282,7 @@ def _step(
     kv_cache: KVCache,
     state: SamplerState,
     packed: jax.Array,
+    adapters: Stacks | None = None,
     *,
     bucket: Bucket,
     config: ModelConfig,
@@ -290,6 +302,7 @@ def _step(
         batch,
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
+        adapters=adapters,
     )
     if "lm_head" in params and (lm_head := in_place(head_spec(config), params["lm_head"], hidden.dtype, mesh)) is not None:
         params = {**params, "lm_head": lm_head}

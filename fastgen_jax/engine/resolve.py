@@ -72,6 +72,16 @@ class ResolvedConfig:
         return self.choices.tensor_parallel
 
     @property
+    def num_adapters(self) -> int:
+        """Places for adapters in every step."""
+        return self.choices.num_adapters
+
+    @property
+    def max_adapter_rank(self) -> int:
+        """Largest rank of an adapter, and the rank of all places."""
+        return self.choices.max_adapter_rank
+
+    @property
     def packed_weights(self) -> bool:
         """Whether matrices are packed for the native CPU kernels."""
         return _packs_weights(self.choices)
@@ -143,7 +153,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     if num_blocks is None:
         num_blocks = (
             memory_now(platform)
-            .room()
+            .room(footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, dtype))
             .num_blocks(
                 bytes_per_block,
                 wanted=blocks_of_sequences(groups, config.max_num_seqs, max_context_len),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fastgen_jax.core import KVCache, copy_block
+from fastgen_jax.engine.adapter_stacks import adapter_arrays, empty_stacks, write
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
@@ -37,7 +38,18 @@ class Runner:
         self.model = model
         self.config = config
         self.mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel]) if config.tensor_parallel else None
-        self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
+        self.adapters = empty_stacks(model, config)
+        """The stacks of adapters; None without places for them. Replaced, never changed."""
+        self.adapter_versions: Mapping[int, int] = {}
+        """The version of the adapter in each place, which outputs of its requests carry."""
+        self.programs = Programs(
+            model=model,
+            config=config,
+            mesh=self.mesh,
+            params=abstract(params),
+            adapters=None if self.adapters is None else abstract(self.adapters),
+            folder=folder,
+        )
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
         self.samplers = SamplerPrograms(programs=self.programs)
@@ -91,7 +103,7 @@ class Runner:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
         self._compiled, self._narrow, self._samplers = {}, {}, {}
         made = [array for ref in self._made if (array := ref()) is not None]
-        _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
+        _delete([*jax.tree.leaves((self.kv_cache, self.state, self.adapters)), *made])
         self.params = {}
 
     def _allocate(self) -> None:
@@ -180,7 +192,8 @@ class Runner:
         return sampled
 
     def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
-        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)
+        adapters = () if self.adapters is None else (self.adapters,)
+        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed, *adapters)
         return output
 
     @property
@@ -221,6 +234,9 @@ class Runner:
         """Compiles and runs the small programs that change a slot, so that no first call delays a request."""
         self.reset_slot(0, prompt_ids=(), output_ids=(), logit_bias=())
         self.set_masks([0], np.zeros((1, -(-self.model.vocab_size // 32)), np.int32))
+        if self.adapters is not None:
+            nothing = adapter_arrays({"layers": {}}, self.model, self.config, scale=1.0)
+            self.adapters = write(self.adapters, nothing, 0)
 
     def time_step(self, program: Program, num_tokens: int) -> float:
         """Seconds of a step of `num_tokens` in a program: one prompt chunk at the start of its sequence.

@@ -180,6 +180,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "logits_processor",
         "formats",
         "strict_config",
+        "adapters",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
     return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"

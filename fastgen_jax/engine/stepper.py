@@ -10,7 +10,7 @@ import numpy as np
 from fastgen_jax.engine.journal import InFlight, Journal
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes, compile_count
 from fastgen_jax.engine.outputs import SampledRows
-from fastgen_jax.engine.packing import Bucket, Packer
+from fastgen_jax.engine.packing import Bucket, Packer, by_adapter
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.tables import SamplingTables
@@ -39,6 +39,8 @@ class Stepper:
             self.drain()  # the next masks depend on its tokens
         with timer("plan"):
             step = journal.dispatching = self._scheduler.schedule()
+            if step is not None and self._config.num_adapters:
+                by_adapter(step)
         if step is not None:
             journal.in_flight.append(self._dispatch(step, timer))
             journal.dispatching = None
@@ -82,7 +84,8 @@ class Stepper:
             self.drain()
             self._set_masks(masked)
             sampled = runner.sample(output, sampling, bucket)
-        return InFlight(step, sampled, timer, times, runner.weight_version, bool(masked))
+        versions = runner.weight_version, runner.adapter_versions
+        return InFlight(step, sampled, timer, times, *versions, bool(masked))
 
     def _admit(self, sequence: Sequence) -> None:
         """Writes the sampling parameters of a sequence to its slot."""
@@ -148,16 +151,16 @@ class Stepper:
             self._journal.publish(state.advance([], []), state)
 
     def _commit(self, entry: InFlight) -> None:
-        step, sampled, timer, times, weight_version, _ = entry
+        step, sampled, timer, times = entry[:4]
         with timer("wait"):
             rows = SampledRows(step, sampled)
         with timer("commit"):
             advanced = self._scheduler.commit(step, rows.new_tokens)
         with timer("output"):
-            self._publish_outputs(rows, set(advanced), weight_version)
+            self._publish_outputs(rows, set(advanced), entry)
         self._metrics.count_commit(times, timer, num_sampled=len(step.sampled), num_advanced=len(advanced))
 
-    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence], weight_version: int) -> None:
+    def _publish_outputs(self, rows: SampledRows, advanced: set[Sequence], entry: InFlight) -> None:
         for end, chunk in rows.chunks:
             sequence = chunk.sequence
             state = self._journal.states.get(sequence.request_id)
@@ -171,7 +174,9 @@ class Stepper:
                 continue
             token_id = rows.tokens[end - 1]
             logprobs = [] if params.logprobs is None else [rows.logprob(end - 1, token_id, params.logprobs, processed=True)]
-            output = state.advance([token_id], logprobs, weight_version=weight_version)
+            place = sequence.request.adapter_place
+            version = entry.weight_version if place is None else entry.adapter_versions[place]
+            output = state.advance([token_id], logprobs, weight_version=version)
             if output.finished and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort" if output.error else "stop")
             self._metrics.finished += output.finished

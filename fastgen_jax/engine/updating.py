@@ -69,7 +69,8 @@ class Updating:
             if runner.is_asleep:
                 journal.exclusive(lambda: self._sleep.wake(prepared, version=version))
             else:
-                self._exchange(prepared, version, recompute=recompute)
+                replace = partial(runner.replace_params, prepared, version=version)
+                self.exchange(replace, recompute=recompute)
             self._sleep.reload = reload
             if reload is not None:
                 runner.own_params()
@@ -79,7 +80,8 @@ class Updating:
         """The weights, or their shapes, dtypes and places."""
         return self._sleep.form if self._runner.is_asleep else self._runner.params
 
-    def _exchange(self, prepared: Params, version: int, *, recompute: bool) -> None:
+    def exchange(self, replace: Callable[[], object], *, recompute: bool) -> None:
+        """Runs `replace`, which exchanges weights, between two steps; the caller holds the locks."""
         journal, scheduler = self._journal, self._scheduler
         states = journal.states
         if not recompute and any(state.scores_prompt for state in states.values()):
@@ -87,7 +89,7 @@ class Updating:
         journal.begin()
         # Dropped first: an interrupt between the two then costs no more than the prefixes.
         scheduler.reset_prefix_cache()
-        self._runner.replace_params(prepared, version=version)
+        replace()
         if recompute and states:
             return journal.start_over()
         for sequence in scheduler.score_prompts_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,6 +20,7 @@ from fastgen_jax.models.division import divided_shape
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
+from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
@@ -36,6 +38,8 @@ def prepare_leaf(
     `array` is the weight of one layer; unless it is to be packed, it may also be a stack over layers. An `Int8Weight` stays
     int8.
     """
+    if config.num_adapters and spec.name in MLP:
+        spec = replace(spec, gated=False)  # the change of an adapter comes before the activation
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:
         return _divided(spec, array, model, config, dtype)

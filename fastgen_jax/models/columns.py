@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
@@ -34,3 +35,12 @@ def split_columns(y: Float[Array, "*rows columns"], parts: Sequence[int], num_de
     ends = np.cumsum(parts) // num_devices
     starts = [0, *ends[:-1]]
     return [shares[..., start:end].reshape(*lead, -1) for start, end in zip(starts, ends, strict=True)]
+
+
+def join_columns(parts: Sequence[Float[Array, "*rows _"]], num_devices: int) -> Float[Array, "*rows columns"]:
+    """The inverse of `split_columns`."""
+    if len(parts) == 1:  # in order on any number of devices, or not divided
+        return parts[0]
+    lead = parts[0].shape[:-1]
+    shares = jnp.concatenate([part.reshape(*lead, num_devices, -1) for part in parts], axis=-1)
+    return shares.reshape(*lead, -1)

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.adapters import AdaptedWeight, bound, rows_of, sampled_rows, with_adapters
 from fastgen_jax.models.attention import LayerCall, Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
@@ -69,11 +70,18 @@ def forward(
 
 
 def hidden_rows(
-    params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
+    params: Params,
+    kv_cache: KVCache,
+    batch: RaggedBatch,
+    *,
+    config: ModelConfig,
+    execution: Execution = Execution(),
+    adapters: Mapping[str, AdaptedWeight] | None = None,
 ) -> tuple[Float[Array, "R E"], KVCache]:
     """The input of `head`: the residual stream of `batch.sample_rows` after the final norm, and the cache.
 
-    With a mesh, weights and cache are those of the divided model (see `division`).
+    With a mesh, weights and cache are those of the divided model (see `division`). `adapters` are those that
+    `batch.adapters` numbers.
     """
     step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
     if execution.mesh is not None:
@@ -82,6 +90,9 @@ def hidden_rows(
     layer = partial(run, step=step, config=config)
     if execution.wrap_layer is not None:
         layer = execution.wrap_layer(layer)
+    if adapters is not None:
+        params = with_adapters(params, adapters, config)
+        layer = _for_adapters(layer, batch, adapters)
     x = _embed(params, batch, config, execution.activation_dtype)
     rows, kv_cache = run_layers(
         layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
@@ -91,6 +102,20 @@ def hidden_rows(
     if config.embed_proj_dim is not None:
         rows = linear(rows, params["project_out"])
     return rows, kv_cache
+
+
+def _for_adapters(layer: Layer, batch: RaggedBatch, adapters: Mapping[str, AdaptedWeight]) -> Layer:
+    """`layer` with the adapters of the batch's rows."""
+    ids = batch.adapters
+    assert ids is not None, "a batch for adapters numbers them"
+    count = next(iter(adapters.values())).count
+    tokens = rows_of(ids, count)
+    sampled = sampled_rows(ids, batch.sample_rows, batch.num_sample_rows, count)
+
+    def adapted(x: jax.Array, cache: KVCache, w: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
+        return layer(x, cache, bound(w, tokens, tokens if call.rows is None else sampled), call)
+
+    return adapted
 
 
 def run_layers(

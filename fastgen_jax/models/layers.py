@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from fastgen_jax.models.adapters import AdaptedWeight, adapted_linear
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import linear
@@ -76,7 +77,8 @@ def project(
     num_rows: Int[Array, ""] | None = None,
 ) -> Float[Array, "T outputs"]:
     """x @ w[name] (+ residual), plus the bias if the layer has one. Rows from `num_rows` on are padding."""
-    y = linear(x, w[name], residual=residual, num_rows=num_rows)
+    multiply = adapted_linear if isinstance(w[name], AdaptedWeight) else linear
+    y = multiply(x, w[name], residual=residual, num_rows=num_rows)
     return y + w[f"{name}_bias"][None, :] if f"{name}_bias" in w else y
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fastgen_jax.models.adapters import AdaptedWeight, adapted_linear
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project, xielu
 from fastgen_jax.models.moe import moe
 from fastgen_jax.models.weight_spec import LayerWeights
-from pallas_kernels.matmul import swiglu
+from pallas_kernels.matmul import gated, swiglu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -47,6 +49,10 @@ def _hidden(
     activation = ACTIVATIONS[config.activation]
     if not config.mlp_gated:
         return activation(project(x, w, "up", num_rows=num_tokens))
+    if config.fused_swiglu and isinstance(w["gate_up"], AdaptedWeight):
+        return gated(adapted_linear(x, w["gate_up"], num_rows=num_tokens, out_dtype=jnp.float32), num_devices).astype(
+            x.dtype
+        )
     if config.fused_swiglu:
         return swiglu(x, w["gate_up"], num_rows=num_tokens, shards=num_devices)
     gate, up = split_columns(project(x, w, "gate_up", num_rows=num_tokens), 2 * (config.mlp_dim,), num_devices)

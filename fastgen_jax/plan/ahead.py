@@ -62,6 +62,11 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
+    if choices.num_adapters:
+        raise ValueError(
+            f"max_adapters={choices.num_adapters}: programs with places for adapters are compiled only on the device "
+            "itself; omit --topology there"
+        )
     if described.quantize is not None:
         choices = replace(choices, quantize="int8")
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)

@@ -127,6 +127,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = converted(_logit_bias_pairs, default=())
     """Values added to the logits of tokens: a mapping from token id to bias, or pairs, stored in ascending order of
     token id."""
+    adapter: str | None = None
+    """Name of the LoRA adapter, loaded in the engine, that computes the request. None: the model itself."""
     seed: int | None = None
     """Seed of the random numbers, 0 to 2**32 - 1: the same seed yields the same text. None: a new one each time."""
     n: int = 1
@@ -168,6 +170,8 @@ class SamplingParams:
             if value is not None:
                 check_int(name, value, 0, MAX_TOP_LOGPROBS, "use None for no log-probabilities")
         check_int("prompt_logprobs_start", self.prompt_logprobs_start, 0, None, "use 0 for the whole prompt")
+        if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
+            raise ValueError(f"adapter is {self.adapter!r}; pass the name of a loaded adapter, or None")
         for name in ("ignore_eos", "do_sample", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -246,7 +250,8 @@ class Request:
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
     one, so that the engine must read it before it samples another. A request with `next_token_id` samples nothing: it
     scores its prompt and that token, which ends it. Cached prefixes are shared only among requests with the same
-    `cache_salt`. `shown_token_ids` are special tokens that appear in the text.
+    `cache_salt`. `shown_token_ids` are special tokens that appear in the text. `adapter_place` says where the engine keeps
+    the adapter of its parameters.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -263,6 +268,7 @@ class Request:
     next_token_id: int | None = None
     shown_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    adapter_place: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

@@ -93,6 +93,10 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
             card["generation_config"] = server.backend.intake.defaults
         return card
 
+    def adapter_card(name: str, folder: str) -> dict[str, object]:
+        base = server.model.name
+        return {**model_card(base), "id": f"{base}:{name}", "root": folder or name, "parent": base}
+
     def info(name: str) -> JsonObject:
         longest = None if server.backend is None else server.backend.intake.config.longest_sequence
         return model_info(name, created=server.started, max_tokens=longest)
@@ -104,15 +108,19 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
         after_id: str | None = None,
         before_id: str | None = None,
     ) -> dict[str, object]:
-        names = server.model.names
+        names, adapters = server.model.names, {} if server.backend is None else server.backend.adapters
         if is_anthropic(request.scope):
-            return page_of([info(name) for name in names], limit=limit, after_id=after_id, before_id=before_id)
-        return {"object": "list", "data": [model_card(name) for name in names]}
+            every = [*names, *(f"{server.model.name}:{name}" for name in adapters)]
+            return page_of([info(name) for name in every], limit=limit, after_id=after_id, before_id=before_id)
+        cards = [adapter_card(name, folder) for name, folder in adapters.items()]
+        return {"object": "list", "data": [*map(model_card, names), *cards]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def get_model(model: str, request: Request) -> dict[str, object]:
-        server.check_model(model)
-        return info(model) if is_anthropic(request.scope) else model_card(model)
+        adapter = server.adapter_of(model)
+        if is_anthropic(request.scope):
+            return info(model)
+        return model_card(model) if adapter is None else adapter_card(adapter, server.ready().adapters[adapter])
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -48,7 +48,7 @@ def start_beams(
     `params` has a limit on the length. Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
     """
     intake = backend.intake
-    step = SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True, logprobs=2 * width)
+    step = SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True, logprobs=2 * width, adapter=params.adapter)
     make = partial(intake.request, priority=priority, cache_salt=cache_salt)
     first = make(prompt, replace(params, logprobs=None))  # checks that the whole answer fits
 

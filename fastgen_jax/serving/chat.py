@@ -88,7 +88,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
 
     Raises as `start_work` does.
     """
-    server.check_model(body.model)
+    adapter = server.adapter_of(body.model)
     backend = server.ready()
     tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
     form = _form(server.model.config, tokenizer, body)
@@ -101,6 +101,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
         prompt_logprobs=body.prompt_logprobs,
+        adapter=adapter,
     )
     guide = await guide_for(body, form.tools, tokenizer)
     try:

@@ -54,7 +54,7 @@ class GeneratedAnswer(TypedDict):
 
 async def complete(server: ServerState, body: CompletionRequest, request: Request) -> Response:
     """POST /v1/completions."""
-    server.check_model(body.model)
+    adapter = server.adapter_of(body.model)
     backend = server.ready()
     request.state.names = body.names
     limit = body.max_completion_tokens or body.max_tokens
@@ -63,6 +63,7 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
         max_new_tokens=None if limit is None else max(1, limit),
         logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.num_top_of_prompt,
+        adapter=adapter,
     )
     guide = await guide_for(body)
     work = await start_answer(
@@ -81,7 +82,7 @@ async def chat(server: ServerState, body: ChatRequest, request: Request) -> Resp
 
 async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
     """POST /v1/chat/completions/render and /apply-template: the prompt of a chat, without an answer to it."""
-    server.check_model(body.model)
+    server.adapter_of(body.model)
     tokenizer = server.ready().intake.need_tokenizer("a chat")
     ids = await chat_prompt(server, tokenizer, body)
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "token_ids": ids, "count": len(ids)}
@@ -142,7 +143,7 @@ async def generate(server: ServerState, body: GenerateRequest, request: Request)
 
 async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, object]:
     """POST /tokenize."""
-    server.check_model(body.model)
+    server.adapter_of(body.model)
     intake = server.ready().intake
     tokenizer = intake.need_tokenizer("/tokenize")
     if body.messages is not None:
@@ -158,7 +159,7 @@ async def tokenize(server: ServerState, body: TokenizeRequest) -> dict[str, obje
 
 async def detokenize(server: ServerState, body: DetokenizeRequest) -> dict[str, str]:
     """POST /detokenize."""
-    server.check_model(body.model)
+    server.adapter_of(body.model)
     tokenizer = server.ready().intake.need_tokenizer("/detokenize")
     return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 

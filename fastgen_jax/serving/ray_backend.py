@@ -146,6 +146,23 @@ class RayBackend:
         """ValueError: a replica that Ray starts later would have other weights."""
         raise ValueError("the weights of replicas under Ray cannot be replaced; use `fastgen serve --replicas`")
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """The folders of the loaded adapters by name."""
+        return self.intake.config.choices.adapter_folders
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """ValueError, as for `update_params`."""
+        raise ValueError("replicas under Ray load adapters only at their start; use `fastgen serve --replicas`")
+
+    async def update_adapter(self, name: str, source: str) -> int:
+        """ValueError, as for `update_params`."""
+        raise ValueError("adapters of replicas under Ray cannot be replaced; use `fastgen serve --replicas`")
+
+    async def unload_adapter(self, name: str) -> None:
+        """ValueError, as for `update_params`."""
+        raise ValueError("adapters of replicas under Ray cannot be unloaded; use `fastgen serve --replicas`")
+
     async def pause(self, mode: PauseMode = "keep") -> None:
         """ValueError, as for `update_params`."""
         raise ValueError("replicas under Ray cannot be paused; use `fastgen serve --replicas`")

@@ -110,7 +110,8 @@ def main(descriptor: int) -> None:
 
     def call(number: int, name: str, options: Mapping[str, Any]) -> None:
         try:
-            method = {"update_params": engine.update_params, "pause": engine.pause, "resume": engine.resume}[name]
+            names = ("update_params", "pause", "resume", "load_adapter", "update_adapter", "unload_adapter")
+            method = {each: getattr(engine, each) for each in names}[name]
             answer: object = method(**options)
         except Exception as error:
             answer = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")

@@ -7,13 +7,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from fastgen_jax.api.async_engine import EVENTS_PER_TURN, MAX_QUEUE, ClosedError, QueueFullError, Stream
 from fastgen_jax.api.engine_thread import Event, Failure
 from fastgen_jax.api.pooling import Pooled, Pooling
+from fastgen_jax.engine.adapters import unknown_adapter
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.intake import Intake
 from fastgen_jax.engine.prompts import TokenIds
@@ -88,6 +89,9 @@ class Router:
         self._failure: str | None = None
         self._changing = asyncio.Lock()  # held while weights are exchanged
         self._weights: dict[str, Any] | None = None  # what replaced those of the model
+        # Folder and version of each: those that every replica loads when it starts, and those of now.
+        self._first_adapters = {name: (folder, 0) for name, folder in engine.adapter_folders.items()}
+        self._adapters = dict(self._first_adapters)
         self._is_paused = False
         self._catching_up: set[asyncio.Task[None]] = set()
 
@@ -155,10 +159,14 @@ class Router:
         waiting = min(replica.num_waiting for replica in ready)
         if waiting >= self.max_queue:
             raise QueueFullError(waiting, self.max_queue, min(replica.load.wait_seconds for replica in ready))
+        adapter = request.params.adapter
+        if adapter is not None and adapter not in self._adapters:
+            raise ValueError(unknown_adapter(adapter, self._adapters))
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or omit it")
         stream = Stream(request, self._on_stream_closed)
-        pieces = prefix_pieces(request.prompt_token_ids, salt=request.cache_salt)
+        salt = f"{request.cache_salt}\n{request.params.adapter or ''}"
+        pieces = prefix_pieces(request.prompt_token_ids, salt=salt)
         routed = RoutedRequest(request, grammar, deadline, stream, pieces, expected_work(request))
         self._requests[request.request_id] = routed
         self._idle.clear()
@@ -182,6 +190,37 @@ class Router:
             await self._call_all("update_params", params=params, version=number, recompute=recompute)
             self._weights = {"params": params, "version": number}
         return number
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """The folders of the loaded adapters by name."""
+        return {name: folder for name, (folder, _) in self._adapters.items()}
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """See `Engine.load_adapter`."""
+        async with self._changing:
+            try:
+                await self._call_all("load_adapter", name=name, source=source, version=0)
+            except ValueError:
+                if name not in self._adapters:
+                    with contextlib.suppress(ValueError):  # of those that did not load it
+                        await self._call_all("unload_adapter", name=name)
+                raise
+            self._adapters[name] = (source, 0)
+
+    async def update_adapter(self, name: str, source: str) -> int:
+        """See `Engine.update_adapter`."""
+        async with self._changing:
+            version = self._adapters[name][1] + 1 if name in self._adapters else 1
+            await self._call_all("update_adapter", name=name, source=source, version=version)
+            self._adapters[name] = (source, version)
+        return version
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        async with self._changing:
+            await self._call_all("unload_adapter", name=name)
+            del self._adapters[name]
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """See `Engine.pause`."""
@@ -286,7 +325,8 @@ class Router:
         elif kind == "ready":
             config: ResolvedConfig = rest[0]
             self._intake = self._intake or Intake(self._tokenizer, self._model_config, config)
-            if self._weights is None and not self._is_paused and not self._changing.locked():
+            as_started = self._weights is None and self._adapters == self._first_adapters
+            if as_started and not self._is_paused and not self._changing.locked():
                 self._admit(replica, ready)
             else:
                 self._catching_up.add(task := asyncio.create_task(self._catch_up(replica, ready)))
@@ -303,10 +343,11 @@ class Router:
             self._route(routed)
 
     async def _catch_up(self, replica: ReplicaHandle, ready: asyncio.Event) -> None:
-        """Gives a replica that started again the weights and the pause of the others."""
+        """Gives a replica that started again the weights, the adapters and the pause of the others."""
         async with self._changing:
             try:
                 calls = [("update_params", self._weights)] if self._weights is not None else []
+                calls += self._adapter_changes()
                 calls += [("pause", {"mode": "keep"})] if self._is_paused else []
                 for name, options in calls:
                     answer = await self._ask(replica, "call", name, options)
@@ -319,7 +360,17 @@ class Router:
             else:
                 self._admit(replica, ready)
 
-    async def _call_all(self, name: str, **options: object) -> None:
+    def _adapter_changes(self) -> list[tuple[str, dict[str, Any]]]:
+        """The calls that give a replica that has just started the adapters of the others."""
+        now, first = self._adapters, self._first_adapters
+        calls: list[tuple[str, dict[str, Any]]] = [("unload_adapter", {"name": name}) for name in first if name not in now]
+        for name, (folder, version) in now.items():
+            if first.get(name) != (folder, version):
+                call = "update_adapter" if name in first else "load_adapter"
+                calls.append((call, {"name": name, "source": folder, "version": version}))
+        return calls
+
+    async def _call_all(self, name: str, /, **options: object) -> None:
         """Calls a method of every engine; ValueError if one fails, which the others may not have."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         calls = [self._ask(replica, "call", name, options) for replica in ready]

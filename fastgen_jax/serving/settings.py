@@ -60,8 +60,8 @@ class ServerConfig:
     """Seconds without a request after which an engine gives the memory of its weights and KV cache back; the next request
     wakes it. None: never."""
     weights_folder: str | None = None
-    """Folder of checkpoints that POST /v1/weights may load into the running engine; it also allows /v1/pause and
-    /v1/resume. None: these are refused."""
+    """Folder of checkpoints that POST /v1/weights, and of adapters that POST /v1/load_lora_adapter may load into the running
+    engine; it also allows /v1/unload_lora_adapter, /v1/pause and /v1/resume. None: these are refused."""
     tool_format: str | None = None
     """How the model writes tool calls: hermes, llama, pythonic, mistral, mistral-v11, qwen3-coder, glm, deepseek-v3,
     deepseek-v3.1 or harmony. None: chosen by the chat template."""

@@ -46,11 +46,36 @@ class ServerState:
         return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
 
     def check_model(self, name: str | None) -> None:
-        """ApiError 404 if `name` is not the served model; None is accepted."""
-        if name is not None and name not in (*self.model.names, self.model.deployment):
-            raise ApiError(
-                f"the model {name!r} is not served here; use {' or '.join(map(repr, self.model.names))}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+        """ApiError 404 if `name` is not the served model itself; None is accepted."""
+        if not self._is_model(name):
+            raise self._unknown(name)
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that `name`, of the form model:adapter, selects; None for the model itself.
+
+        The name of an adapter alone is accepted too, as vLLM has it. ApiError 404 for any other name.
+        """
+        if name is None or self._is_model(name):
+            return None
+        model, _, adapter = name.rpartition(":")
+        names_model = bool(model) and self._is_model(model)
+        if names_model:
+            self.ready()  # it may be one of those that are being loaded
+        chosen = adapter if names_model else name
+        if self.backend is not None and chosen in self.backend.adapters:
+            return chosen
+        raise self._unknown(name)
+
+    def _is_model(self, name: str | None) -> bool:
+        return name is None or name in (*self.model.names, self.model.deployment)
+
+    def _unknown(self, name: str | None) -> ApiError:
+        adapters = self.backend.adapters if self.backend is not None else {}
+        loaded = f", or {self.model.name}:ADAPTER with one of the loaded adapters: {', '.join(sorted(adapters))}"
+        return ApiError(
+            f"the model {name!r} is not served here; use {' or '.join(map(repr, self.model.names))}"
+            f"{loaded if adapters else ''}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )

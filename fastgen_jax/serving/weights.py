@@ -1,4 +1,4 @@
-"""Endpoints for trainers: new weights, and pauses between steps. They are off unless the operator names a folder."""
+"""Endpoints for trainers: new weights, adapters, pauses between steps. They are off unless the operator names a folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import Field
 
+from fastgen_jax.engine.adapters import unknown_adapter
 from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.protocol import Body
@@ -24,6 +25,21 @@ class WeightsRequest(Body):
         None, description="Reported with each token that these weights compute. None: the next one."
     )
     recompute: bool = Field(False, description="Compute the keys and values of unfinished requests again.")
+
+
+class AdapterRequest(Body):
+    """POST /v1/load_lora_adapter, with the names of vLLM."""
+
+    lora_name: Annotated[str, Field(min_length=1, description="Requests choose the adapter by model:name.")]
+    lora_path: Annotated[str, Field(min_length=1, description="A folder of PEFT in the server's --weights-folder.")]
+    load_inplace: bool = Field(False, description="Replace the adapter that is loaded under this name.")
+
+
+class UnloadRequest(Body):
+    """POST /v1/unload_lora_adapter, with the names of vLLM."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_int_id: int | None = Field(None, description="Means nothing here.")
 
 
 class PauseRequest(Body):
@@ -52,6 +68,31 @@ def add_weights(app: FastAPI, server: ServerState, errors: dict[int | str, dict[
             version = await backend.update_params(str(path), version=body.version, recompute=body.recompute)
         return {"version": version, "seconds": round(time.monotonic() - start, 3)}
 
+    @app.post("/v1/load_lora_adapter", responses=errors)
+    async def load_adapter(body: AdapterRequest) -> dict[str, object]:
+        """Reads an adapter while requests go on, and adds it between two steps."""
+        path = str(_path_in(_folder(server), body.lora_path, param="lora_path"))
+        backend, version = server.ready(), 0
+        async with updating:
+            if body.load_inplace and body.lora_name in backend.adapters:
+                version = await backend.update_adapter(body.lora_name, path)
+            else:
+                await backend.load_adapter(body.lora_name, path)
+        return {"model": f"{server.model.name}:{body.lora_name}", "version": version}
+
+    @app.post("/v1/unload_lora_adapter", responses=errors)
+    async def unload_adapter(body: UnloadRequest) -> dict[str, object]:
+        """Refuses new requests of an adapter; those that are running go on."""
+        _folder(server)
+        backend = server.ready()
+        async with updating:
+            if body.lora_name not in backend.adapters:
+                raise ApiError(
+                    unknown_adapter(body.lora_name, backend.adapters), status=404, param="lora_name", code="not_found"
+                )
+            await backend.unload_adapter(body.lora_name)
+        return {"model": f"{server.model.name}:{body.lora_name}", "loaded": False}
+
     @app.post("/v1/pause", responses=errors)
     async def pause(body: PauseRequest) -> dict[str, object]:
         """Returns when no step runs and none will until /v1/resume."""
@@ -72,15 +113,15 @@ def _folder(server: ServerState) -> Path:
     folder = server.model.config.weights_folder
     if folder is None:
         raise ApiError(
-            "this server does not accept new weights or pauses; start it with --weights-folder FOLDER, in which the "
-            "checkpoints are",
+            "this server does not accept new weights, adapters or pauses; start it with --weights-folder FOLDER, in "
+            "which the checkpoints or adapters are",
             status=403,
             code="weights_disabled",
         )
     return Path(folder).resolve()
 
 
-def _path_in(folder: Path, name: str) -> Path:
+def _path_in(folder: Path, name: str, *, param: str = "path") -> Path:
     """The checkpoint `name` of the folder; ApiError for one that is missing or elsewhere."""
     try:
         path = (folder / name).resolve()
@@ -89,16 +130,16 @@ def _path_in(folder: Path, name: str) -> Path:
         exists, path = False, folder
     if not path.is_relative_to(folder):
         raise ApiError(
-            f"path is {name!r}, which is not in the folder of --weights-folder; pass a path relative to it",
+            f"{param} is {name!r}, which is not in the folder of --weights-folder; pass a path relative to it",
             status=403,
-            param="path",
+            param=param,
             code="path_outside",
         )
     if not exists:
         raise ApiError(
-            f"path is {name[:200]!r}, but the folder of --weights-folder has no such checkpoint; write it before this call",
+            f"{param} is {name[:200]!r}, but the folder of --weights-folder has no such checkpoint or adapter; write it",
             status=404,
-            param="path",
+            param=param,
             code="not_found",
         )
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NotRequired, ParamSpec, Protocol, TypedDict, TypeVar
@@ -117,6 +117,23 @@ class Backend(Protocol):
 
     async def update_params(self, params: str, *, version: int | None = None, recompute: bool = False) -> int:
         """Replaces the weights by those of a checkpoint; see `Engine.update_params`."""
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """The folders of the loaded adapters by name."""
+        ...
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """See `Engine.load_adapter`."""
+        ...
+
+    async def update_adapter(self, name: str, source: str) -> int:
+        """See `Engine.update_adapter`."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
         ...
 
     async def pause(self, mode: PauseMode = "keep") -> None:

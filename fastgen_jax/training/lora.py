@@ -11,13 +11,8 @@ import jax.numpy as jnp
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
+from fastgen_jax.models.targets import Lora, adaptable
 from fastgen_jax.models.weight_spec import Kind, Params
-
-Lora = dict[str, Any]
-"""`{"layers": {"qkv": ({"a": [L, in, r], "b": [L, r, out]}, ...), ...}}`: a pair for each projection that a matrix fuses."""
-
-ATTENTION = ("qkv", "q", "q_a", "q_b", "kv_a", "o")
-MLP = ("gate_up", "up", "down")
 
 
 def lora_params(
@@ -29,7 +24,7 @@ def lora_params(
     fused in one matrix, such as q, k and v, have an adapter each. Raises ValueError for another target or a rank below 1.
     """
     specs, having = param_specs(config)["layers"], layers_with(config)
-    known = [name for name in (*ATTENTION, *MLP) if name in specs]
+    known = list(adaptable(config))
     if rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")
     for name in targets or ():

@@ -6,7 +6,7 @@ scale for every few inputs. A `PairedWeight` is differentiable and has the produ
 """
 
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
-from pallas_kernels.matmul.ops import linear, reads_in_place, swiglu
+from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight, prepare, quantize_int8
 
@@ -21,6 +21,7 @@ __all__ = [
     "PairedWeight",
     "Weight",
     "concatenate",
+    "gated",
     "linear",
     "pair",
     "prepare",

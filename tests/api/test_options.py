@@ -59,7 +59,7 @@ def test_sampling_params_with_options_or_of_another_type_are_refused(pipe):
         ("temprature", "did you mean 'temperature'?"),
         ("max_new_token", "did you mean 'max_new_tokens'?"),
         ("num_beams", "beam search is not supported; use n=..."),
-        ("xyzzy", "unknown option 'xyzzy'; generation options: allowed_token_ids"),
+        ("xyzzy", "unknown option 'xyzzy'; generation options: adapter"),
     ],
 )
 def test_an_unknown_option_of_a_call_is_refused_with_a_suggestion(pipe, name, hint):
@@ -72,14 +72,14 @@ def test_an_unknown_option_of_a_call_is_refused_with_a_suggestion(pipe, name, hi
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("max_model_len", "use 'max_context_len'; engine options: attention"),
+        ("max_model_len", "use 'max_context_len'; engine options: adapters"),
         ("tensor_parallel_size", "use 'tensor_parallel';"),
         ("kv_cache_dtype", "use 'kv_dtype';"),
         ("max_num_batched_tokens", "use 'token_budget';"),
         ("gpu_memory_utilization", "num_blocks sets its size"),
         ("device_map", "JAX_PLATFORMS"),
         ("token_buget", "did you mean 'token_budget'?"),
-        ("xyzzy", "unknown option 'xyzzy'; engine options: attention"),
+        ("xyzzy", "unknown option 'xyzzy'; engine options: adapters"),
         ("temperature", "an option of a call, not of the engine; pass it there, pipe(prompt, temperature=...), or"),
     ],
 )

@@ -140,7 +140,9 @@ def test_another_copy_of_the_weights_and_an_adapter_are_ignored(tmp_path):
 
 def test_a_folder_with_an_adapter_alone_says_so(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a LoRA adapter, not a model; merge it into its base model"):
+    with pytest.raises(
+        ValueError, match="is a LoRA adapter, not a model; pass its base model, and the adapter beside it: --adapters NAME="
+    ):
         resolve_model(tmp_path)
 
 

@@ -21,7 +21,7 @@ def add_messages(app: FastAPI, server: ServerState, errors: ErrorResponses) -> N
     """Adds the endpoints. Errors of paths that start with `PATH` are in Anthropic's format."""
 
     def switches(body: CountRequest) -> frozenset[str]:
-        server.check_model(body.model)
+        server.adapter_of(body.model)
         template = server.ready().intake.need_tokenizer("a chat").template(with_tools=bool(body.tools))
         return frozenset() if template is None else variables_of(template)
 

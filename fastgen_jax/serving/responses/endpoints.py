@@ -23,7 +23,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
     store = ResponseStore()
 
     def chat_to_start(body: ConversationRequest, items: list[JsonObject]) -> ChatRequest:
-        server.check_model(body.model)
+        server.adapter_of(body.model)
         conversation = [*store.conversation(body.previous_response_id), *items]
         if not conversation and not body.instructions:
             raise ApiError("input is empty; pass a string or a list of items", param="input")

@@ -16,6 +16,8 @@ from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
+from tests.adapters import random_lora
+from tests.models.parity import load
 from tests.tiny import HOME, drain, greedy, tiny_model, tokens_of
 
 PROMPTS = [np.random.default_rng(size).integers(3, 60, size).tolist() for size in (1, 5, 21, 34)]
@@ -95,6 +97,27 @@ def replaced() -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
+def adapters() -> None:
+    """Requests of several adapters and of none in one batch, on numbers of devices that divide the model and that do not."""
+    for family, variant in (("llama", "default"), ("deepseek_v2", "lite"), ("gpt2", "default")):
+        params, model = load(family, variant)
+        answers = []
+        for num_devices in (None, 2, 3):
+            if num_devices is not None and num_devices > model.num_heads:
+                continue
+            config = EngineConfig(**SMALL, max_adapters=3, max_adapter_rank=4, tensor_parallel=num_devices)
+            engine = Engine(params, model, config)
+            for number in range(3):
+                engine.load_adapter(f"a{number}", random_lora(model, number, rank=2 + number), scale=0.5)
+            names = (None, "a0", "a1", "a2")
+            ids = [engine.add(prompt, greedy(6, adapter=name)) for prompt in PROMPTS[:3] for name in names]
+            outputs = drain(engine)
+            answers.append([tokens_of(outputs[request_id]) for request_id in ids])
+            assert len({*map(tuple, answers[-1])}) > len(ids) // 2, "the adapters change the answers"
+        assert all(answer == answers[0] for answer in answers), family
+
+
 if __name__ == "__main__":
-    {function.__name__: function for function in (in_8_bits, tied_embeddings, experts, uneven, replaced)}[sys.argv[1]]()
+    functions = (in_8_bits, tied_embeddings, experts, uneven, replaced, adapters)
+    {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")

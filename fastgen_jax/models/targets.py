@@ -1,0 +1,21 @@
+"""What low-rank adapters (arXiv:2106.09685) may change, and their form as a pytree beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.weight_spec import Kind, WeightSpec
+
+Lora: TypeAlias = dict[str, Any]
+"""`{"layers": {"qkv": ({"a": [L, in, r], "b": [L, r, out]}, ...), ...}}`: a pair for each projection that a matrix fuses."""
+
+ATTENTION = ("qkv", "q", "q_a", "q_b", "kv_a", "o")
+MLP = ("gate_up", "up", "down")
+
+
+def adaptable(config: ModelConfig) -> dict[str, WeightSpec]:
+    """The matrices of a layer that an adapter may change: those of attention and of the MLP, without experts."""
+    specs = param_specs(config)["layers"]
+    return {name: specs[name] for name in (*ATTENTION, *MLP) if name in specs and specs[name].kind is Kind.MATRIX}
