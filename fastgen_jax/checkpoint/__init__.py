@@ -6,14 +6,17 @@ from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_para
 from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
+from fastgen_jax.checkpoint.vision import images_of, load_tower
 
 __all__ = [
     "BUILT_IN",
     "Checkpoint",
     "SnapshotCheckpoint",
     "check_tensors",
+    "images_of",
     "kept_in_blocks",
     "load_params",
+    "load_tower",
     "open_checkpoint",
     "resolve_model",
     "save_snapshot",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.core import KVCache, StepImages, stored_head_dim
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.resolve import ResolvedConfig
@@ -114,8 +114,8 @@ class Programs:
         """What the programs of one budget can do; "any" suffices for all steps."""
         return works_on(jax.default_backend())
 
-    def lower(self, bucket: Bucket, work: Work = "any") -> jax.stages.Lowered:
-        """The lowered step program of `bucket` for the current device."""
+    def lower(self, bucket: Bucket, work: Work = "any", images: StepImages | None = None) -> jax.stages.Lowered:
+        """The lowered step program of `bucket` for the current device; with `images`, shapes, one for steps with images."""
         program = step_program(
             self.model,
             bucket,
@@ -126,22 +126,27 @@ class Programs:
             has_int8_weights=has_int8(self.params),
             work=work,
         )
-        return program.lower(*self._arguments(bucket))
+        return program.lower(*self._arguments(bucket), *(() if images is None else (images,)))
 
-    def compile(self, budget: int, work: Work = "any") -> Program:
-        """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
-        bucket, name = self.bucket(budget), self.saved_name(budget, work)
+    def compile(self, budget: int, work: Work = "any", images: StepImages | None = None) -> Program:
+        """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved.
+
+        With `images`, shapes, it is for steps with tokens of images.
+        """
+        bucket, name = self.bucket(budget), self.saved_name(budget, work, images)
         if self.folder is None or name is None:
-            return Program(bucket, self.lower(bucket, work).compile(), work)
+            return Program(bucket, self.lower(bucket, work, images).compile(), work)
         saved = saved_in(self.folder)
         program = executables.load(saved, name, devices=devices_of(self.config))
-        return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work), saved, name), work)
+        return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work, images), saved, name), work)
 
-    def saved_name(self, budget: int, work: Work = "any") -> str | None:
+    def saved_name(self, budget: int, work: Work = "any", images: StepImages | None = None) -> str | None:
         """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
         if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
             return None
         arguments = self._arguments(self.bucket(budget))[:3]
+        if images is not None:
+            arguments = (*arguments, images)
         return program_name(arguments, self.model, self.config, budget, work, devices=devices_of(self.config))
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
@@ -204,6 +209,8 @@ def step_program(
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
+    Steps with tokens of images have `StepImages` as a fifth argument.
+
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
     `has_int8_weights` affects only how products are compiled; `work` is what the sampler can do. `device` is one of those to
@@ -246,6 +253,7 @@ def _step(
     kv_cache: KVCache,
     state: SamplerState,
     packed: jax.Array,
+    images: StepImages | None = None,
     *,
     bucket: Bucket,
     config: ModelConfig,
@@ -265,6 +273,7 @@ def _step(
         batch,
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
+        images=images,
     )
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives

@@ -11,16 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastgen_jax.core import KVCache, copy_block
+from fastgen_jax.core import KVCache, StepImages, copy_block
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
+from fastgen_jax.engine.tower import Tower
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.scheduling import Step
 from pallas_kernels.folders import Folder
 from pallas_kernels.unfilled import unfilled
 
@@ -39,6 +41,9 @@ class Runner:
         self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
+        self.tower: Tower | None = None
+        """Computes the embeddings of images; None if they are refused."""
+        self._with_images: Program | None = None  # for steps with tokens of images
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
@@ -72,6 +77,8 @@ class Runner:
         _delete(jax.tree.leaves((self.kv_cache, self.state)))
         if delete_params:
             _delete([array for ref in self._made if (array := ref()) is not None])
+        if self.tower is not None:
+            self.tower.release()
         self.params = {}
 
     def restore(self, params: Params, *, version: int, own: bool) -> None:
@@ -86,7 +93,9 @@ class Runner:
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
-        self._compiled, self._narrow = {}, {}
+        if self.tower is not None:
+            self.tower.release()
+        self._compiled, self._narrow, self._with_images = {}, {}, None
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
         self.params = {}
@@ -147,15 +156,32 @@ class Runner:
         self._compiled = {budget: self._compiled[budget] for budget in budgets}
         self._narrow = {key: program for key, program in self._narrow.items() if key[0] in budgets}
 
-    def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
-        """Dispatches a step and returns immediately; reading the output waits for it."""
+    def add_tower(self, tower: Tower, budget: int) -> None:
+        """Compiles what steps with tokens of images need: one program, which such steps of any size run."""
+        self.tower = tower
+        self._with_images = self.programs.compile(budget, images=tower.shapes(budget, mesh=self.mesh))
+        tower.warm_up(budget, mesh=self.mesh)
+
+    def images_of(self, step: Step) -> tuple[tuple[StepImages], Bucket] | None:
+        """The images among the tokens of a step, and the compiled shape for it; None if there are none."""
+        if self.tower is None or self._with_images is None:
+            return None
+        bucket = self._with_images.bucket
+        images = self.tower.images_of(step, bucket.num_tokens, mesh=self.mesh)
+        return None if images is None else ((images,), bucket)
+
+    def run(self, packed: np.ndarray, bucket: Bucket, *images: StepImages) -> StepOutput:
+        """Dispatches a step and returns immediately; reading the output waits for it. `images` as from `images_of`."""
+        if images:
+            assert self._with_images is not None, "there is a tower"
+            return self._run(self._with_images, packed, *images)
         budget, program = bucket.num_tokens, None
         if self._narrow:
             program = self._narrow.get((budget, bucket.work_of(packed)))
         return self._run(program or self._compiled[budget], packed)
 
-    def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
-        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)
+    def _run(self, program: Program, packed: np.ndarray, *images: StepImages) -> StepOutput:
+        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed, *images)
         return output
 
     @property

@@ -38,10 +38,10 @@ class Stepper:
             step = journal.dispatching = self._scheduler.schedule()
         if step is not None:
             with timer("pack"):
-                bucket = self._runner.bucket(step.num_tokens)
+                images, bucket = self._runner.images_of(step) or ((), self._runner.bucket(step.num_tokens))
                 packed = self._pack(step, bucket)
             with timer("dispatch"):
-                output = self._runner.run(packed, bucket)
+                output = self._runner.run(packed, bucket, *images)
             journal.in_flight.append(
                 InFlight(step, output, timer, self._count(step, bucket, timer), self._runner.weight_version)
             )

@@ -1,6 +1,7 @@
 """Decides on the host which tokens each step computes. Uses only the standard library."""
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
+from fastgen_jax.scheduling.images import PromptImage
 from fastgen_jax.scheduling.limits import ContextLengthError, longest_sequence, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
@@ -25,6 +26,7 @@ __all__ = [
     "Planner",
     "Policy",
     "Promise",
+    "PromptImage",
     "Request",
     "SamplingParams",
     "Scheduler",

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from fastgen_jax.scheduling.checks import as_tuple, check_float, check_int, check_token_ids
 from fastgen_jax.scheduling.converted import converted
+from fastgen_jax.scheduling.images import PromptImage
 
 LogprobsMode = Literal["raw", "processed"]
 MAX_TOP_LOGPROBS = 20
@@ -246,7 +247,7 @@ class Request:
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
     one, so none is sampled while one is in flight. A request with `next_token_id` samples nothing: it scores its prompt and
     that token, which ends it. Cached prefixes are shared only among requests with the same `cache_salt`. `shown_token_ids`
-    are special tokens that appear in the text.
+    are special tokens that appear in the text. `images` are those of the prompt, in order.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -263,6 +264,7 @@ class Request:
     next_token_id: int | None = None
     shown_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    images: tuple[PromptImage, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:
