@@ -39,7 +39,8 @@ def engine(**options: Any) -> Engine:
 
 
 def images() -> list[Image.Image]:
-    photo = Image.open(PHOTO)
+    with Image.open(PHOTO) as file:
+        photo = file.convert("RGB")
     return [photo, ImageOps.mirror(photo)]
 
 
@@ -75,12 +76,13 @@ def test_the_answer_is_that_of_transformers_alone_and_in_company():
 def test_a_prefix_with_images_is_cached_by_their_content():
     made = engine()
     made.reset_prefix_cache()
-    cached = []
+    cached, answers = [], []
     for shown in (images(), images(), [images()[0]] * 2, images()[::-1], images()):
         request = add(made, shown=shown)
         outputs = drain(made)[request]
         cached.append(outputs[-1].num_cached_tokens)
-        assert (tokens_of(outputs) == answer()) == (shown[0].tobytes() != shown[1].tobytes() and cached[-1] != 8)
+        answers.append(tokens_of(outputs))
+    assert answers[0] == answers[1] == answers[4] == answer()
     assert cached[0] == 0
     assert cached[1] == cached[4] > 64
     assert 24 < cached[2] < 64  # the first image is the same

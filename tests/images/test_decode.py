@@ -76,7 +76,8 @@ def test_another_source_is_refused_with_the_remedy(source, message):
 
 
 def test_all_forms_of_a_picture_are_the_same_pixels(tmp_path, monkeypatch):
-    photo = Image.open(PHOTO)
+    with Image.open(PHOTO) as file:
+        photo = file.copy()
     data = PHOTO.read_bytes()
     (tmp_path / "photo.png").write_bytes(data)
     monkeypatch.chdir(tmp_path)

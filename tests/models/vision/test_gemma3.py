@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from fastgen_jax.checkpoint import images_of, load_params, load_tower, open_checkpoint
 from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import KVCache, StepImages
-from fastgen_jax.images import ImagePrompts
+from fastgen_jax.images import ImagePrompts, open_image
 from fastgen_jax.models.vision import siglip
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.text import load_tokenizer
@@ -40,14 +40,15 @@ def rows(dtype: str = "float32") -> np.ndarray:
     params = load_tower(opened, images, dtype=dtype)
     embed = jax.jit(partial(siglip.embed, config=images.tower))
     prompts = ImagePrompts(images, load_tokenizer(opened.tokenizer_source))
-    photo = Image.open(PHOTO)
+    with Image.open(PHOTO) as file:
+        photo = file.convert("RGB")
     return np.concatenate([embed(params, prompts.pixels(picture)) for picture in (photo, ImageOps.mirror(photo))])
 
 
 def test_pixels_are_those_of_the_processor_of_transformers():
     opened, images = checkpoint()
     prompts = ImagePrompts(images, load_tokenizer(opened.tokenizer_source))
-    np.testing.assert_array_equal(prompts.pixels(Image.open(PHOTO)), expected()["pixels"])
+    np.testing.assert_array_equal(prompts.pixels(open_image(PHOTO)), expected()["pixels"])
 
 
 def test_rows_of_an_image_are_those_of_transformers():
