@@ -66,7 +66,7 @@ def fetch(url: str, what: str, *, seconds: float, is_allowed: Callable[[str], bo
     """
     deadline = time.monotonic() + seconds
     backend = _Guarded(is_allowed or is_public)
-    with httpcore.ConnectionPool(network_backend=backend, ssl_context=httpx.create_ssl_context()) as pool:
+    with httpcore.ConnectionPool(network_backend=backend) as pool:
         for _ in range(REDIRECTS + 1):
             if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
                 raise ValueError(f"{what} is redirected to {url[:80]!r}, which is no address of the web")

@@ -33,7 +33,7 @@ MESSAGES = [
 @cache
 def engine(**options: Any) -> Engine:
     """Kept, because compiling one takes longer than most tests; a test leaves its engine idle."""
-    sizes = {"token_budget": 24, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 96}
+    sizes = {"token_budget": 24, "budget_ladder": (), "max_num_seqs": 8, "block_size": 4, "num_blocks": 96}
     settings = {**sizes, "background_compile": False, "compile_cache_dir": None, **options}
     return Engine.from_pretrained(GEMMA3, **settings)
 
