@@ -80,7 +80,7 @@ class Tower:
                 count = min(SPAN_QUERIES, end - start - offset)
                 spans[num_spans] = row, token + offset, count, image.stop
                 num_spans += 1
-        return _on(StepImages(is_image=is_image, embeddings=embeddings, spans=spans), mesh)
+        return _on(StepImages(is_image=jax.device_put(is_image), embeddings=embeddings, spans=jax.device_put(spans)), mesh)
 
     def shapes(self, num_tokens: int, *, mesh: Mesh | None) -> StepImages:
         """The shapes of `images_of`."""
