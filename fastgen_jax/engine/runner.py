@@ -77,8 +77,8 @@ class Runner:
         _delete(jax.tree.leaves((self.kv_cache, self.state)))
         if delete_params:
             _delete([array for ref in self._made if (array := ref()) is not None])
-        if self.tower is not None:
-            self.tower.release()
+            if self.tower is not None:
+                self.tower.release()
         self.params = {}
 
     def restore(self, params: Params, *, version: int, own: bool) -> None:

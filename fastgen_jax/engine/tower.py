@@ -49,11 +49,10 @@ class Tower:
 
     def release(self) -> None:
         """Frees the memory of the weights and of kept embeddings; the next image takes it again."""
-        if self._params is not None:
-            for leaf in jax.tree.leaves(self._params):
-                leaf.delete()
-        self._params = None
+        params, self._params = self._params, None  # first: an interrupt leaves nothing that is deleted in use
         self._kept.clear()
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
 
     def images_of(self, step: Step, num_tokens: int, *, mesh: Mesh | None) -> StepImages | None:
         """What a step in a program for `num_tokens` needs for the tokens of images in it; None if it has none."""

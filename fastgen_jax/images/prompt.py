@@ -34,9 +34,11 @@ class ImagePrompts:
         """Raises ValueError if the tokenizer lacks the tokens of an image."""
         self.config = config
         self._tokenizer = tokenizer
-        start, image, end = (
-            tokenizer.token_text(i) for i in (config.start_token_id, config.image_token_id, config.end_token_id)
-        )
+        ids = (config.start_token_id, config.image_token_id, config.end_token_id)
+        try:
+            start, image, end = map(tokenizer.token_text, ids)
+        except ValueError as error:
+            raise ValueError(f"a token of images: {error}; images=False loads the text model") from error
         self.placeholder = start
         """The text that stands for an image in a prompt."""
         self._image = image
