@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
+from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.images import MAX_BYTES
 from fastgen_jax.serving.images import fetch, image_bytes, is_public
 from fastgen_jax.serving.settings import ServerConfig
 from tests.engine.test_images import answer, engine, images
 from tests.images.test_decode import file_of, png
 from tests.models.vision.reference import NUM_GREEDY, PHOTO
-from tests.serving.tiny_server import MODEL, ask, events
+from tests.serving.tiny_server import MODEL, ask, events, with_server
 
 OPTIONS = {"model": MODEL, "temperature": 0, "max_tokens": NUM_GREEDY, "ignore_eos": True, "return_token_ids": True}
 
@@ -41,16 +43,20 @@ def urls() -> list[str]:
 
 
 def test_a_chat_with_images_has_the_answer_of_transformers_whole_and_streamed():
-    response = ask("/v1/chat/completions", chat(*urls()), shared=engine())
-    assert response.status_code == 200, response.text
-    assert response.json()["choices"][0]["token_ids"] == answer()
-    usage = response.json()["usage"]
-    assert usage["prompt_tokens"] > 2 * 16
-    streamed = events(ask("/v1/chat/completions", {**chat(*urls()), "stream": True}, shared=engine()))
-    assert [i for event in streamed for i in event["choices"][0].get("token_ids") or ()] == answer()
-    counted = ask("/tokenize", {"model": MODEL, "messages": chat(*urls())["messages"]}, shared=engine())
-    assert counted.json()["count"] == usage["prompt_tokens"]
-    assert ask("/stats", shared=engine()).json()["images"] is True
+    async def scenario(client: httpx.AsyncClient, _: AsyncEngine) -> list[httpx.Response]:
+        body = chat(*urls())
+        return [
+            await client.post("/v1/chat/completions", json=body),
+            await client.post("/v1/chat/completions", json={**body, "stream": True}),
+            await client.post("/tokenize", json={"model": MODEL, "messages": body["messages"]}),
+            await client.get("/stats"),
+        ]
+
+    whole, streamed, counted, stats = with_server(scenario, shared=engine())
+    assert whole.json()["choices"][0]["token_ids"] == answer()
+    assert [i for event in events(streamed) for i in event["choices"][0].get("token_ids") or ()] == answer()
+    assert counted.json()["count"] == whole.json()["usage"]["prompt_tokens"] > 2 * 16
+    assert stats.json()["images"] is True
 
 
 @pytest.mark.slow
@@ -76,55 +82,41 @@ def test_the_other_apis_take_images_in_their_forms():
     assert responded["output"][-1]["content"][0]["text"] == said
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        (data_url(png(60_000, 60_000)), "messages[0].content[1] has too many pixels"),
-        (data_url(b"only words"), "messages[0].content[1] is not a file in the format PNG"),
-        (data_url(PHOTO.read_bytes()[:3_000]), "messages[0].content[1] is damaged"),
-        ("data:image/png;base64,@", "not valid base64"),
-        ("https://example.com/a.png", "a remote address, which this server does not fetch"),
-        ("file:///etc/passwd", "names a file of the server, which reads none"),
-        ("/etc/passwd", "the form is data:image/png;base64"),
-        ("ftp://example.com/a.png", "the form is data:image/png;base64"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_with_the_reason(url, message):
-    response = ask("/v1/chat/completions", chat(url), shared=engine())
-    assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
-    assert response.json()["error"]["param"] == "messages"
+UNREADABLE = {
+    data_url(png(60_000, 60_000)): "messages[0].content[1] has too many pixels",
+    data_url(b"only words"): "messages[0].content[1] is not a file in the format PNG",
+    data_url(PHOTO.read_bytes()[:3_000]): "messages[0].content[1] is damaged",
+    "data:image/png;base64,@": "not valid base64",
+    "https://example.com/a.png": "a remote address, which this server does not fetch",
+    "file:///etc/passwd": "names a file of the server, which reads none",
+    "/etc/passwd": "the form is data:image/png;base64",
+    "ftp://example.com/a.png": "the form is data:image/png;base64",
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_beam_search": True}, "use_beam_search cannot be combined with images"),
-        ({"truncate_prompt_tokens": 8}, "truncate_prompt_tokens cannot be combined with images"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "<start_of_image>"}, {"type": "image"}]}]},
-            "has no image",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "text", "text": "<start_of_image>"},
-                            {"type": "image_url", "image_url": data_url(PHOTO.read_bytes())},
-                        ],
-                    }
-                ]
-            },
-            "the text has 2 places for images",
-        ),
-    ],
-)
-def test_what_makes_no_sense_with_images_is_refused(change, message):
-    response = ask("/v1/chat/completions", {**chat(*urls()), **change}, shared=engine())
-    assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+def refused_bodies() -> Iterator[tuple[dict[str, Any], str]]:
+    """Bodies, each with a part of the message of the refusal."""
+    for url, message in UNREADABLE.items():
+        yield chat(url), message
+    for name, value in (("use_beam_search", True), ("truncate_prompt_tokens", 8)):
+        yield {**chat(*urls()), name: value}, f"{name} cannot be combined with images"
+    mark = {"type": "text", "text": "<start_of_image>"}
+    for part, message in (
+        ({"type": "image"}, "has no image"),
+        ({"type": "image_url", "image_url": urls()[0]}, "the text has 2 places for images"),
+    ):
+        yield {**OPTIONS, "messages": [{"role": "user", "content": [mark, part]}]}, message
+
+
+def test_what_cannot_be_read_or_makes_no_sense_is_refused_with_the_reason():
+    async def scenario(client: httpx.AsyncClient, _: AsyncEngine) -> list[tuple[httpx.Response, str]]:
+        return [(await client.post("/v1/chat/completions", json=body), message) for body, message in refused_bodies()]
+
+    for response, message in with_server(scenario, shared=engine()):
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]
+        if message in UNREADABLE.values() and message.startswith("messages"):
+            assert response.json()["error"]["param"] == "messages"
 
 
 def test_files_are_read_from_the_folder_of_the_operator_only(tmp_path):
