@@ -238,13 +238,15 @@ class AsyncEngine:
         RequestFailedError if the request fails or is not finished after `timeout` seconds.
         """
 
-        def checked() -> Request:
+        def checked() -> tuple[Request, GrammarMatcher | None]:
+            matcher = None if grammar is None else self.intake.matcher(grammar)
             ids, shown = self.intake.parts(prompt, images)
-            return self.intake.request(ids, params, priority=priority, awaits_each_token=grammar is not None, images=shown)
+            waits = matcher is not None
+            return self.intake.request(ids, params, priority=priority, awaits_each_token=waits, images=shown), matcher
 
-        request = await asyncio.to_thread(checked)
+        request, matcher = await asyncio.to_thread(checked)
         deadline = None if timeout is None else time.monotonic() + timeout
-        stream = self.submit(request, grammar=grammar, deadline=deadline)
+        stream = self.submit(request, matcher=matcher, deadline=deadline)
         try:
             async for output in stream:
                 yield output

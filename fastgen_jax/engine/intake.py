@@ -175,9 +175,7 @@ class Intake:
             images=images,
         )
         config = self.config
-        max_total_tokens(
-            request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, block_size=config.block_size
-        )
+        max_total_tokens(request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, groups=config.groups)
         return request
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:

@@ -77,7 +77,7 @@ class Tower:
             is_image |= rows >= 0
             for offset in range(0, end - start if image.is_whole else 0, SPAN_QUERIES):
                 count = min(SPAN_QUERIES, end - start - offset)
-                spans[num_spans] = row, token + offset, count, image.stop
+                spans[num_spans] = row, token + offset, count, image.stop - start - offset
                 num_spans += 1
         return _on(StepImages(is_image=jax.device_put(is_image), embeddings=embeddings, spans=jax.device_put(spans)), mesh)
 

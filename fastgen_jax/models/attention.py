@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.cache_groups import cache_groups
+from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.division import divided, row_norm_heads
@@ -21,6 +23,7 @@ from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.ragged_attention import (
     Attention,
     CacheLayer,
@@ -43,7 +46,9 @@ class Step:
     """Values shared by all layers of a step."""
 
     batch: RaggedBatch
-    indices: dict[int | None, RaggedIndex]  # `batch.index` for each sliding window
+    indices: tuple[RaggedIndex, ...]  # for each cache group; without groups, `batch.index` for each sliding window
+    kinds: tuple[int, ...]  # which of them each layer uses
+    rows: tuple[int, ...]  # of the cache, for each layer
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
@@ -91,17 +96,25 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     if config.query_growth is not None:
-        weight, trained = config.query_growth
-        growth = 1.0 + weight * jnp.log1p((batch.positions // trained).astype(jnp.float32))
+        rule = config.query_growth
+        growth = 1.0 + rule.weight * jnp.log1p(((batch.positions + rule.first) // rule.length).astype(jnp.float32))
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
-    num_blocks, num_devices = kv_cache.k.shape[0] // config.num_layers, 1 if mesh is None else mesh.size
+    indices = [batch.index, *batch.windowed]
+    groups = cache_groups(config, len(indices))
+    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
-    windows = tuple(dict.fromkeys(config.layer_windows or (None,)))
-    indices = [batch.index] * len(windows)
+    windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
+    if not batch.windowed:
+        of_layers = config.layer_windows or (None,) * config.num_layers
+        windows = tuple(dict.fromkeys(of_layers))
+        indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
+    if config.window_chunks:
+        indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
+        windows = (None,) * len(windows)  # the indices say where chunks begin
     if not callable(implementation):
         indices = plan_layers(
-            batch.index,
+            indices,
             jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
             ),
@@ -114,7 +127,9 @@ def prepare_step(
     attend = attend if mesh is None else divide_heads(attend, mesh)
     return Step(
         batch=batch,
-        indices=dict(zip(windows, indices, strict=True)),
+        indices=tuple(indices),
+        kinds=kinds,
+        rows=tuple(row for _, row in groups.places),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
@@ -123,6 +138,38 @@ def prepare_step(
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
     )
+
+
+def _in_chunks(
+    batch: RaggedBatch,
+    kv_cache: KVCache,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    implementation: str | Attention | None,
+) -> list[RaggedIndex]:
+    """`indices` with a row for each chunk that tokens are in, all of the same shape; a window is the size of a chunk.
+
+    They are returned as they are if no context can be longer than a chunk.
+    """
+    sizes = [size for size in windows if size is not None]
+    if not sizes:
+        return indices
+    num_tokens, block_size = batch.positions.shape[0], kv_cache.k.shape[2]
+    if callable(implementation):
+        if num_tokens > min(sizes):
+            raise ValueError(
+                f"this model attends within chunks of {min(sizes)} tokens, which is not supported without a KV cache for "
+                f"more tokens than that in a batch; got {num_tokens}"
+            )
+        return indices
+    if batch.index.block_tables.shape[1] * block_size <= min(sizes):
+        return indices
+    rows = num_chunk_rows(batch.index.context_lens.shape[0], num_tokens, min(sizes))
+    everything = _NO_WINDOW // block_size * block_size
+    return [
+        in_chunks(index, batch.positions, everything if size is None else size, block_size=block_size, num_rows=rows)
+        for index, size in zip(indices, windows, strict=True)
+    ]
 
 
 def attention(
@@ -141,8 +188,13 @@ def attention(
     """
     d, index, rows = config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
+    if config.qk_norm == "unit":
+        q, key = _unit_norms(q, key, step, config, index)
     if step.query_scale is not None:
-        q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+        scale = step.query_scale
+        if config.query_growth is not None and config.query_growth.unrotated_only:
+            scale = jnp.where(_rotates(config, index), 1.0, scale)
+        q = (q.astype(jnp.float32) * scale[:, None, None]).astype(q.dtype)
     if config.attention_scale_by_layer:
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
@@ -153,8 +205,8 @@ def attention(
         value,
         cache.k,
         cache.v,
-        _index_of(step, config, index),
-        CacheLayer(number=index, num_blocks=step.num_blocks),
+        _index_of(step, index),
+        CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks),
         _scoring_of(config, w, index),
     )
     out = take_rows(out[..., :d], rows)
@@ -175,7 +227,7 @@ def _heads(
         if step.mesh is not None:  # every device has a copy
             latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
         return q, latent, latent
-    norm_first = config.qk_norm is not None and not config.qk_norm_rotated
+    norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
         q, key, value = (
@@ -220,6 +272,28 @@ def _row_norm(x: jax.Array, scale: jax.Array, num_heads: int, config: ModelConfi
     return (x32 * jax.lax.rsqrt(mean + config.norm_eps) * scale).astype(x.dtype)
 
 
+def _unit_norms(
+    q: jax.Array, key: jax.Array, step: Step, config: ModelConfig, index: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys divided by their root mean square in each head, in the layers with a rotary embedding."""
+    rotates = _rotates(config, index)
+    if rotates is False:
+        return q, key
+    ones = jnp.ones(config.head_dim, q.dtype)
+    normed = [rms_norm(part, ones, eps=config.norm_eps, num_rows=step.num_tokens) for part in (q, key)]
+    if rotates is True:
+        return normed[0], normed[1]
+    return jnp.where(rotates, normed[0], q), jnp.where(rotates, normed[1], key)
+
+
+def _rotates(config: ModelConfig, index: Int[Array, ""] | int) -> bool | jax.Array:
+    """Whether a layer has a rotary embedding."""
+    rotates = [rope is not None for rope in config.layer_ropes or (config.rope,)]
+    if same_for_all(rotates):
+        return rotates[0]
+    return rotates[index] if isinstance(index, int) else jnp.asarray(rotates)[index]
+
+
 def _clipped(x: jax.Array, config: ModelConfig) -> jax.Array:
     """Queries, keys or values within the limits of the model."""
     return x if config.clip_qkv is None else jnp.clip(x, -config.clip_qkv, config.clip_qkv)
@@ -252,20 +326,26 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
     )
 
 
-def _index_of(step: Step, config: ModelConfig, index: jax.Array | int) -> RaggedIndex:
-    """The batch's index with the plan for the window of a layer."""
-    windows = config.layer_windows or (None,)
-    if same_for_all(windows) or isinstance(index, int):
-        return step.indices[windows[0] if same_for_all(windows) else windows[int(index)]]
-    kind = jnp.asarray([list(step.indices).index(window) for window in windows], jnp.int32)[index]
+def _index_of(step: Step, index: jax.Array | int) -> RaggedIndex:
+    """The index of the cache group of a layer, with the plan for its window."""
+    if same_for_all(step.kinds) or isinstance(index, int):
+        return step.indices[step.kinds[0] if same_for_all(step.kinds) else step.kinds[int(index)]]
+    kind = jnp.asarray(step.kinds, jnp.int32)[index]
     return jax.tree.map(
-        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices.values()
+        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices
     )
+
+
+def _row_of(step: Step, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The row of the cache that belongs to a layer."""
+    if step.rows == tuple(range(len(step.rows))):
+        return index
+    return step.rows[index] if isinstance(index, int) else jnp.asarray(step.rows, jnp.int32)[index]
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:
     """Size of the sliding window of a layer, in tokens; None: no window."""
-    windows = config.layer_windows
+    windows = () if config.window_chunks else config.layer_windows
     if not windows or same_for_all(windows):
         return windows[0] if windows else None
     if isinstance(index, int):

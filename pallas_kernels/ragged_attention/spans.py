@@ -30,9 +30,9 @@ _TILE_KEYS = 256
 def with_spans(causal: Attention, spans: Int32[Array, "P 4"]) -> Attention:
     """`causal` with attention in both directions within `spans`.
 
-    A row of `spans` is (sequence, first token in the batch, number of tokens up to `SPAN_QUERIES`, end), where `end` is the
-    position after the span that these tokens belong to: they attend to all keys before it. All tokens of a span up to its
-    end are in the batch or in the cache. Rows without tokens come last.
+    A row of `spans` is (sequence, first token in the batch, number of tokens up to `SPAN_QUERIES`, rest), where `rest` is
+    how many tokens there are from the first one to the end of the span that they belong to: they attend to all keys before
+    that end. All tokens of a span up to its end are in the batch or in the cache. Rows without tokens come last.
     """
 
     def attention(
@@ -72,8 +72,9 @@ def _attend_spans(
     padded = jnp.pad(out, [(0, tile), (0, 0), (0, 0)])
 
     def replace(i: jax.Array, padded: jax.Array) -> jax.Array:
-        sequence, start, count, end = spans[i]
+        sequence, start, count, rest = spans[i]
         position = index.context_lens[sequence] - index.query_starts[sequence + 1] + start  # of the first query
+        end = position + rest
         offsets = jnp.arange(tile, dtype=jnp.int32)
         rows = lax.dynamic_slice_in_dim(queries, start, tile)  # [tile, K, G, D]
         found = attend(

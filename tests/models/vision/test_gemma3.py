@@ -86,7 +86,7 @@ class ImageRuns(Runs):
             spans = np.zeros((8, 4), np.int32)
             inside = [(max(first, start), min(first + TOKENS, stop), first + TOKENS) for first in starts()]
             for row, (first, last, end) in enumerate([span for span in inside if span[0] < span[1]]):
-                spans[row] = 0, first - start, last - first, end
+                spans[row] = 0, first - start, last - first, end - first
             images = StepImages(is_image=jnp.asarray(is_image), embeddings=jnp.asarray(shown), spans=jnp.asarray(spans))
             logits, cache = self.program(self.params, cache, batch, images=images)
             found.append(np.asarray(logits)[:size])

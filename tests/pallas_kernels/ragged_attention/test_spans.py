@@ -53,7 +53,10 @@ def test_tokens_of_a_span_see_all_of_it_and_their_window_before_it(window):
     for s, (start, stop) in enumerate(spans):
         inside = np.flatnonzero((sequence == s) & (positions >= start) & (positions < stop))
         last[inside] = stop - 1
-        rows += [(s, part[0], len(part), stop) for part in np.split(inside, range(SPAN_QUERIES, len(inside), SPAN_QUERIES))]
+        rows += [
+            (s, part[0], len(part), stop - positions[part[0]])
+            for part in np.split(inside, range(SPAN_QUERIES, len(inside), SPAN_QUERIES))
+        ]
     padded = np.zeros((8, 4), np.int32)
     padded[: len(rows)] = rows
     attend = with_spans(partial(ragged_attention, implementation="xla"), jnp.asarray(padded))
