@@ -21,6 +21,7 @@ from fastgen_jax.engine.prompts import Prompt, TokenIds, TokenIdsInput
 from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
 from fastgen_jax.engine.sleep import WeightsPlace
 from fastgen_jax.engine.updating import PauseMode
+from fastgen_jax.images import ImageSource
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams
@@ -231,8 +232,9 @@ class AsyncEngine:
         priority: int = 0,
         timeout: float | None = None,
         grammar: Grammar | None = None,
+        images: Sequence[ImageSource] = (),
     ) -> AsyncIterator[RequestOutput]:
-        """The outputs for one prompt as they are generated; leaving the loop early ends the request.
+        """The outputs for one prompt, with its `images`, as they are generated; leaving the loop early ends the request.
 
         Raises ValueError for a request that cannot run, QueueFullError and ClosedError as `submit` does, and
         RequestFailedError if the request fails or is not finished after `timeout` seconds.
@@ -240,8 +242,9 @@ class AsyncEngine:
 
         def checked() -> tuple[Request, GrammarMatcher | None]:
             matcher = None if grammar is None else self.intake.matcher(grammar)
-            token_ids = self.intake.encode(prompt)
-            return self.intake.request(token_ids, params, priority=priority, awaits_each_token=matcher is not None), matcher
+            ids, shown = self.intake.parts(prompt, images)
+            waits = matcher is not None
+            return self.intake.request(ids, params, priority=priority, awaits_each_token=waits, images=shown), matcher
 
         request, matcher = await asyncio.to_thread(checked)
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256  # limit of an answer if neither the caller nor the model sets one, as in transformers' pipeline
 GRAMMAR_OPTIONS = ("choice", "grammar", "json_schema", "regex")
-CALL_OPTIONS = (*GRAMMAR_OPTIONS, "echo", "params", "progress", "return_full_text", "stream")
+CALL_OPTIONS = (*GRAMMAR_OPTIONS, "echo", "images", "params", "progress", "return_full_text", "stream")
 
 # Names of the options in other programs.
 _OTHER_NAMES = {

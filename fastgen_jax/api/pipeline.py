@@ -13,10 +13,13 @@ from fastgen_jax.api.progress import Progress
 from fastgen_jax.api.sharing import Outputs, SharedEngine, Stream
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.intake import TokenParts
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob, VersionRuns
-from fastgen_jax.engine.prompts import Prompt, TokenIds, split_prompts
+from fastgen_jax.engine.prompts import Prompt, split_prompts
+from fastgen_jax.images import ImageSource
 from fastgen_jax.scheduling import SamplingParams
 
+Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]
 SHOWN_CHARACTERS = 80  # of a text in the repr of a response
 
 
@@ -91,6 +94,7 @@ class Pipeline:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
+        images: Images | None = None,
         stream: Literal[False] = False,
         return_full_text: bool = False,
         echo: bool = False,
@@ -104,6 +108,7 @@ class Pipeline:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
+        images: Images | None = None,
         stream: Literal[True],
         **options: Any,
     ) -> Outputs: ...
@@ -113,6 +118,7 @@ class Pipeline:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
+        images: Images | None = None,
         stream: bool = False,
         return_full_text: bool = False,
         echo: bool = False,
@@ -122,23 +128,26 @@ class Pipeline:
         """One response per prompt, in order; with `n`, n consecutive responses per prompt.
 
         `prompts` is one prompt or several, each as text, token ids or chat messages. Sampling is controlled by `params`,
-        or by `options`, with the model's defaults for omitted ones. `return_full_text` puts the prompt before the
-        generated text, `echo` its ids before `token_ids`. `progress` shows a bar; None shows it on a terminal and in a
-        notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as tokens arrive instead. Raises
-        ValueError, before anything runs, for an unknown or contradictory option or a prompt that cannot run. Raises
-        RuntimeError if a step of one of the requests failed, and ValueError if the pipeline was destroyed in the meantime.
+        or by `options`, with the model's defaults for omitted ones. `images` belong to a single prompt, or are a list with
+        those of each prompt: images of Pillow, paths, bytes of files, data: URLs or arrays; see `Intake.parts`.
+        `return_full_text` puts the prompt before the generated text, `echo` its ids before `token_ids`. `progress` shows a
+        bar; None shows it on a terminal and in a notebook. With `stream`, returns an iterator of (index, `RequestOutput`) as
+        tokens arrive instead. Raises ValueError, before anything runs, for an unknown or contradictory option, an image that
+        cannot be read, or a prompt that cannot run. Raises RuntimeError if a step of one of the requests failed, and
+        ValueError if the pipeline was destroyed in the meantime.
         """
         call = generation_of(self.engine.intake, params, options)
         if stream and (return_full_text or echo):
             raise ValueError("return_full_text and echo apply to complete responses; omit them with stream=True")
         items = split_prompts(prompts)
-        token_ids = [self.engine.encode(prompt) for prompt in items]
+        parts = self._parts(items, images)
         if stream:
-            return self._run(token_ids, call)
+            return self._run(parts, call)
+        token_ids = [part.token_ids for part in parts]
         n = call.params.n
         answers = [_Answer() for _ in range(len(items) * n)]
         limits = [call.most_tokens(len(ids)) for ids in token_ids for _ in range(n)]
-        outputs = self._run(token_ids, call)
+        outputs = self._run(parts, call)
         try:
             with Progress(limits, show=progress) as bar:
                 for index, output in outputs:
@@ -153,7 +162,14 @@ class Pipeline:
             responses.append(answer.response(text, prompt_ids if echo else ()))
         return responses
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        images: Images | None = None,
+        **options: Any,
+    ) -> Stream:
         """The outputs for one prompt, each as soon as its token is known; `output.text` is the new text.
 
         Leaving the loop early ends the request, and so does `close()` of the result. Raises as a call does.
@@ -162,7 +178,7 @@ class Pipeline:
         n = call.params.n
         if n != 1:
             raise ValueError(f"n is {n}; stream follows one sequence: use pipe(prompt, stream=True, n={n})")
-        return Stream(self._run([self.engine.encode(prompt)], call))
+        return Stream(self._run(self._parts([prompt], images), call))
 
     def destroy(self) -> None:
         """Frees weights and cache immediately; calls in progress and later uses raise ValueError.
@@ -171,14 +187,30 @@ class Pipeline:
         """
         self._shared.destroy()
 
-    def _run(self, prompts: Sequence[TokenIds], call: Generation) -> Outputs:
+    def _parts(self, prompts: Sequence[Prompt], images: Images | None) -> list[TokenParts]:
+        """The tokens and images of each prompt."""
+        intake = self.engine.intake
+        if images is None:
+            return [intake.parts(prompt) for prompt in prompts]
+        images = images if isinstance(images, list | tuple) else [images]
+        lists = [isinstance(of_prompt, list | tuple) for of_prompt in images]
+        if len(prompts) == 1 and not any(lists):
+            return [intake.parts(prompts[0], images)]
+        if not all(lists) or len(lists) != len(prompts):
+            raise ValueError(
+                f"images has {len(images)} entries for {len(prompts)} prompts; pass a list with a list of images "
+                "for each prompt"
+            )
+        return [intake.parts(prompt, of_prompt) for prompt, of_prompt in zip(prompts, images, strict=True)]
+
+    def _run(self, prompts: Sequence[TokenParts], call: Generation) -> Outputs:
         self.engine.check_adapter(call.params.adapter)
         intake = self.engine.intake
         grammar = call.grammar
         requests = [
-            intake.request(ids, sample, awaits_each_token=grammar is not None)
-            for ids in prompts
-            for sample in call.samples(len(ids))
+            intake.request(part.token_ids, sample, awaits_each_token=grammar is not None, images=part.images)
+            for part in prompts
+            for sample in call.samples(len(part.token_ids))
         ]
         matchers = None if grammar is None else [intake.matcher(grammar) for _ in requests]
         return self._shared.run(requests, matchers, on_finished=partial(self._limits.note, call))

@@ -10,6 +10,7 @@ from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.peft import read_peft, write_peft
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
+from fastgen_jax.checkpoint.vision import images_of, load_tower
 
 __all__ = [
     "BUILT_IN",
@@ -18,8 +19,10 @@ __all__ = [
     "check_tensors",
     "export_checkpoint",
     "export_params",
+    "images_of",
     "kept_in_blocks",
     "load_params",
+    "load_tower",
     "open_checkpoint",
     "open_gemma",
     "open_maxtext",

@@ -50,6 +50,8 @@ class HuggingFaceCheckpoint:
     config_json: JsonFields
     tensors: Mapping[str, StoredTensor | PackedTensor]
     quantization: str
+    around_text: Mapping[str, StoredTensor | PackedTensor]
+    """The other tensors of a multimodal model, under the names that they have in the file."""
 
     @classmethod
     def open(cls, path: Path, *, strict_config: bool = False) -> HuggingFaceCheckpoint:
@@ -74,6 +76,7 @@ class HuggingFaceCheckpoint:
             plain = _as_in_model(unpack(tensors, quantization), config) if quantization else tensors
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        around = {name: plain[name] for name in plain if is_multimodal(hf) and text_name(name) is None}
         plain = decoder_tensors(plain, hf, config)
         for name, tensor in plain.items():
             if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not is_buffer(name):
@@ -82,7 +85,7 @@ class HuggingFaceCheckpoint:
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
                 )
         said = shown(quantization) if quantization else ""
-        return cls(path=path, config=config, config_json=hf, tensors=plain, quantization=said)
+        return cls(path=path, config=config, config_json=hf, tensors=plain, quantization=said, around_text=around)
 
     @property
     def generation_config(self) -> JsonFields:

@@ -76,6 +76,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "path": str(checkpoint.path),
         "architecture": ", ".join(checkpoint.config_json["architectures"]),
         "parameters": f"{parameters:,}",
+        "vision tower": _vision(checkpoint),
         "quantization": checkpoint.quantization,
         "stored as": shares,
         "loaded as": _loaded_as(checkpoint, stored),
@@ -109,6 +110,24 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     if not parts:
         return "dequantized"
     return f"CPUs with native kernels: {', '.join(parts)}; else dequantized"
+
+
+def _vision(checkpoint: Checkpoint) -> str:
+    """The part of a checkpoint that reads images; empty if there is none."""
+    from fastgen_jax.checkpoint import images_of
+    from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
+    from fastgen_jax.models.vision.read import tower_bytes
+
+    if not isinstance(checkpoint, HuggingFaceCheckpoint) or not checkpoint.around_text:
+        return ""
+    try:
+        images = images_of(checkpoint)
+    except ValueError as error:
+        return f"none: {error}"
+    if images is None:
+        return f"not read: {len(checkpoint.around_text)} tensors"
+    sizes = ", ".join(f"{tower_bytes(images, size):,} bytes as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
+    return f"{images.tower.image_size} x {images.tower.image_size} pixels, {images.most_tokens} tokens an image, {sizes}"
 
 
 def _sampling(checkpoint: Checkpoint) -> str:

@@ -67,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile with the device's own compiler, which takes about a minute per budget (default: yes)",
     )
+    parser.add_argument(
+        "--images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="plan for the vision tower of a model that reads images (default: yes)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -84,6 +90,7 @@ def run(options: Options) -> int:
         block_size=options["block_size"],
         dtype=options["dtype"],
         kv_dtype=options["kv_dtype"],
+        images=options["images"],
         compile=options["compile"],
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))

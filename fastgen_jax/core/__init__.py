@@ -1,6 +1,7 @@
 """The types that travel to the device: plain frozen pytrees of arrays."""
 
 from fastgen_jax.core.batch import RaggedBatch
+from fastgen_jax.core.images import StepImages
 from fastgen_jax.core.kv_cache import KVCache, copy_block, scale_bytes, stored_head_dim
 
-__all__ = ["KVCache", "RaggedBatch", "copy_block", "scale_bytes", "stored_head_dim"]
+__all__ = ["KVCache", "RaggedBatch", "StepImages", "copy_block", "scale_bytes", "stored_head_dim"]

@@ -14,6 +14,7 @@ from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor
+from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import NEED_PROMISE, Policy, Promise, checked_policy
 from fastgen_jax.scheduling.converted import converted
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
@@ -149,6 +150,10 @@ class EngineConfig:
     chat_template: str | None = converted(_checked_template, default=None)
     """Chat template for all conversations: a file (.jinja, or .json with the field "chat_template"), the text of a template,
     or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
+    images: bool = True
+    """Read images, if the checkpoint has a vision tower and Pillow is installed. Off: only its text model is loaded."""
+    vision: ImagesConfig | None = None
+    """How the model reads images; set by `from_pretrained`."""
     strict_config: bool = False
     """Refuse a checkpoint whose config.json has fields that are unknown for its architecture, instead of warning."""
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str] = converted(_named_folders, default=())

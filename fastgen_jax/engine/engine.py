@@ -28,7 +28,9 @@ from fastgen_jax.engine.samplers import Sampler
 from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
 from fastgen_jax.engine.sleep import Sleep, WeightsPlace
 from fastgen_jax.engine.stepper import Stepper
+from fastgen_jax.engine.tower import Tower
 from fastgen_jax.engine.updating import PauseMode, Updating
+from fastgen_jax.images import ImageSource
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import Request, SamplingParams, Scheduler
@@ -68,17 +70,18 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         progress: bool | Phases = False,
+        tower: Tower | None = None,
     ) -> None:
         """Compiles everything, or with `background_compile` the program of a full step; `params` are plain or prepared.
 
-        `progress` shows a bar while programs compile, or is the display of a longer start. Raises ValueError if `config`
-        is incompatible with the model or the free memory.
+        `progress` shows a bar while programs compile, or is the display of a longer start. `tower` reads images. Raises
+        ValueError if `config` is incompatible with the model or the free memory.
         """
         self.model = model
         phases = progress if isinstance(progress, Phases) else Phases(log, bar=progress)
         with contextlib.nullcontext() if phases is progress else phases:
             self.config, self.runner, self._refinement = startup.start(
-                params, model, config or EngineConfig(), phases=phases
+                params, model, config or EngineConfig(), phases=phases, tower=tower
             )
         """The settings in use, and the compiled programs with their device memory; use `runner` only within `exclusive`."""
         choices = self.config.choices
@@ -135,8 +138,8 @@ class Engine:
         if config.background_compile is None and config.promise is None:
             config = replace(config, background_compile=True)
         with Phases(log, names=startup.PHASES, bar=progress) as phases:
-            params, model_config, tokenizer, config, path = startup.load(model, config, phases=phases)
-            engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases)
+            params, model_config, tokenizer, config, path, tower = startup.load(model, config, phases=phases)
+            engine = cls(params, model_config, config, tokenizer=tokenizer, progress=phases, tower=tower)
             compiled, wanted = len(engine.runner.budgets), len(engine.config.budget_ladder)
             rest = f"; compiled {compiled} of {wanted} programs, the rest in the background" if compiled < wanted else ""
             phases.say(f"ready in {sum(phases.seconds.values()):.1f} s{rest}")
@@ -163,16 +166,24 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         grammar: Grammar | None = None,
+        images: Sequence[ImageSource] = (),
     ) -> str:
         """Queues a request and returns its id.
 
         A lower `priority` runs first; equal ones run in order of arrival. With `grammar`, only tokens that it allows are
-        sampled. Raises ValueError, and changes nothing, if the prompt is empty or too long, a token id is not in the
-        vocabulary, the id is taken, or the request could never fit into the cache.
+        sampled. `images` are those of the prompt; see `Intake.parts`. Raises ValueError, and changes nothing, if the prompt
+        is empty or too long, a token id is not in the vocabulary, the id is taken, an image cannot be read, or the request
+        could never fit into the cache.
         """
         matcher = self.intake.matcher(grammar) if grammar else None
+        parts = self.intake.parts(prompt, images)
         request = self.intake.request(
-            self.encode(prompt), params, request_id=request_id, priority=priority, awaits_each_token=matcher is not None
+            parts.token_ids,
+            params,
+            request_id=request_id,
+            priority=priority,
+            awaits_each_token=matcher is not None,
+            images=parts.images,
         )
         return self.add_request(request, matcher)
 

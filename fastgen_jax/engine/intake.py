@@ -5,20 +5,30 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgen_jax.engine import generation
 from fastgen_jax.engine.prompts import Prompt, TokenIds, in_vocabulary, plain_prompt
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.tables import validate
+from fastgen_jax.images import ImagePrompts, ImageSource, take_images
+from fastgen_jax.images.decode import named
+from fastgen_jax.images.messages import has_images
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.scheduling import Request, SamplingParams, max_total_tokens
+from fastgen_jax.scheduling import PromptImage, Request, SamplingParams, max_total_tokens
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.filters import Matcher, TokenFilter, spellings
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarMatcher
 from fastgen_jax.text.reasoning import ReasoningMatcher
+
+
+class TokenParts(NamedTuple):
+    """The tokens of a prompt, checked, and its images."""
+
+    token_ids: TokenIds
+    images: tuple[PromptImage, ...]
 
 
 class Intake:
@@ -29,6 +39,10 @@ class Intake:
         self.model = model
         self.config = config
         self._numbers = itertools.count()
+        self.images: ImagePrompts | None = None
+        """Reads the images of prompts; None if the model or this engine reads none."""
+        if config.images is not None and self.tokenizer is not None:
+            self.images = ImagePrompts(config.images, self.tokenizer)
         self._grammars = None
         if tokenizer is not None:
             self._grammars = GrammarCompiler(tokenizer, vocab_size=model.vocab_size, eos_token_ids=self.eos_token_ids)
@@ -52,6 +66,38 @@ class Intake:
         else:
             ids = plain
         return in_vocabulary(ids, "the prompt", vocab_size=self.model.vocab_size)
+
+    def parts(self, prompt: Prompt, images: Sequence[ImageSource] = (), *, add_special_tokens: bool = True) -> TokenParts:
+        """Token ids and images of a prompt in any supported form.
+
+        Images are parts of chat messages, or `images`: those belong to parts {"type": "image"}, or to places in a text that
+        are marked as the model does it, or are shown before the text. Raises ValueError as `encode` does, for an image that
+        cannot be read, and if the model reads none.
+        """
+        plain = plain_prompt(prompt)
+        is_chat = isinstance(plain, list)
+        if not images and not (is_chat and has_images(plain) and self.images is not None):
+            return TokenParts(self.encode(plain, add_special_tokens=add_special_tokens), ())
+        reader = self.need_images()
+        if isinstance(plain, tuple):
+            raise ValueError(
+                "images need a prompt of text or chat messages, in which they have places; this one is token ids"
+            )
+        text, sources = plain, named(images)
+        if isinstance(plain, list):
+            messages, sources = take_images(plain, reader.placeholder, images)
+            text = self.need_tokenizer("a prompt of chat messages").apply_chat_template(messages)
+        assert isinstance(text, str), "token ids were refused"
+        ids, shown = reader.parts(text, sources, add_special_tokens=add_special_tokens and not is_chat)
+        return TokenParts(in_vocabulary(ids, "the prompt", vocab_size=self.model.vocab_size), shown)
+
+    def need_images(self) -> ImagePrompts:
+        """What reads the images of prompts; ValueError if the model or this engine reads none."""
+        if self.images is not None:
+            return self.images
+        if not self.config.choices.images:
+            raise ValueError("this engine was started with images=False; remove the images, or start it without that")
+        raise ValueError("this model reads no images here; remove them, or use a model with a vision tower (docs/models.md)")
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -85,11 +131,12 @@ class Intake:
         awaits_each_token: bool = False,
         shown_token_ids: tuple[int, ...] = (),
         cache_salt: str = "",
+        images: tuple[PromptImage, ...] = (),
     ) -> Request:
         """A request for a prompt from `encode`; ValueError if it could never run, with the numbers that show why.
 
         Without `params`, the model's defaults apply; `params` are used as they are. `shown_token_ids` are special tokens
-        that the text shows.
+        that the text shows. `images` are those of the prompt, from `parts`.
         """
         if params is None:
             params = self.limited(self.sampling_params({}), len(token_ids), self.default_new_tokens)
@@ -113,6 +160,11 @@ class Intake:
             raise ValueError(
                 f"min_new_tokens is {params.min_new_tokens}, but a grammar decides when the text ends; omit min_new_tokens"
             )
+        if images and params.prompt_logprobs is not None and params.prompt_logprobs_start <= images[-1].stop:
+            raise ValueError(
+                f"prompt_logprobs are not available for the tokens of an image; set prompt_logprobs_start to at least "
+                f"{images[-1].stop + 1}, or omit prompt_logprobs"
+            )
         tokens = self.token_filter(params)
         request = Request(
             request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
@@ -125,6 +177,7 @@ class Intake:
             awaits_each_token=awaits_each_token or (tokens is not None and not tokens.is_static),
             cache_salt=cache_salt,
             shown_token_ids=shown_token_ids,
+            images=images,
         )
         config = self.config
         max_total_tokens(request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, groups=config.groups)

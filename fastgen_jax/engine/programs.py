@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.core import KVCache, StepImages, stored_head_dim
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.adapter_stacks import Stacks
 from fastgen_jax.engine.packing import Bucket
@@ -125,8 +125,8 @@ class Programs:
         """What the programs of one budget can do; "any" suffices for all steps."""
         return works_on(jax.default_backend())
 
-    def lower(self, bucket: Bucket, work: Work = "any") -> jax.stages.Lowered:
-        """The lowered step program of `bucket` for the current device."""
+    def lower(self, bucket: Bucket, work: Work = "any", images: StepImages | None = None) -> jax.stages.Lowered:
+        """The lowered step program of `bucket` for the current device; with `images`, shapes, one for steps with images."""
         program = step_program(
             self.model,
             bucket,
@@ -137,25 +137,35 @@ class Programs:
             has_int8_weights=has_int8(self.params),
             work=work,
         )
-        return program.lower(*self._arguments(bucket))
+        return program.lower(*self._arguments(bucket, images))
 
-    def compile(self, budget: int, work: Work = "any") -> Program:
-        """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
-        bucket, name = self.bucket(budget), self.saved_name(budget, work)
-        run = load_or_compile(self.folder, name, self.config, lambda: self.lower(bucket, work))
+    def compile(self, budget: int, work: Work = "any", images: StepImages | None = None) -> Program:
+        """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved.
+
+        With `images`, shapes, it is for steps with tokens of images.
+        """
+        bucket, name = self.bucket(budget), self.saved_name(budget, work, images)
+        run = load_or_compile(self.folder, name, self.config, lambda: self.lower(bucket, work, images))
         return Program(bucket, run, work)
 
-    def saved_name(self, budget: int, work: Work = "any") -> str | None:
+    def saved_name(self, budget: int, work: Work = "any", images: StepImages | None = None) -> str | None:
         """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
         if self.folder is None or self.config.choices.logits_processor is not None:  # which has no name to look up
             return None
-        params, cache, state, _, *adapters = self._arguments(self.bucket(budget))
-        arguments = (params, cache, state, *adapters)
+        params, cache, state, _, *further = self._arguments(self.bucket(budget), images)
+        arguments = (params, cache, state, *further)
         return program_name(arguments, self.model, self.config, budget, work, devices=devices_of(self.config))
 
-    def _arguments(self, bucket: Bucket) -> tuple[Any, ...]:
-        adapters = () if self.adapters is None else (self.adapters,)
-        return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32), *adapters
+    def _arguments(self, bucket: Bucket, images: StepImages | None) -> tuple[Any, ...]:
+        packed = jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+        return self.params, *self.memory(), packed, *further_arguments(self.adapters, images)
+
+
+def further_arguments(adapters: Any, images: StepImages | None = None) -> tuple[Any, ...]:
+    """The arguments of a step program after the packed array; none without places for adapters and tokens of images."""
+    if images is not None:
+        return adapters, images
+    return () if adapters is None else (adapters,)
 
 
 def load_or_compile(
@@ -228,7 +238,8 @@ def step_program(
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
 
-    An engine with places for adapters passes their stacks as a fifth argument.
+    An engine with places for adapters passes their stacks as a fifth argument; steps with tokens of images have `StepImages`
+    as the sixth. See `further_arguments`.
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
@@ -283,6 +294,7 @@ def _step(
     state: SamplerState,
     packed: jax.Array,
     adapters: Stacks | None = None,
+    images: StepImages | None = None,
     *,
     bucket: Bucket,
     config: ModelConfig,
@@ -303,6 +315,7 @@ def _step(
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
         adapters=adapters,
+        images=images,
     )
     if "lm_head" in params and (lm_head := in_place(head_spec(config), params["lm_head"], hidden.dtype, mesh)) is not None:
         params = {**params, "lm_head": lm_head}

@@ -14,6 +14,7 @@ from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
+from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels import native
 
@@ -53,7 +54,8 @@ class ResolvedConfig:
     def __repr__(self) -> str:
         resolved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}
         return shown(
-            self, {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in resolved and k != "formats"}}
+            self,
+            {**resolved, **{k: v for k, v in self.choices.changed.items() if k not in (*resolved, "formats", "vision")}},
         )
 
     @property
@@ -65,6 +67,11 @@ class ResolvedConfig:
     def max_num_seqs(self) -> int:
         """Maximum number of sequences that run at the same time."""
         return self.choices.max_num_seqs
+
+    @property
+    def images(self) -> ImagesConfig | None:
+        """How images are read; None if they are refused."""
+        return self.choices.vision
 
     @property
     def tensor_parallel(self) -> int | None:

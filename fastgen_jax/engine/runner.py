@@ -11,18 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastgen_jax.core import KVCache, copy_block
+from fastgen_jax.core import KVCache, StepImages, copy_block
 from fastgen_jax.engine.adapter_stacks import adapter_arrays, empty_stacks, write
 from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
+from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, further_arguments, memory_shardings
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.samplers import Sampler, SamplerPrograms, work_of
 from fastgen_jax.engine.sampling.sampler import SampleOutput, Work
 from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
+from fastgen_jax.engine.tower import Tower
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.models.weight_spec import Params
+from fastgen_jax.scheduling import Step
 from pallas_kernels.folders import Folder
 from pallas_kernels.unfilled import unfilled
 
@@ -54,6 +56,9 @@ class Runner:
         self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
         self.samplers = SamplerPrograms(programs=self.programs)
         self._samplers: dict[tuple[int, Work], Sampler] = {}  # as `_compiled`
+        self.tower: Tower | None = None
+        """Computes the embeddings of images; None if they are refused."""
+        self._with_images: Program | None = None  # for steps with tokens of images
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
@@ -87,6 +92,8 @@ class Runner:
         _delete(jax.tree.leaves((self.kv_cache, self.state)))
         if delete_params:
             _delete([array for ref in self._made if (array := ref()) is not None])
+            if self.tower is not None:
+                self.tower.release()
         self.params = {}
 
     def restore(self, params: Params, *, version: int, own: bool) -> None:
@@ -101,7 +108,9 @@ class Runner:
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
-        self._compiled, self._narrow, self._samplers = {}, {}, {}
+        if self.tower is not None:
+            self.tower.release()
+        self._compiled, self._narrow, self._samplers, self._with_images = {}, {}, {}, None
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state, self.adapters)), *made])
         self.params = {}
@@ -169,8 +178,25 @@ class Runner:
         self._compiled = {budget: self._compiled[budget] for budget in budgets}
         self._narrow = {key: program for key, program in self._narrow.items() if key[0] in budgets}
 
-    def run(self, packed: np.ndarray, bucket: Bucket) -> StepOutput:
-        """Dispatches a step and returns immediately; reading the output waits for it."""
+    def add_tower(self, tower: Tower, budget: int) -> None:
+        """Compiles what steps with tokens of images need: one program, which such steps of any size run."""
+        self.tower = tower
+        self._with_images = self.programs.compile(budget, images=tower.shapes(budget, mesh=self.mesh))
+        tower.warm_up(budget, mesh=self.mesh)
+
+    def images_of(self, step: Step) -> tuple[tuple[StepImages], Bucket] | None:
+        """The images among the tokens of a step, and the compiled shape for it; None if there are none."""
+        if self.tower is None or self._with_images is None:
+            return None
+        bucket = self._with_images.bucket
+        images = self.tower.images_of(step, bucket.num_tokens, mesh=self.mesh)
+        return None if images is None else ((images,), bucket)
+
+    def run(self, packed: np.ndarray, bucket: Bucket, *images: StepImages) -> StepOutput:
+        """Dispatches a step and returns immediately; reading the output waits for it. `images` as from `images_of`."""
+        if images:
+            assert self._with_images is not None, "there is a tower"
+            return self._run(self._with_images, packed, *images)
         budget, program = bucket.num_tokens, None
         if self._narrow:
             program = self._narrow.get((budget, bucket.work_of(packed)))
@@ -191,9 +217,9 @@ class Runner:
         sampled, self.state = program.run(output.logits, output.last_tokens, self.state, sampling)
         return sampled
 
-    def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
-        adapters = () if self.adapters is None else (self.adapters,)
-        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed, *adapters)
+    def _run(self, program: Program, packed: np.ndarray, *images: StepImages) -> StepOutput:
+        further = further_arguments(self.adapters, *images)
+        output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed, *further)
         return output
 
     @property

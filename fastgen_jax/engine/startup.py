@@ -16,22 +16,28 @@ import jax.numpy as jnp
 from fastgen_jax.checkpoint import (
     Checkpoint,
     SnapshotCheckpoint,
+    images_of,
     kept_in_blocks,
     load_params,
+    load_tower,
     open_checkpoint,
     resolve_model,
 )
+from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import environment
+from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, executables, fit, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, formats_of
+from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.sampler import Work
+from fastgen_jax.engine.tower import Tower
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
+from fastgen_jax.images.decode import pillow
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.text import Tokenizer, load_tokenizer
@@ -48,9 +54,9 @@ BLOCKS_FILE = "num_blocks.json"  # with the compiled programs, whose shapes depe
 
 def load(
     model: str | os.PathLike[str], config: EngineConfig, *, phases: Phases
-) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig, Path]:
-    """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, and
-    where the checkpoint is.
+) -> tuple[Params, ModelConfig, Tokenizer, EngineConfig, Path, Tower | None]:
+    """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, where
+    the checkpoint is, and its vision tower if it has one and reads images.
 
     An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
@@ -65,6 +71,8 @@ def load(
             config = replace(config, quantize="int8")
         if config.generation_config == "auto":
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
+        tower = _tower(checkpoint, config)  # before it is decided what fits into the memory that it leaves
+        config = replace(config, vision=None if tower is None else tower.config)
         # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
         folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
         config = fit.with_formats(config, checkpoint.config, folder, kept=_kept_bits(checkpoint))
@@ -87,7 +95,23 @@ def load(
             for build in builds:
                 concurrent.futures.wait([build.path])
                 advance()
-    return params, checkpoint.config, tokenizer, config, checkpoint.path
+    return params, checkpoint.config, tokenizer, config, checkpoint.path, tower
+
+
+def _tower(checkpoint: Checkpoint, config: EngineConfig) -> Tower | None:
+    """The vision tower with its weights; None if the checkpoint has none that is supported, or images are not wanted."""
+    found = images_of(checkpoint) if config.images else None
+    if found is None or not isinstance(checkpoint, HuggingFaceCheckpoint):
+        return None
+    try:
+        pillow()
+    except ValueError as error:
+        log.warning("%s: %s; until then only its text model is used", checkpoint.path, error)
+        return None
+    dtype = config.dtype or default_dtype(jax.default_backend(), bfloat16=supports_bfloat16(jax.local_devices()[0]))
+    # float16 cannot hold all activations of a tower.
+    read = partial(load_tower, checkpoint, found, dtype="float32" if dtype == "float16" else dtype)
+    return Tower(found, read)
 
 
 def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
@@ -127,12 +151,13 @@ def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
 
 
 def start(
-    params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases
+    params: Params, model: ModelConfig, choices: EngineConfig, *, phases: Phases, tower: Tower | None = None
 ) -> tuple[ResolvedConfig, Runner, Refinement | None]:
     """The resolved config, a runner with warm programs, and what to do about the step sizes while the engine is idle.
 
     The programs are all, or with `background_compile` that of a full step.
     """
+    choices = replace(choices, vision=None if tower is None else tower.config)
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
     candidates, measured, cost = config.budget_ladder, None, _cost_model(config, model)
@@ -140,12 +165,17 @@ def start(
         measured = _measured_before(config, model, folder)
         sizes = measured or ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
         config = replace(config, budget_ladder=sizes)
+    config = _with_room_for_images(config)
     with phases.phase("allocating memory"):
         runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
         config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, phases=phases))
+        config = _with_room_for_images(config)
     largest_first = runner.missing(config.budget_ladder[::-1])
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
+    if tower is not None:
+        with phases.phase("compiling for images"):
+            runner.add_tower(tower, config.token_budget)
     runner.warm_up()
     _save_start(phases, folder, runner, config)
     executables.forget_prefetched()
@@ -160,6 +190,30 @@ def start(
         ladder.save_choice, folder.path / ladder.FILE, _facts(config, model, candidates), model=ladder.describe(model)
     )
     return config, runner, Refinement(runner, cost, candidates, save=save)
+
+
+def _with_room_for_images(config: ResolvedConfig) -> ResolvedConfig:
+    """`config` with steps that hold the tokens of an image beside one of each other sequence, so that none waits forever.
+
+    Raises ValueError if the operator chose smaller steps.
+    """
+    images = config.images
+    if images is None or not images.is_whole:
+        return config
+    if config.choices.promise is not None:
+        raise ValueError(
+            "a policy with a promise keeps steps short, but this model computes all tokens of an image in one step; choose "
+            "policy='splitfuse', or images=False"
+        )
+    needed = images.most_tokens + config.max_num_seqs
+    if config.token_budget >= needed:
+        return config
+    if config.choices.token_budget is not None:
+        raise ValueError(
+            f"token_budget={config.token_budget} is too small for the {images.most_tokens} tokens of an image beside "
+            f"max_num_seqs={config.max_num_seqs} sequences; choose at least {needed}, or images=False"
+        )
+    return replace(config, budget_ladder=(*config.budget_ladder, needed))
 
 
 def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place | None = None) -> str:
@@ -181,6 +235,8 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "formats",
         "strict_config",
         "adapters",
+        "images",
+        "vision",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}
     return f"{model.family}-{saved_choices.group((asdict(model), sorted(shaping.items())), place)}"

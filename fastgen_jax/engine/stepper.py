@@ -68,7 +68,7 @@ class Stepper:
         masked = [(sequence, sequence.slot) for sequence in step.sampled if sequence.awaits_each_token]
         sampling = None
         with timer("pack"):
-            bucket = runner.bucket(step.num_tokens)
+            images, bucket = runner.images_of(step) or ((), runner.bucket(step.num_tokens))
             for sequence in step.admitted:
                 self._admit(sequence)
             packed = self._packer.pack(step, bucket)
@@ -77,7 +77,7 @@ class Stepper:
             elif masked:  # none of them has a token in flight
                 self._set_masks(masked)
         with timer("dispatch"):
-            output = runner.run(packed, bucket)
+            output = runner.run(packed, bucket, *images)
         times = self._count(step, bucket, timer)
         sampled = output.sampled
         if sampling is not None:

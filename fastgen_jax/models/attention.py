@@ -24,11 +24,19 @@ from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring, plan_layers, ragged_attention
+from pallas_kernels.ragged_attention import (
+    Attention,
+    CacheLayer,
+    RaggedIndex,
+    Scoring,
+    plan_layers,
+    ragged_attention,
+    with_spans,
+)
 from pallas_kernels.rotary import rotary, rotate
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, Int32
 
 _NO_WINDOW = np.iinfo(np.int32).max  # stands for "no window" where other layers have one
 
@@ -75,8 +83,9 @@ def prepare_step(
     config: ModelConfig,
     implementation: str | Attention | None,
     mesh: Mesh | None = None,
+    spans: Int32[Array, "P 4"] | None = None,
 ) -> Step:
-    """Computes the values that depend only on positions, once for all layers."""
+    """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`."""
     rotations = {
         rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes
     }
@@ -115,6 +124,7 @@ def prepare_step(
             num_blocks=num_blocks,
             implementation=implementation,
         )
+    attend = attend if mesh is None else divide_heads(attend, mesh)
     return Step(
         batch=batch,
         indices=tuple(indices),
@@ -126,7 +136,7 @@ def prepare_step(
         row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
         num_blocks=num_blocks,
         mesh=mesh,
-        attend=attend if mesh is None else divide_heads(attend, mesh),
+        attend=attend if spans is None else with_spans(attend, spans),
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.core import KVCache, RaggedBatch, StepImages
 from fastgen_jax.models.adapters import AdaptedWeight, bound, rows_of, sampled_rows, with_adapters
 from fastgen_jax.models.attention import LayerCall, Step, attention, prepare_step, take_rows
 from fastgen_jax.models.config import ModelConfig
@@ -58,14 +58,20 @@ class Execution:
 
 
 def forward(
-    params: Params, kv_cache: KVCache, batch: RaggedBatch, *, config: ModelConfig, execution: Execution = Execution()
+    params: Params,
+    kv_cache: KVCache,
+    batch: RaggedBatch,
+    *,
+    config: ModelConfig,
+    execution: Execution = Execution(),
+    images: StepImages | None = None,
 ) -> tuple[Float[Array, "R V"], KVCache]:
     """Logits in float32 of `batch.sample_rows`, and the cache with the K and V of the batch's tokens added.
 
     Unused rows of logits are finite and meaningless. Differentiable with respect to plain `params`; see
     `docs/research.md`.
     """
-    rows, kv_cache = hidden_rows(params, kv_cache, batch, config=config, execution=execution)
+    rows, kv_cache = hidden_rows(params, kv_cache, batch, config=config, execution=execution, images=images)
     return head(rows, params, batch.num_sample_rows, config=config)[:, : config.vocab_size], kv_cache
 
 
@@ -77,13 +83,21 @@ def hidden_rows(
     config: ModelConfig,
     execution: Execution = Execution(),
     adapters: Mapping[str, AdaptedWeight] | None = None,
+    images: StepImages | None = None,
 ) -> tuple[Float[Array, "R E"], KVCache]:
     """The input of `head`: the residual stream of `batch.sample_rows` after the final norm, and the cache.
 
     With a mesh, weights and cache are those of the divided model (see `division`). `adapters` are those that
     `batch.adapters` numbers.
     """
-    step = prepare_step(batch, kv_cache, config=config, implementation=execution.attention, mesh=execution.mesh)
+    step = prepare_step(
+        batch,
+        kv_cache,
+        config=config,
+        implementation=execution.attention,
+        mesh=execution.mesh,
+        spans=None if images is None else images.spans,
+    )
     if execution.mesh is not None:
         config = divided(config, execution.mesh.size)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
@@ -94,6 +108,8 @@ def hidden_rows(
         params = with_adapters(params, adapters, config)
         layer = _for_adapters(layer, batch, adapters)
     x = _embed(params, batch, config, execution.activation_dtype)
+    if images is not None:
+        x = jnp.where(images.is_image[:, None], images.embeddings.astype(x.dtype), x)
     rows, kv_cache = run_layers(
         layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
     )

@@ -17,6 +17,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
+from fastgen_jax.models.vision.read import images_from_hf, tower_bytes
 from fastgen_jax.plan import estimate
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 from fastgen_jax.scheduling import BlockGroups
@@ -47,6 +48,7 @@ class Plan:
     stored_as: str  # how the weights are quantized on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
+    vision: int  # bytes of the vision tower, which are part of the weights; 0 without one
     memory: Memory
     sequences: int  # sequences of the full context that fit at the same time
     largest_budget: int
@@ -73,13 +75,15 @@ def make_plan(
     kv_dtype: str | None = None,
     quantize: str | None = None,
     stored_as: str = "",
+    images: bool = True,
     compile: bool,
 ) -> Plan:
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
     Weights that are quantized according to the config or `stored_as` are planned as they are loaded: dequantized, in
-    `dtype` or, with `quantize`, as int8. Raises ValueError for an unknown model, quantization or topology, a context
-    beyond the model's limit, and if the model cannot be divided over the devices.
+    `dtype` or, with `quantize`, as int8. With `images` a vision tower is part of them. Raises ValueError for an unknown
+    model, quantization or topology, a context beyond the model's limit, and if the model cannot be divided over the
+    devices.
     """
     devices = parse_topology(topology)
     quantization, config = split_settings(config)
@@ -95,11 +99,13 @@ def make_plan(
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
+    shown = images_from_hf(config, {}) if images else None
+    vision = 0 if shown is None else tower_bytes(shown, itemsize)  # on each device
     groups = BlockGroups(windows=choose_groups(model, context).windows, block_size=block_size, token_budget=max(budgets))
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
-        weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
+        weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize) + vision,
         state=footprint.sampler_bytes(model, max_num_seqs),
         temporaries=footprint.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
@@ -164,6 +170,7 @@ def make_plan(
         kv_dtype=kv_dtype,
         max_num_seqs=max_num_seqs,
         memory=memory,
+        vision=vision,
         sequences=sequences,
         steps=steps,
         checks=checks,
@@ -294,6 +301,7 @@ def table(plan: Plan) -> str:
         f"  total         {gib(memory.total)}",
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
         f"  weights       {gib(memory.weights)}   {kept}"
+        + (f"; {plan.vision / GIB:.2f} GiB of it the vision tower" if plan.vision else "")
         + (f"; on disk {plan.stored_as}, dequantized while loading" if plan.stored_as else ""),
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",

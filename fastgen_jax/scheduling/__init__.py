@@ -2,6 +2,7 @@
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.groups import BlockGroups
+from fastgen_jax.scheduling.images import PromptImage
 from fastgen_jax.scheduling.limits import ContextLengthError, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
@@ -29,6 +30,7 @@ __all__ = [
     "Policy",
     "Prefix",
     "Promise",
+    "PromptImage",
     "Request",
     "SamplingParams",
     "Scheduler",

@@ -123,9 +123,12 @@ class BlockPool:
         """The parent of the first block; a `salt` separates the prefixes of those who know it from all others."""
         return hashlib.blake2b(self._root + salt.encode(), digest_size=_DIGEST_BYTES).digest() if salt else self._root
 
-    def digest(self, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-        """The digest of a full block; `parent` is the digest of the block before it, None at position 0."""
-        content = (parent or self._root) + self._packer.pack(*token_ids)
+    def digest(self, parent: bytes | None, token_ids: Sequence[int], images: bytes = b"") -> bytes:
+        """The digest of a full block; `parent` is the digest of the block before it, None at position 0.
+
+        `images` identifies the images of which the block contains tokens.
+        """
+        content = (parent or self._root) + self._packer.pack(*token_ids) + images
         return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
     def register(self, block_id: int, digest: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from fastgen_jax.scheduling.images import end_of_chunk
 from fastgen_jax.scheduling.plan import StepPlan
 from fastgen_jax.scheduling.planner import Planner
 from fastgen_jax.scheduling.policies import POLICIES, Policy
@@ -95,6 +96,8 @@ def _fault_of_chunks(plan: StepPlan, runs: set[Sequence], admitted: dict[Sequenc
         if start != first or not first < stop <= last:
             return f"a chunk of {sequence} is [{start}, {stop}); it must begin at {first} and end in {first + 1}..{last}"
         needed = max(0, stop - max(start, sequence.first_row))
+        if stop != end_of_chunk(sequence.request.images, stop):
+            return f"a chunk of {sequence} ends at {stop}, within an image whose tokens one step must compute"
         if rows != needed or samples != (stop == sequence.num_tokens):
             return (
                 f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "

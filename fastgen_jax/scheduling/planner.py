@@ -6,6 +6,7 @@ from collections import Counter, abc
 from dataclasses import KW_ONLY, dataclass, field
 
 from fastgen_jax.scheduling.block_pool import BlockLedger
+from fastgen_jax.scheduling.images import end_of_chunk
 from fastgen_jax.scheduling.pace import Pace
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
 from fastgen_jax.scheduling.prefix import Prefix
@@ -281,9 +282,14 @@ class Planner:
         return None if sequence.num_in_flight else self.cached_prefix(sequence)
 
     def _cut(self, sequence: Sequence, start: int, tokens: int, rows: int) -> Chunk | None:
-        """The longest chunk from `start` within `tokens` tokens and `rows` rows of logits; None if it is empty."""
+        """The longest chunk from `start` within `tokens` tokens and `rows` rows of logits; None if it is empty.
+
+        It does not end within an image whose tokens must be computed in one step.
+        """
         first_row = max(start, sequence.first_row)
         stop = min(sequence.num_tokens, start + tokens, first_row + rows)
+        if sequence.request.images:
+            stop = end_of_chunk(sequence.request.images, stop)
         if stop <= start:
             return None
         return Chunk(sequence, start, stop - start, max(0, stop - first_row), stop == sequence.num_tokens)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fastgen_jax.scheduling.block_pool import BlockPool
 from fastgen_jax.scheduling.groups import BlockGroups
+from fastgen_jax.scheduling.images import content_of
 from fastgen_jax.scheduling.sequence import Sequence
 
 
@@ -86,5 +87,8 @@ def _digest(sequence: Sequence, pool: BlockPool, index: int) -> bytes:
     digests, size = sequence.block_digests, pool.block_size
     if index == len(digests):
         parent = digests[-1] if digests else pool.root(sequence.request.cache_salt)
-        digests.append(pool.digest(parent, sequence.token_ids(index * size, (index + 1) * size)))
+        start, stop = index * size, (index + 1) * size
+        images = sequence.request.images
+        shown = content_of(images, start, stop) if images else b""
+        digests.append(pool.digest(parent, sequence.token_ids(start, stop), shown))
     return digests[index]

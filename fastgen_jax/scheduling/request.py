@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from fastgen_jax.scheduling.checks import as_tuple, check_float, check_int, check_token_ids
 from fastgen_jax.scheduling.converted import converted
+from fastgen_jax.scheduling.images import PromptImage
 
 LogprobsMode = Literal["raw", "processed"]
 MAX_TOP_LOGPROBS = 20
@@ -251,7 +252,7 @@ class Request:
     one, so that the engine must read it before it samples another. A request with `next_token_id` samples nothing: it
     scores its prompt and that token, which ends it. Cached prefixes are shared only among requests with the same
     `cache_salt`. `shown_token_ids` are special tokens that appear in the text. `adapter_place` says where the engine keeps
-    the adapter of its parameters.
+    the adapter of its parameters. `images` are those of the prompt, in order.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.
@@ -269,6 +270,7 @@ class Request:
     shown_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     adapter_place: int | None = None
+    images: tuple[PromptImage, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not self.request_id:

@@ -215,6 +215,7 @@ def _add_operations(app: FastAPI, server: ServerState) -> None:
             "model": server.model.name,
             "deployment": server.model.deployment,
             "unfinished": backend.num_unfinished,
+            "images": backend.intake.images is not None,
             "uptime": time.time() - server.started,
             "worst_lag_ms": 1e3 * server.metrics.worst_lag,
             "engines": await backend.snapshots(since_step=since_step),

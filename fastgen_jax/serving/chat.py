@@ -13,13 +13,16 @@ from functools import partial
 
 from fastgen_jax.api.options import DEFAULT_NEW_TOKENS
 from fastgen_jax.engine.prompts import Prompt
+from fastgen_jax.images import ImagePrompts, PromptParts, take_images
+from fastgen_jax.images.messages import has_images
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.scheduling import ContextLengthError, SamplingParams
+from fastgen_jax.scheduling import ContextLengthError, PromptImage, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
 from fastgen_jax.serving.beams import start_beams
 from fastgen_jax.serving.conversation import ChatPrompt, NamedTool
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
+from fastgen_jax.serving.images import image_bytes
 from fastgen_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -92,9 +95,9 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
     backend = server.ready()
     tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
     form = _form(server.model.config, tokenizer, body)
-    prompt = await chat_prompt(server, tokenizer, body)
+    prompt = await chat_parts(server, tokenizer, body)
     if form.reasoning is not None:
-        opened = is_open(form.reasoning, tokenizer, prompt)
+        opened = is_open(form.reasoning, tokenizer, prompt.token_ids)
         form = replace(form, reasoning=None if opened is None else form.reasoning, opened=bool(opened))
     params = body.sampling_params(
         backend.intake,
@@ -108,9 +111,10 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         work = await start_answer(
             backend,
             body,
-            [prompt],
+            [prompt.token_ids],
             params,
             guide,
+            images=prompt.images,
             grammar=_with_reasoning(form, tokenizer, body, guide.grammar if guide else None),
             shown_token_ids=form.shown_token_ids(tokenizer),
         )
@@ -146,8 +150,15 @@ async def start_answer(
     grammar: Grammar | None = None,
     add_special_tokens: bool = True,
     shown_token_ids: tuple[int, ...] = (),
+    images: tuple[PromptImage, ...] = (),
 ) -> Work:
-    """`start_work` with the fields that all bodies share. `grammar` is that of `guide`, or extends it."""
+    """`start_work` with the fields that all bodies share. `grammar` is that of `guide`, or extends it.
+
+    `images` are those of the only prompt.
+    """
+    for name in ("use_beam_search", "truncate_prompt_tokens") if images else ():
+        if getattr(body, name):
+            raise ApiError(f"{name} cannot be combined with images; remove one of them", param=name)
     if body.use_beam_search:
         return await _start_search(backend, body, prompts, params, add_special_tokens=add_special_tokens)
     try:
@@ -164,6 +175,7 @@ async def start_answer(
             keep_tokens=body.truncate_prompt_tokens,
             cache_salt=body.cache_salt or "",
             shown_token_ids=shown_token_ids,
+            images=images,
         )
     except GrammarError as error:
         raise ApiError(str(error), param=guide.field if guide else None) from None
@@ -192,6 +204,11 @@ async def _start_search(
 
 async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of a conversation."""
+    return (await chat_parts(server, tokenizer, body)).token_ids
+
+
+async def chat_parts(server: ServerState, tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> PromptParts:
+    """Token ids and images of a conversation."""
     tokenizer = _with_template(server, tokenizer, body)
     messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
     template = tokenizer.template(with_tools=bool(tools))
@@ -199,18 +216,35 @@ async def chat_prompt(server: ServerState, tokenizer: Tokenizer, body: ChatReque
     if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
         known = frozenset() if template is None else variables_of(template)
         variables = {**effort_variables(body.reasoning_effort, known), **variables}
-    encode = partial(
-        tokenizer.encode_chat,
-        messages,
+    render = partial(
+        tokenizer.apply_chat_template,
         tools=tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        add_special_tokens=bool(body.add_special_tokens),
         **variables,
     )
+    special = bool(body.add_special_tokens)
+    if has_images(messages) and (reader := _reader(server)) is not None:
+        read = partial(image_bytes, config=server.model.config)
+
+        def encode_images() -> PromptParts:
+            texts, sources = take_images(messages, reader.placeholder, read=read)
+            return reader.parts(render(texts), sources, add_special_tokens=special)
+
+        return await asyncio.to_thread(encode_images)
+
+    def encode() -> PromptParts:
+        return PromptParts(tokenizer.encode(render(messages), add_special_tokens=special), ())
+
     contents = [message.get("content") or "" for message in messages]
     is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
     return await asyncio.to_thread(encode) if is_long else encode()
+
+
+def _reader(server: ServerState) -> ImagePrompts | None:
+    """What reads images; None if the model does not, and ValueError if it could."""
+    intake = server.ready().intake
+    return intake.images if intake.config.choices.images else intake.need_images()
 
 
 def _with_template(server: ServerState, tokenizer: Tokenizer, body: ChatPrompt) -> Tokenizer:

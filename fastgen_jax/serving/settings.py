@@ -75,6 +75,12 @@ class ServerConfig:
     trust_request_chat_template: bool = False
     """Lets requests replace the model's chat template. A template is a program; it runs in a sandbox, but without a limit
     on its time and memory."""
+    image_folder: str | None = None
+    """Folder of pictures that requests may name as file:///path. None: they are refused."""
+    remote_images: bool = False
+    """Fetch pictures that requests name by http and https addresses on the public internet. Off: they are refused."""
+    remote_image_seconds: float = 10.0
+    """Seconds within which such a picture must be received."""
     log_format: Literal["text", "json"] = "text"
     """Format of the log; json writes one object per line."""
 
@@ -88,6 +94,10 @@ class ServerConfig:
             raise ValueError(f"sleep_idle is {self.sleep_idle}; it must be a positive number of seconds, or None")
         if self.weights_folder is not None and not os.path.isdir(self.weights_folder):
             raise ValueError(f"weights_folder is {self.weights_folder!r}, which is not a folder; create it, or omit it")
+        if self.image_folder is not None and not os.path.isdir(self.image_folder):
+            raise ValueError(f"image_folder is {self.image_folder!r}, which is not a folder; create it, or omit it")
+        if not self.remote_image_seconds > 0:
+            raise ValueError(f"remote_image_seconds is {self.remote_image_seconds}; it must be positive")
         if self.port > 65535:
             raise ValueError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_certificate is None) != (self.tls_key is None):

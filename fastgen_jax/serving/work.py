@@ -16,7 +16,7 @@ from fastgen_jax.engine.outputs import RequestOutput, VersionRuns
 from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.json_types import JsonObject
-from fastgen_jax.scheduling import Request, SamplingParams
+from fastgen_jax.scheduling import PromptImage, Request, SamplingParams
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher, compile_threads
 
 P = ParamSpec("P")
@@ -287,12 +287,14 @@ async def start_work(
     keep_tokens: int | None = None,
     cache_salt: str = "",
     shown_token_ids: tuple[int, ...] = (),
+    images: tuple[PromptImage, ...] = (),
 ) -> Work:
     """Validates all samples, then submits them: either all run or none.
 
     `new_tokens` limits answers for which `params` has no limit; without it they may fill the context. `keep_tokens` is how
     many tokens at the end of each prompt are kept, -1 for as many as fit. `shown_token_ids` are special tokens that the
-    text shows. Raises ValueError, QueueFullError and ClosedError as `AsyncEngine.submit` does.
+    text shows. `images` are those of the only prompt. Raises ValueError, QueueFullError and ClosedError as
+    `AsyncEngine.submit` does.
     """
     intake, arrival = backend.intake, time.monotonic()
     if len(prompts) * num_samples > backend.max_queue:
@@ -319,6 +321,7 @@ async def start_work(
                     awaits_each_token=first is not None,
                     shown_token_ids=shown_token_ids,
                     cache_salt=cache_salt,
+                    images=images,
                 ),
                 first.restarted() if first is not None else None,
             )

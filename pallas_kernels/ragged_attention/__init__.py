@@ -25,6 +25,7 @@ from pallas_kernels.ragged_attention.derivative import with_derivative
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.ragged_attention.spans import SPAN_QUERIES, with_spans
 from pallas_kernels.ragged_attention.tpu import support as tpu_support
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IMPLEMENTATIONS",
     "QUANTIZED_DTYPES",
+    "SPAN_QUERIES",
     "Attention",
     "CacheLayer",
     "QuantizedCache",
@@ -41,6 +43,7 @@ __all__ = [
     "Scoring",
     "plan_layers",
     "ragged_attention",
+    "with_spans",
 ]
 
 

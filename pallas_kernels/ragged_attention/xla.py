@@ -33,7 +33,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Scoring:
+class ScoringByKVHead:
     """How a dot product becomes a score; heads are laid out as [K, G]."""
 
     window: jax.Array | None  # i32 scalar
@@ -58,13 +58,7 @@ def ragged_attention_xla(
     group = num_heads // num_kv_heads
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
-    window, slopes, sinks = scoring.sliding_window, scoring.alibi_slopes, scoring.sinks
-    by_kv_head = _Scoring(
-        window=None if window is None else jnp.asarray(window, jnp.int32),
-        soft_cap=scoring.soft_cap,
-        slopes=None if slopes is None else slopes.reshape(num_kv_heads, group),
-        sinks=None if sinks is None else sinks.reshape(num_kv_heads, group),
-    )
+    by_kv_head = scoring_by_kv_head(scoring, num_kv_heads)
     tables = layer.first_block + jnp.clip(index.block_tables, 0, layer.num_blocks - 1)
     queries = (q.astype(jnp.float32) * jnp.float32(scoring.scale)).reshape(num_tokens, num_kv_heads, group, head_dim)
     query_lens = index.query_starts[1:] - index.query_starts[:-1]
@@ -74,6 +68,17 @@ def ragged_attention_xla(
         out = _attend_chunks(queries, out, *where, scoring=by_kv_head)
     out = _attend_single_rows(queries, out, *where, scoring=by_kv_head)
     return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache
+
+
+def scoring_by_kv_head(scoring: Scoring, num_kv_heads: int) -> ScoringByKVHead:
+    """`scoring` with the heads as [K, G]."""
+    window, slopes, sinks = scoring.sliding_window, scoring.alibi_slopes, scoring.sinks
+    return ScoringByKVHead(
+        window=None if window is None else jnp.asarray(window, jnp.int32),
+        soft_cap=scoring.soft_cap,
+        slopes=None if slopes is None else slopes.reshape(num_kv_heads, -1),
+        sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
+    )
 
 
 def write_kv(
@@ -113,7 +118,7 @@ def write_kv(
 
 
 def _attend_single_rows(
-    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: _Scoring
+    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: ScoringByKVHead
 ) -> jax.Array:
     """Fills the rows of `out` that belong to chunks of one token."""
     num_sequences = tables.shape[0]
@@ -132,7 +137,7 @@ def _attend_single_rows(
         rows = lax.dynamic_slice(order, (i * width,), (width,))
         tokens = query_starts[jnp.minimum(rows, num_sequences - 1)]
         context = contexts[rows]
-        result = _attend(
+        result = attend(
             queries[jnp.minimum(tokens, num_tokens - 1)][:, :, None],  # [W, K, 1, G, D]
             (context - 1)[:, None],
             context,
@@ -149,7 +154,7 @@ def _attend_single_rows(
 
 
 def _attend_chunks(
-    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: _Scoring
+    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: ScoringByKVHead
 ) -> jax.Array:
     """Fills the rows of `out` that belong to chunks of several tokens, one tile of queries after another."""
     num_tokens = queries.shape[0]
@@ -169,7 +174,7 @@ def _attend_chunks(
         count = jnp.minimum(tile, query_starts[s + 1] - start)
         rows = lax.dynamic_slice_in_dim(queries, start, tile)  # [tile, K, G, D]
         offsets = jnp.arange(tile, dtype=jnp.int32)
-        result = _attend(
+        result = attend(
             rows.swapaxes(0, 1)[None],
             (first + jnp.minimum(offsets, count - 1))[None],
             (first + count)[None],
@@ -186,7 +191,7 @@ def _attend_chunks(
     return lax.fori_loop(0, ends[-1], attend_tile, out)[:num_tokens]
 
 
-def _attend(
+def attend(
     queries: jax.Array,
     positions: jax.Array,
     contexts: jax.Array,
@@ -195,7 +200,8 @@ def _attend(
     v_cache: Cache,
     *,
     tile_blocks: int,
-    scoring: _Scoring,
+    scoring: ScoringByKVHead,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax-weighted values [W, K, Q, G, D] for W independent tiles of Q queries, each on its own context.
 
@@ -204,6 +210,7 @@ def _attend(
       positions: i32[W, Q], ascending within a row.
       contexts: i32[W], keys that exist for a tile; 0 for a tile without work, whose result is 0.
       tables: i32[W, M], blocks of the flat pool.
+      last: i32[W, Q], the last position that a query attends to; None: its own.
     """
     width, num_kv_heads, num_queries, group, head_dim = queries.shape
     block_size = k_cache.shape[2]
@@ -211,6 +218,7 @@ def _attend(
     tile_blocks = min(tile_blocks, max_blocks)
     rows = queries.reshape(width, num_kv_heads, num_queries * group, head_dim)
     row_positions = jnp.repeat(positions, group, axis=1)  # [W, Q*G]
+    row_last = row_positions if last is None else jnp.repeat(last, group, axis=1)
 
     def per_row(of_head: jax.Array | None) -> jax.Array | None:  # [K, G] -> [K, Q*G]
         return None if of_head is None else jnp.tile(of_head, (1, num_queries))
@@ -241,7 +249,7 @@ def _attend(
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
         if row_slopes is not None:
             scores = scores + row_slopes[None, :, :, None] * distance.astype(jnp.float32)[:, None]
-        visible = distance <= 0
+        visible = distance <= 0 if last is None else key_position[:, None, :] <= row_last[:, :, None]
         if scoring.window is not None:
             visible &= distance > -scoring.window
         visible &= (key_position < contexts[:, None])[:, None]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.tiny_server import MODEL, engine, tokenizer
+from tests.engine.test_images import engine as engine_of_images
+from tests.models.vision.reference import PHOTO
+from tests.serving.tiny_server import MODEL, engine, serving, tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SCREENSHOTS = os.environ.get("FASTGEN_SCREENSHOTS")  # folder for screenshots, to inspect them by eye
@@ -96,6 +98,37 @@ def test_it_chats_and_shows_the_steps_of_the_engine(browser, url, size):
         page.screenshot(path=Path(SCREENSHOTS) / f"{size}.png", full_page=True)
     page.close()
     assert all("400 (Bad Request)" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_a_picture_is_attached_if_the_model_reads_any_and_is_part_of_the_request(browser, url):
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    errors, sent = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    page.goto(url)  # of a model of text
+    page.get_by_text("ready").wait_for()
+    expect(page.locator("#attach")).to_be_hidden()
+    with serving(engine_of_images()) as of_images:
+        page.goto(of_images)
+        page.get_by_text("ready").wait_for()
+        expect(page.locator("#attach")).to_be_visible()
+        page.locator("#file").set_input_files(PHOTO)
+        expect(page.locator("#attach")).to_have_text("1")
+        page.get_by_label("Message").fill("What is it?")
+        page.get_by_label("Message").press("Enter")
+        expect(page.locator(".meta")).to_contain_text("tokens", timeout=60_000)
+        assert page.locator(".user img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [90, 70]
+        expect(page.locator("#attach")).to_have_text("＋")
+        page.goto("about:blank")
+    page.close()
+    image, text = sent[-1]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "What is it?"}
+    assert errors == []
 
 
 def answering(page, url: str, text: str, *, first: str = "0") -> None:

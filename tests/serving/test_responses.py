@@ -194,7 +194,8 @@ def test_the_blocks_of_a_conversation_become_messages():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has type 'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text is supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "has type 'document'"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type="),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers="),

@@ -1,5 +1,5 @@
-"""Gemma 3, text: Gemma 2 with norms on queries and keys instead of soft caps; sliding windows in five of six layers,
-which have their own rotary embedding. Multimodal checkpoints are read without their vision part."""
+"""Gemma 3: Gemma 2 with norms on queries and keys instead of soft caps; sliding windows in five of six layers, which have
+their own rotary embedding. 4B and larger read images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgen_jax.models.families.gemma2 import NAMES
 from fastgen_jax.models.families.rope import ropes_by_layer_type
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
-FEATURES = "270M and 1B; 4B, 12B and 27B without images"
+FEATURES = "270M and 1B; 4B, 12B and 27B with images"
 # The config.json of multimodal checkpoints leaves out these defaults.
 _SIZES = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 

@@ -192,6 +192,8 @@ def _of_blocks(role: str, blocks: Sequence[object], where: str) -> list[JsonObje
                 thoughts.append(str(block.get("thinking", "")))
             case "redacted_thinking":  # nobody here can read it
                 pass
+            case "image":
+                texts.append({"type": "image", "source": block.get("source")})
             case "tool_use":
                 arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
                 function = {"name": block.get("name"), "arguments": arguments}
@@ -201,8 +203,8 @@ def _of_blocks(role: str, blocks: Sequence[object], where: str) -> list[JsonObje
                 results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
             case kind:
                 raise ApiError(
-                    f"{where}.content[{i}] has type {short(kind)}, which is not supported; use text, thinking, tool_use "
-                    "and tool_result",
+                    f"{where}.content[{i}] has type {short(kind)}, which is not supported; use text, image, thinking, "
+                    "tool_use and tool_result",
                     param="messages",
                 )
     if not texts and not calls and results:

@@ -1,0 +1,77 @@
+"""SigLIP (arXiv:2303.15343) with the projector of Gemma 3 (arXiv:2503.19786).
+
+    pixels -> patches -> + positions -> layers -> norm -> average of k x k patches -> RMS norm -> rows for the decoder
+
+A layer is x += attn(norm(x)); x += mlp(norm(x)), with full attention between all patches of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from fastgen_jax.models.layers import ACTIVATIONS
+from fastgen_jax.models.vision.config import SiglipConfig
+from fastgen_jax.models.weight_spec import LayerWeights, Params
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+_QUERIES = 512  # whose scores exist at the same time: with 4,096 patches and 16 heads they take 128 MiB
+
+
+def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig) -> Float[Array, "n E"]:
+    """The rows of an image of `image_size` x `image_size` pixels, in the dtype of the weights."""
+    side, p, e = config.patches_per_side, config.patch_size, config.embed_dim
+    mean, std = (jnp.asarray(values, jnp.float32)[None, None, :] for values in (config.mean, config.std))
+    values = (pixels.astype(jnp.float32) * config.rescale - mean) / std
+    patches = values.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3 * p * p)
+    x = _linear(patches.astype(params["patch"].dtype), params, "patch") + params["positions"]
+
+    def layer(x: jax.Array, w: LayerWeights) -> tuple[jax.Array, None]:
+        h = _norm(x, w, "attn_norm", config)
+        q, k, v = (_linear(h, w, name).reshape(-1, config.num_heads, e // config.num_heads) for name in "qkv")
+        x = x + _linear(attend_all(q, k, v).reshape(x.shape), w, "o")
+        h = _norm(x, w, "mlp_norm", config)
+        return x + _linear(ACTIVATIONS[config.activation](_linear(h, w, "up")), w, "down"), None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x = _norm(x, params, "post_norm", config).astype(jnp.float32)
+    tokens = math.isqrt(config.tokens_per_image)
+    kernel = side // tokens
+    pooled = jnp.mean(x.reshape(tokens, kernel, tokens, kernel, e), axis=(1, 3)).reshape(-1, e)
+    # As in all norms of Gemma, the stored scale is the scale - 1.
+    scale = 1.0 + params["projector_norm"].astype(jnp.float32)[None, :]
+    normed = pooled * jax.lax.rsqrt(jnp.mean(jnp.square(pooled), axis=-1, keepdims=True) + config.norm_eps) * scale
+    return normed.astype(params["projector"].dtype) @ params["projector"]
+
+
+def attend_all(q: Float[Array, "n H D"], k: Float[Array, "n H D"], v: Float[Array, "n H D"]) -> Float[Array, "n H D"]:
+    """Softmax attention of every row to all rows, in float32, for some hundred queries at a time."""
+    count, _, dim = q.shape
+
+    def some(queries: Float[Array, "queries H D"]) -> Float[Array, "queries H D"]:
+        scores = jnp.einsum("qhd,khd->hqk", queries, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
+        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("hqk,khd->qhd", shares, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+    if count <= _QUERIES:
+        return some(q)
+    padded = jnp.pad(q, ((0, -count % _QUERIES), (0, 0), (0, 0)))
+    return jax.lax.map(some, padded.reshape(-1, _QUERIES, *q.shape[1:])).reshape(padded.shape)[:count]
+
+
+def _linear(x: Float[Array, "n inputs"], w: LayerWeights, name: str) -> Float[Array, "n outputs"]:
+    return x @ w[name] + w[f"{name}_bias"][None, :]
+
+
+def _norm(x: Float[Array, "n E"], w: LayerWeights, name: str, config: SiglipConfig) -> Float[Array, "n E"]:
+    """LayerNorm, in float32."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    unit = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + config.norm_eps)
+    scale, shift = (w[key].astype(jnp.float32)[None, :] for key in (name, f"{name}_bias"))
+    return (unit * scale + shift).astype(x.dtype)
