@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
 
 _FLOATS = ("float32", "float16", "bfloat16")
+_RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # Nemotron-H as transformers 5 saves it
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 T = TypeVar("T")
@@ -171,7 +172,8 @@ def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfi
     if is_multimodal(hf):
         tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name)) is not None}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
-    predictors = ("model.mtp_layers.", *(f"model.layers.{layer}." for layer in extra))
+    tensors = {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
+    predictors = ("model.mtp_layers.", "model.mtp.", "mtp.", *(f"model.layers.{layer}." for layer in extra))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(predictors)}
 
 

@@ -212,6 +212,7 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
     shapes = [(*shape[:-1], size) for size in sizes]
     shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
     shapes = [(1, *rest) for rest in shapes] if source.is_row else shapes
+    shapes = [(n, 1, tokens) for tokens, n in shapes] if source.is_conv else shapes
     return shapes * (len(source.names) // pieces)
 
 
@@ -265,6 +266,9 @@ def _in_memory(mapped: np.ndarray) -> np.ndarray:
 def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
     """One weight in the shape of its spec: tensors stacked and concatenated, and matrices transposed to [in, out]."""
     source, shape = weight.source, weight.spec.shape
+    if source.is_conv:
+        (name,) = weight.names
+        return np.ascontiguousarray(checkpoint.read(name)[:, 0].T)
     if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         stored = checkpoint.read(weight.names[0])
         return stored[0] if source.is_row else stored

@@ -37,3 +37,5 @@ class RaggedBatch:
     """Rows of [0, T) whose logits are wanted."""
     num_sample_rows: Int32[Array, ""]
     """How many of `sample_rows` are used, counted from the first."""
+    slots: Int32[Array, " S"] | None = None
+    """The slot of each sequence, for models that keep states in them; None for the others."""

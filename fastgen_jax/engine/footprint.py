@@ -15,6 +15,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
 from pallas_kernels.matmul import INT4_BLOCK
 
@@ -108,6 +109,11 @@ def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, 
     )
     rows = min(token_budget, max_num_seqs)
     return math.ceil(token_budget * bytes_per_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
+
+
+def state_bytes(model: ModelConfig, platform: str, max_num_seqs: int) -> int:
+    """Bytes of what running sequences hold beside their KV blocks; 0 for most models."""
+    return max_num_seqs * state_shapes(model, platform).num_bytes
 
 
 @functools.lru_cache(maxsize=64)

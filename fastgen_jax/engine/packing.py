@@ -62,7 +62,17 @@ class Layout:
 class Bucket:
     """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens."""
 
-    def __init__(self, num_tokens: int, *, max_num_seqs: int, max_blocks: int, num_slots: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        num_slots: int,
+        vocab_size: int,
+        has_states: bool = False,
+    ) -> None:
+        """`num_slots` counts those of tokens in the cache; with `has_states` a batch has the slots of its sequences."""
         self.num_tokens = num_tokens
         self.num_seqs = min(num_tokens, max_num_seqs)
         self.layout = Layout(
@@ -77,6 +87,7 @@ class Bucket:
                 Field("block_tables", (self.num_seqs, max_blocks)),
                 Field("sample_rows", (self.num_seqs,)),
                 Field("num_sample_rows", ()),
+                *([Field("slots", (self.num_seqs,))] if has_states else ()),
                 *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
             ]
         )
@@ -85,6 +96,8 @@ class Bucket:
         views = self.layout.views(self._empty)
         views["token_slots"][:] = max_num_seqs
         views["kv_slots"][:] = num_slots
+        if has_states:
+            views["slots"][:] = max_num_seqs
         SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
 
     def new_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -139,6 +152,8 @@ class Packer:
         v["query_starts"][n + 1 :] = total
         v["context_lens"][:n] = contexts
         v["block_tables"][:n, :blocks_used] = tables
+        if "slots" in v:
+            v["slots"][:n] = slots
 
         if total == n:  # every chunk is one token
             rows, positions = np.arange(n), starts

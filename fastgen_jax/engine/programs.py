@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.core import KVCache
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
@@ -85,18 +86,19 @@ class Programs:
             max_blocks=config.max_blocks,
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
+            has_states=self.model.state is not None,
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
         """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
-        cache = KVCache.zeros(
-            num_layers=model.num_layers,
+        cache = empty_cache(
+            divided(model, config.tensor_parallel or 1),
             num_blocks=config.num_blocks,
-            num_kv_heads=divided(model, config.tensor_parallel or 1).num_kv_heads,
             block_size=config.block_size,
+            num_slots=config.max_num_seqs,
             dtype=jnp.dtype(config.kv_dtype),
-            head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
+            platform=jax.default_backend(),
         )
         return cache, self.idle_state()
 

@@ -129,7 +129,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         )
         num_blocks = (
             memory_now(platform)
-            .room()
+            .room(footprint.state_bytes(model, platform, config.max_num_seqs))
             .num_blocks(
                 bytes_per_block,
                 wanted=config.max_num_seqs * blocks_per_sequence,
@@ -145,7 +145,8 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         if config.fit and config.max_context_len is None:
             max_context_len = max(min(max_context_len, num_blocks * block_size), 2)  # a prompt and a generated token
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
-    prefix_caching = config.prefix_caching and not model.rope_depends_on_length
+    # A state is not kept for the end of each block, only for the last token.
+    prefix_caching = config.prefix_caching and not model.rope_depends_on_length and model.state is None
     stack_layers = config.stack_layers
     if stack_layers is None:
         stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)

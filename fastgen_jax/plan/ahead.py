@@ -101,6 +101,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     num_blocks = choices.num_blocks
     if num_blocks is None:
         weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
+        weights += footprint.state_bytes(model, platform, choices.max_num_seqs)
         num_blocks = memory.room(weights).num_blocks(
             footprint.block_bytes(
                 model, platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=num_devices
@@ -137,7 +138,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         num_blocks=num_blocks,
         stack_layers=True,
         activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
-        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length,
+        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length and model.state is None,
         budget_ladder=tuple(sorted(set(budgets))),
         generation_config=(),
         fitted=formats.why,
@@ -155,6 +156,7 @@ def _compile(
         max_blocks=config.max_blocks,
         num_slots=config.num_blocks * config.block_size,
         vocab_size=model.vocab_size,
+        has_states=model.state is not None,
     )
     arguments = step_arguments(
         model,

@@ -96,7 +96,8 @@ def make_plan(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
         weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize),
-        state=footprint.sampler_bytes(model, max_num_seqs),
+        state=footprint.sampler_bytes(model, max_num_seqs)
+        + footprint.state_bytes(model, devices.device.platform, max_num_seqs),
         temporaries=footprint.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
         ),

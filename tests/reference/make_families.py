@@ -469,11 +469,11 @@ def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
     return {"token_ids": np.array(tokens), "logits": torch.cat(rows).float().numpy()}
 
 
-def main() -> None:
+def main(families: dict[str, tuple[str, dict[str, dict[str, Any]]]] = FAMILIES) -> None:
     """Writes the variants of the families named on the command line, or of all families."""
     home = Path(__file__).parent / "families"
-    for family in sys.argv[1:] or FAMILIES:
-        model_type, variants = FAMILIES[family]
+    for family in sys.argv[1:] or families:
+        model_type, variants = families[family]
         for variant, fields in variants.items():
             if (home / family / variant).exists():
                 continue

@@ -62,6 +62,12 @@ _NAMES = (
     "deepseek_v3",
     "glm4_moe",
     "ernie4_5_moe",
+    "lfm2",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5",
+    "falcon_h1",
+    "nemotron_h",
 )
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}
