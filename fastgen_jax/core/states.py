@@ -23,7 +23,7 @@ class StateShapes(NamedTuple):
         return self.num_layers * sum(4 * math.prod(shape) for shape in self.of_layer.values())
 
     def zeros(self, num_slots: int) -> dict[str, Float[Array, "_ ..."]]:
-        """The states of `num_slots` sequences, each as one flat pool: layer l owns rows [l * num_slots, (l + 1) * num_slots).
+        """The states of `num_slots` sequences as flat pools: layer l owns the rows [l * num_slots, (l + 1) * num_slots).
 
         As for `KVCache`, this is the form that no compiler copies. No row is read before the first token of its sequence
         is computed, which does not depend on it.

@@ -169,7 +169,7 @@ def _call(
     rows: jax.Array | None = None,
     experts_of_all: bool = False,
 ) -> LayerCall:
-    """The call of layer `offset` of the i-th period of a segment; with `experts_of_all` it gets the experts of all layers."""
+    """The call of layer `offset` of the i-th period of a segment; `experts_of_all`: it gets the experts of all layers."""
     first_expert = None if config.moe is None else segment.row(config.moe.layers, offset, i)
     if config.moe is not None and first_expert is not None:
         first_expert = first_expert * config.moe.num_experts if experts_of_all else 0

@@ -1,4 +1,4 @@
-"""The architecture of layers that keep a state of fixed size for each sequence, instead of keys and values of every token."""
+"""The architecture of layers that keep a state of fixed size for each sequence, not keys and values of every token."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _mamba2(
     num_tokens, dtype = x.shape[0], x.dtype
     y = project(x, w, "mix_in", num_rows=step.num_tokens)
     if state.in_multipliers:
-        parts = np.repeat(np.float32(state.in_multipliers), (inner, inner, g * n, g * n, h))
+        parts = np.repeat(np.asarray(state.in_multipliers, np.float32), (inner, inner, g * n, g * n, h))
         y = y * jnp.asarray(parts, y.dtype)[None, :]
     gate, mixed, dt = jnp.split(y, (inner, 2 * inner + 2 * g * n), axis=-1)
     mixed, cache = _conv(mixed, w, cache, step, call, config)
@@ -148,7 +148,9 @@ def _conv(
     x: jax.Array, w: LayerWeights, cache: KVCache, step: Step, call: LayerCall, config: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
     """The convolution of a layer, in float32, and the cache with the new tails."""
-    assert config.state is not None and step.state is not None and call.state_row is not None
+    assert config.state is not None
+    assert step.state is not None
+    assert call.state_row is not None
     y, tail = convolved(x, w["conv"], cache.states["tail"], step.state, call.state_row, len(config.state.layers))
     if "conv_bias" in w:
         y = y + w["conv_bias"].astype(jnp.float32)[None, :]
@@ -158,7 +160,9 @@ def _conv(
 def _scanned(
     q: jax.Array, inputs: Inputs, cache: KVCache, step: Step, call: LayerCall, config: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
-    assert config.state is not None and step.state is not None and call.state_row is not None
+    assert config.state is not None
+    assert step.state is not None
+    assert call.state_row is not None
     states = States(matrix=cache.states["matrix"], recent=cache.states["recent"])
     out, states = scan(q, inputs, states, step.state, call.state_row, len(config.state.layers))
     return out, cache.with_states(matrix=states.matrix, recent=states.recent)

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,4 +153,4 @@ def test_what_has_no_place_for_a_state_is_refused():
     with pytest.raises(ValueError, match="cannot be divided over 2 devices"):
         check_num_devices(engine.model, 2)
     with pytest.raises(ValueError, match="dense_forward is not supported for a qwen3_5 model"):
-        dense_forward(engine.params, np.ones((1, 2), np.int32), config=engine.model)
+        dense_forward(engine.params, jnp.ones((1, 2), jnp.int32), config=engine.model)

@@ -87,7 +87,8 @@ def scanned(splits: list[list[int]], *, delta: bool) -> tuple[list[np.ndarray], 
     parts: list[list[np.ndarray]] = [[] for _ in LENGTHS]
     for chunks in steps_of(splits):
         rows = rows_of(chunks)
-        inputs = Inputs(*(packed(name, chunks) for name in ("k", "v", "decay")), packed("rate", chunks) if delta else None)
+        k, v, decay = (packed(name, chunks) for name in ("k", "v", "decay"))
+        inputs = Inputs(k=k, v=v, decay=decay, rate=packed("rate", chunks) if delta else None)
         out, states = run(packed("q", chunks), inputs, states, vars(rows))
         for row, (s, _, length) in enumerate(chunks):
             first = int(rows.first_tokens[row])
