@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastgen_jax.models.moe_config import Activation
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShortConv:
@@ -21,7 +23,7 @@ class ShortConv:
 class Mamba2:
     """A state space with one decay per head. Source: arXiv:2405.21060.
 
-    gate, x, b, c, dt = input @ mix_in;   x, b, c = silu(conv(x, b, c));   dt = softplus(dt + dt_bias)
+    gate, x, b, c, dt = input @ mix_in;   x, b, c = act(conv(x, b, c));   dt = softplus(dt + dt_bias)
     state = exp(-exp(a_log) dt) * state + b (dt x)^T
     out = norm((state^T c + d * x) * silu(gate)) @ mix_out
     """
@@ -32,6 +34,7 @@ class Mamba2:
     num_groups: int  # groups of adjacent heads that share b and c
     state_dim: int  # size of b and c
     width: int  # of the convolution, in tokens
+    activation: Activation = "silu"  # after the convolution
     conv_bias: bool = True
     bias: bool = False  # of the projections
     norm_groups: int = 1  # parts of the output that are normalized separately; 0: there is no norm
@@ -49,7 +52,7 @@ class Mamba2:
 class DeltaNet:
     """Gated delta rule. Source: arXiv:2412.06464.
 
-    q, k, v, gate = input @ mix_in;   b, a = input @ mix_gates;   q, k, v = silu(conv(q, k, v))
+    q, k, v, gate = input @ mix_in;   b, a = input @ mix_gates;   q, k, v = act(conv(q, k, v))
     q, k = q / |q| / sqrt(key_dim), k / |k|
     state = exp(-exp(a_log) softplus(a + dt_bias)) * state;   state += k (sigmoid(b) (v - state^T k))^T
     out = (norm(state^T q) * silu(gate)) @ mix_out
@@ -61,6 +64,7 @@ class DeltaNet:
     key_dim: int  # of a head
     value_dim: int
     width: int  # of the convolution, in tokens
+    activation: Activation = "silu"  # after the convolution
 
 
 StateConfig = ShortConv | Mamba2 | DeltaNet

@@ -13,7 +13,7 @@ from fastgen_jax.core import KVCache, StateShapes
 from fastgen_jax.core.states import NO_STATES
 from fastgen_jax.models.attention import LayerCall, Step
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layers import project
+from fastgen_jax.models.layers import ACTIVATIONS, project
 from fastgen_jax.models.state_config import DeltaNet, Mamba2, ShortConv
 from fastgen_jax.models.state_rows import convolved
 from fastgen_jax.models.state_scan import Inputs, States, piece_size, scan
@@ -87,7 +87,7 @@ def _mamba2(
         y = y * jnp.asarray(parts, y.dtype)[None, :]
     gate, mixed, dt = jnp.split(y, (inner, 2 * inner + 2 * g * n), axis=-1)
     mixed, cache = _conv(mixed, w, cache, step, call, config)
-    values, b, c = jnp.split(jax.nn.silu(mixed), (inner, inner + g * n), axis=-1)
+    values, b, c = jnp.split(ACTIVATIONS[state.activation](mixed), (inner, inner + g * n), axis=-1)
     dt = jax.nn.softplus(dt.astype(jnp.float32) + w["dt_bias"][None, :])  # [T, H]
     values = values.reshape(num_tokens, h, d)
     inputs = Inputs(
@@ -119,7 +119,7 @@ def _delta_net(
     mixed, gate = jnp.split(project(x, w, "mix_in", num_rows=step.num_tokens), (2 * k * dk + h * dv,), axis=-1)
     b, a = jnp.split(project(x, w, "mix_gates", num_rows=step.num_tokens).astype(jnp.float32), 2, axis=-1)
     mixed, cache = _conv(mixed, w, cache, step, call, config)
-    q, key, value = jnp.split(jax.nn.silu(mixed), (k * dk, 2 * k * dk), axis=-1)
+    q, key, value = jnp.split(ACTIVATIONS[state.activation](mixed), (k * dk, 2 * k * dk), axis=-1)
     q, key = (part.reshape(num_tokens, k, dk) for part in (q, key))
 
     def unit(x: jax.Array, length: float) -> jax.Array:

@@ -21,7 +21,7 @@ MEASURED = released.measured()
 REFUSED = {
     *("deepseek-ai/DeepSeek-V3.2", "google/gemma-4-26B-A4B", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
     *("MiniMaxAI/MiniMax-M2.5", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
-    *("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen/Qwen3.5-27B", "Qwen/Qwen3.5-35B-A3B", "zai-org/GLM-5"),
+    *("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen/Qwen3.5-35B-A3B", "zai-org/GLM-5"),
 }
 
 
@@ -41,7 +41,7 @@ def test_released_configs_are_read_and_the_others_are_refused_with_a_reason():
             )
     assert refused == REFUSED
     for model in refused:
-        with pytest.raises(ValueError, match="nearest supported"):
+        with pytest.raises(ValueError, match=r"nearest supported|layers of type 'E', which are not supported"):
             released.read(BY_NAME[model])
 
 

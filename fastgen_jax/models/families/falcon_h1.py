@@ -38,6 +38,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     groups, has_norm = hf.get("mamba_n_groups", 1), hf.get("mamba_rms_norm", False)
     norm_first = hf.get("mamba_norm_before_gate", True)
     attention_in, ssm_in = hf.get("attention_in_multiplier", 1.0), hf.get("ssm_in_multiplier", 1.0)
+    activation = common.activation(hf, default="silu")
     gate, down = hf.get("mlp_multipliers") or (1.0, 1.0)
     parts = hf.get("ssm_multipliers") or (1.0,) * 5
     return ModelConfig(
@@ -46,7 +47,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         **rotary(hf, max_context_len=8192),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        activation=common.activation(hf, default="silu"),
+        activation=activation,
         embed_multiplier=hf.get("embedding_multiplier", 1.0),
         logits_multiplier=hf.get("lm_head_multiplier", 1.0),
         # Queries, keys and values are all linear in the multiplied input, and scores in the keys.
@@ -60,6 +61,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             num_groups=groups,
             state_dim=hf.get("mamba_d_state", 256),
             width=hf.get("mamba_d_conv", 4),
+            activation=activation,
             conv_bias=hf.get("mamba_conv_bias", True),
             norm_groups=groups if has_norm else 0,
             norm_first=has_norm and norm_first,

@@ -60,6 +60,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             num_groups=hf.get("mamba_n_groups", 1),
             state_dim=hf.get("mamba_d_state", 256),
             width=hf.get("mamba_d_conv", 4),
+            activation=activation,
             conv_bias=hf.get("mamba_conv_bias", True),
             bias=hf.get("mamba_proj_bias", False),
         ),

@@ -32,8 +32,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             f"config.json has layers of type {', '.join(map(repr, sorted(unknown)))}, which are not supported; supported: "
             "Mamba 2 (M), attention (*) and MLP (-)"
         )
-    common.refuse_unsupported(hf, {"mamba_hidden_act": ("silu",), "attention_bias": (False,), "mamba_proj_bias": (False,)})
-    hf.ignore("mamba_hidden_act", "attention_bias", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap")
+    common.refuse_unsupported(hf, {"attention_bias": (False,), "mamba_proj_bias": (False,)})
+    hf.ignore("attention_bias", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap")
     _ignore_experts(hf)
     hf.ignore("expand", "chunk_size", "time_step_limit", "time_step_min", "time_step_max", "time_step_floor", "norm_eps")
     hf.ignore("num_logits_to_keep", "rescale_prenorm_residual", "use_mamba_kernels")
@@ -71,6 +71,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             num_groups=groups,
             state_dim=hf.get("ssm_state_size", 128),
             width=hf.first("conv_kernel", "mamba_d_conv", default=4),
+            activation=common.activation(hf, "mamba_hidden_act", default="silu"),
             conv_bias=hf.get("use_conv_bias", True),
             bias=bias,
             norm_groups=groups,

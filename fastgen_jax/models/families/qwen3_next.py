@@ -50,13 +50,14 @@ def delta_net_model(hf: Fields) -> common.ModelFields:
     hf.ignore("attn_output_gate", "mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     attention, layers = split_layers(hf, types, ("linear_attention",))
     head_dim = hf.get("head_dim") or 256
+    activation = common.activation(hf, default="silu")
     bias = hf.get("attention_bias", False)
     return {
         **rotary(hf, max_context_len=32_768, head_dim=head_dim, partial=0.25),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "norm_offset": 1.0,
         "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "activation": common.activation(hf, default="silu"),
+        "activation": activation,
         "qkv_bias": bias,
         "o_bias": bias,
         "qk_norm": "head",
@@ -69,6 +70,7 @@ def delta_net_model(hf: Fields) -> common.ModelFields:
             key_dim=hf.get("linear_key_head_dim", 128),
             value_dim=hf.get("linear_value_head_dim", 128),
             width=hf.get("linear_conv_kernel_dim", 4),
+            activation=activation,
         ),
     }
 
