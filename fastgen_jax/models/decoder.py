@@ -29,7 +29,7 @@ from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
-from fastgen_jax.models.segments import Segment, segments
+from fastgen_jax.models.segments import Place, Segment, run_loops
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params
 from pallas_kernels.grouped_matmul import PackedGroups
 from pallas_kernels.matmul import PackedWeight, linear
@@ -102,8 +102,8 @@ def run_layers(
     """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
-    (an MLP in some, experts or a state in others), each of `segments` is one scan. A tuple of L dicts is unrolled: on a
-    CPU, the slices of a scan are copies, so every step would read and write the whole model once more. Only packed stacks
+    (an MLP in some, experts or a state in others), similar ones share the body of a loop. A tuple of L dicts is unrolled: on
+    a CPU, the slices of a scan are copies, so every step would read and write the whole model once more. Only packed stacks
     are scanned there, whose kernels read a layer in place. With packed stacks and tuples the last layer is called for `rows`
     only, because no other row is read after its attention.
     """
@@ -111,7 +111,7 @@ def run_layers(
         return _run_packed(layer, layers, x, kv_cache, rows=rows, config=config)
     if not isinstance(layers, Mapping):
         for index, weights in enumerate(layers):
-            call = _call(config, Segment(index, 1, 1), 0, 0, rows=rows if index == len(layers) - 1 else None)
+            call = _call(config, Place(first=index), rows=rows if index == len(layers) - 1 else None)
             x, kv_cache = layer(x, kv_cache, weights, call)
         return x, kv_cache
 
@@ -129,55 +129,39 @@ def run_layers(
             carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
         ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
             x, cache, index = carry
-            x, cache = layer(x, cache, weights, _call(config, whole, 0, index))
+            x, cache = layer(x, cache, weights, _call(config, Place(first=0, loops=((whole, index),))))
             return (x, cache, index + 1), None
 
-        # The counter is carried: XLA makes one of it and the loop's own, and products on a GPU read their weights in place
-        # only if it is the index. An array of layer numbers would be sliced in every layer.
+        # The counter is carried as in `run_loops`.
         (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
         return jnp.take(x, rows, axis=0), kv_cache
 
-    for segment in segments(_kinds(having, config.num_layers)):
+    def one(carry: tuple[jax.Array, KVCache], place: Place) -> tuple[jax.Array, KVCache]:
+        # The same as slicing the xs of a scan, but the stacks also hold the layers of other loops.
+        weights = {
+            name: jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False), layers[name])
+            for name, rows in having.items()
+            if name not in experts and (row := place.row(rows)) is not None
+        }
+        call = _call(config, place, experts_of_all=True)
+        return layer(*carry, weights if call.first_expert is None else weights | experts, call)
 
-        def some(
-            carry: tuple[jax.Array, KVCache, jax.Array], _: None, segment: Segment = segment
-        ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
-            x, cache, i = carry
-            for offset in range(segment.period):
-                # The same as slicing the xs of a scan, but the stacks also hold the layers of other segments.
-                weights = {
-                    name: jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False), layers[name])
-                    for name, having_it in having.items()
-                    if name not in experts and (row := segment.row(having_it, offset, i)) is not None
-                }
-                call = _call(config, segment, offset, i, experts_of_all=True)
-                if call.first_expert is not None:
-                    weights |= experts
-                x, cache = layer(x, cache, weights, call)
-            return (x, cache, i + 1), None
-
-        (x, kv_cache, _), _ = jax.lax.scan(some, (x, kv_cache, jnp.int32(0)), length=segment.repeats)
+    x, kv_cache = run_loops(_kinds(having, config.num_layers), one, (x, kv_cache))
     return jnp.take(x, rows, axis=0), kv_cache
 
 
-def _call(
-    config: ModelConfig,
-    segment: Segment,
-    offset: int,
-    i: int | jax.Array,
-    *,
-    rows: jax.Array | None = None,
-    experts_of_all: bool = False,
-) -> LayerCall:
-    """The call of layer `offset` of the i-th period of a segment; `experts_of_all`: it gets the experts of all layers."""
-    first_expert = None if config.moe is None else segment.row(config.moe.layers, offset, i)
+def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, experts_of_all: bool = False) -> LayerCall:
+    """The call of a layer; with `experts_of_all` it gets the experts of all layers."""
+    index = place.row(range(config.num_layers))
+    assert index is not None, "it is a layer of the model"
+    first_expert = None if config.moe is None else place.row(config.moe.layers)
     if config.moe is not None and first_expert is not None:
         first_expert = first_expert * config.moe.num_experts if experts_of_all else 0
     return LayerCall(
-        index=segment.start + offset + i * segment.period,
-        kv_row=segment.row(config.kv_layers, offset, i),
-        state_row=None if config.state is None else segment.row(config.state.layers, offset, i),
-        has_mlp=config.mlp_layers is None or segment.start + offset in config.mlp_layers,
+        index=index,
+        kv_row=place.row(config.kv_layers),
+        state_row=None if config.state is None else place.row(config.state.layers),
+        has_mlp=config.mlp_layers is None or place.first in config.mlp_layers,
         rows=rows,
         first_expert=first_expert,
     )
@@ -192,30 +176,19 @@ def _run_packed(
     rows: Int[Array, " R"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """`run_layers` for stacks of packed weights: a scan over each segment, and the last layer by itself."""
+    """`run_layers` for stacks of packed weights: loops, and the last layer by itself."""
     having, last = layers_with(config), config.num_layers - 1
 
-    def period(
-        carry: tuple[jax.Array, KVCache], segment: Segment, i: int | jax.Array, rows: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """The layers of the i-th period of a segment."""
-        for offset in range(segment.period):
-            weights = {
-                name: jax.tree.map(partial(_at_row, row=row), leaf, is_leaf=_is_packed)
-                for name, leaf in layers.items()
-                if (row := segment.row(having[name], offset, i)) is not None
-            }
-            carry = layer(*carry, weights, _call(config, segment, offset, i, rows=rows))
-        return carry
+    def one(carry: tuple[jax.Array, KVCache], place: Place, rows: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+        weights = {
+            name: jax.tree.map(partial(_at_row, row=row), leaf, is_leaf=_is_packed)
+            for name, leaf in layers.items()
+            if (row := place.row(having[name])) is not None
+        }
+        return layer(*carry, weights, _call(config, place, rows=rows))
 
-    carry = (x, kv_cache)
-    for segment in segments(_kinds(having, last)):
-        if segment.repeats == 1:
-            carry = period(carry, segment, 0)
-        else:
-            count = jnp.arange(segment.repeats, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(lambda carry, i, segment=segment: (period(carry, segment, i), None), carry, count)
-    return period(carry, Segment(last, 1, 1), 0, rows)
+    carry = run_loops(_kinds(having, last), one, (x, kv_cache))
+    return one(carry, Place(first=last), rows)
 
 
 def _is_packed(leaf: Leaf) -> bool:
