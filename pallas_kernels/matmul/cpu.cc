@@ -19,6 +19,28 @@ struct RowBlocks {
   int64_t length(int64_t i) const { return size + (i < num_larger); }
 };
 
+// One row, two panels at a time: a column is one chain of multiply-adds, and only with several vectors of columns does a
+// CPU have another one to go on with while it waits for a result. A work item is a run of such pairs, so that what a
+// pair prefetches is what the thread needs next.
+template <class Weight>
+void multiply_row(ffi::ThreadPool& pool, const typename Weight::Factor* a, int64_t steps, const Weight& weight,
+                  int64_t num_panels, const Output& output) {
+  const int64_t num_pairs = (num_panels + 1) / 2, pair_bytes = 2 * weight.panel_bytes();
+  const int64_t enough_items = 8 * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t run = std::max<int64_t>(1, std::min(kRunBytes / pair_bytes, num_pairs / enough_items));
+  parallel_for(pool, (num_pairs + run - 1) / run, [&](int64_t item) {
+    for (int64_t panel = 2 * run * item; panel < std::min(2 * run * (item + 1), num_panels); panel += 2) {
+      float sums[2 * kWidth];
+      const bool pair = panel + 1 < num_panels;
+      for (int64_t k = 0; k == 0 || k < steps; k += kDepth) {
+        weight.multiply_row(std::min(kDepth, steps - k), a + k, weight.part(panel, k), sums, k == 0, pair);
+      }
+      output.write(0, panel, sums, nullptr);
+      if (pair) output.write(0, panel + 1, sums + kWidth, nullptr);
+    }
+  });
+}
+
 struct PackedRows;
 struct WidePanel;
 struct Sums;
@@ -37,6 +59,9 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t m, int64_t depth, c
   const bool packs = m > 1 || Weight::kGroup > 1;
   Factor* packed = packs ? reinterpret_cast<Factor*>(scratch<PackedRows>(m * steps)) : nullptr;
   const Factor* a = packs ? packed : reinterpret_cast<const Factor*>(x);
+  if constexpr (Weight::kPairs) {
+    if (!packs) return multiply_row(pool, a, steps, weight, num_panels, output);
+  }
   const int64_t num_packs = packs ? blocks.count : 0;
   std::atomic<int64_t> num_packed{0};
 

@@ -71,29 +71,65 @@ KERNEL_INLINE Vec load_scales(const Exponent* p) {
 // ---- numbers -----------------------------------------------------------------------------------------------------
 //
 // A type of number defines how number j of kLanes words becomes a float (`unpack`), and what it is counted from without
-// stored offsets (`kMiddle`).
+// stored offsets (`kMiddle`). It may be greater by a constant, `bias(place(j))`, with one of kPlaces values.
 
-struct UInt4 {
+struct Unbiased {
+  static constexpr int kPlaces = 1;
+  static constexpr int place(int) { return 0; }
+  static constexpr float bias(int) { return 0; }
+};
+
+// Whole numbers of less than 16 bits are turned into floats by an exponent written above them: bits at `bit` and above of the fraction
+// of 2^(23 - bit) add a whole number to it. Two bit operations are cheaper than a shift and a conversion.
+KERNEL_INLINE Vec above_power(IntVec words, int mask, int bit) {
+  return as_floats((words & (mask << bit)) | ((127 + 23 - bit) << 23));
+}
+constexpr float power_above(int bit) { return static_cast<float>(1 << (23 - bit)); }
+
+#if defined(__AVX512F__)
+struct UInt4 : Unbiased {
   static constexpr int kBits = 4;
   static constexpr float kMiddle = 8;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
-#if defined(__AVX512F__)
     // The table lookup ignores all but the lowest four bits, and returns the value as a float.
     const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return _mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
-#else
-    return __builtin_convertvector((words >> (4 * j)) & 15, Vec);
-#endif
   }
 };
 
-struct SInt8 {
+struct SInt8 : Unbiased {
   static constexpr int kBits = 8;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
     return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vec);
   }
 };
+#else
+// Biases have so few bits that their products with float16 scales are exact.
+struct UInt4 {
+  static constexpr int kBits = 4;
+  static constexpr float kMiddle = 8;
+  static constexpr int kPlaces = 3;
+  // Two shifts bring all eight numbers to bits 8, 12 and 16.
+  static constexpr int place(int j) { return j < 2 ? j : (j - 2) % 3; }
+  static constexpr float bias(int place) { return power_above(8 + 4 * place); }
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    return above_power(j < 2 ? words << 8 : j < 5 ? words : words >> 12, 15, 8 + 4 * place(j));
+  }
+};
+
+struct SInt8 {
+  static constexpr int kBits = 8;
+  static constexpr float kMiddle = 0;
+  static constexpr int kPlaces = 1;
+  static constexpr int place(int) { return 0; }
+  static constexpr float bias(int) { return power_above(8) + 128; }
+  static KERNEL_INLINE Vec unpack(IntVec words, int j) {
+    words ^= static_cast<int32_t>(0x80808080);  // from -128 on, it becomes a number without sign
+    return above_power(j == 0 ? words << 8 : words >> (8 * (j - 1)), 255, 8);
+  }
+};
+#endif
 
 // A sign, two bits of exponent and one of fraction (E2M1).
 constexpr float kFloat4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
@@ -105,7 +141,7 @@ constexpr float kNormalFloat4[16] = {
 
 // Indices of a table.
 template <const float (&Table)[16]>
-struct Coded4 {
+struct Coded4 : Unbiased {
   static constexpr int kBits = 4;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
@@ -134,7 +170,7 @@ using Float4 = Coded4<kFloat4>;
 using NormalFloat4 = Coded4<kNormalFloat4>;
 
 // A sign, four bits of exponent and three of fraction (E4M3). NaN is not a valid weight.
-struct Float8 {
+struct Float8 : Unbiased {
   static constexpr int kBits = 8;
   static constexpr float kMiddle = 0;
   static KERNEL_INLINE Vec unpack(IntVec words, int j) {
@@ -162,37 +198,52 @@ struct BlockFormat {
   using Factor = typename Wide::Factor;
   static constexpr int kGroup = Wide::kGroup;
   static constexpr int kPerWord = 32 / Number::kBits;
-  static constexpr bool kAdds = Offsets || Number::kMiddle != 0;
+  // Whether the product of a scale and a bias is exact, so that the bias is subtracted along with the offset.
+  static constexpr bool kFolds = std::is_same_v<Scale, Half> && !Offsets;
+  static constexpr int kOffsets = kFolds ? Number::kPlaces : 1;
+  static constexpr bool kAdds = Offsets || Number::kMiddle != 0 || (kFolds && Number::bias(0) != 0);
   static constexpr int64_t kScaleBytes = kWidth * static_cast<int64_t>(sizeof(Scale)) * (1 + Offsets);
   static constexpr int64_t kWordBytes = kWidth * 4;
 
   static int64_t block_bytes(int64_t size) { return kScaleBytes + size / kPerWord * kWordBytes; }
 
-  // Calls f(j, v, row) for each step j of a word and vector v of columns, with the values as `Wide` has them, and next()
-  // after each word.
-  template <class F, class Next>
-  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, F&& f, Next&& next) {
+  // Calls f(j, v, row) for each step j of a word and vector v of the columns of `Panels` panels, `panel_bytes` apart, with
+  // the values as `Wide` has them, and next() after each word.
+  template <int Panels, class F, class Next>
+  static KERNEL_INLINE void for_each_step(int64_t size, int64_t steps, const char* from, int64_t panel_bytes, F&& f,
+                                          Next&& next) {
+    constexpr int kAll = Panels * kVecs;
     for (int64_t block = 0; block < steps * kGroup / size; ++block) {
-      Vec scale[kVecs], offset[kVecs];
-      const Scale* scales = reinterpret_cast<const Scale*>(from);
+      Vec scale[kAll], offset[kOffsets][kAll];
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) {
+        const Scale* scales = reinterpret_cast<const Scale*>(from + v / kVecs * panel_bytes) + v % kVecs * kLanes;
+        scale[v] = load_scales(scales);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        scale[v] = load_scales(scales + v * kLanes);
-        offset[v] = Offsets ? load_scales(scales + kWidth + v * kLanes) : scale[v] * -Number::kMiddle;
+        for (int p = 0; p < kOffsets; ++p) {
+          const float middle = Number::kMiddle + (kFolds ? Number::bias(p) : 0);
+          offset[p][v] = Offsets ? load_scales(scales + kWidth) : scale[v] * -middle;
+        }
       }
       from += kScaleBytes;
       for (int64_t word = 0; word < size / kPerWord; ++word, from += kWordBytes) {
-        IntVec words[kVecs];
-        std::memcpy(words, from, sizeof words);
+        // Not memcpy, which GCC does in halves of an AVX2 register by way of the stack: it took a third of the time.
+        IntVec words[kAll];
 #pragma GCC unroll 8
-        for (int j = 0; j < kPerWord; j += kGroup) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) {
+        for (int v = 0; v < kAll; ++v) {
+          words[v] = reinterpret_cast<const UnalignedIntVec*>(from + v / kVecs * panel_bytes)[v % kVecs];
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kAll; ++v) {
+#pragma GCC unroll 8
+          for (int j = 0; j < kPerWord; j += kGroup) {
             Vec inputs[kGroup];
 #pragma GCC unroll 2
             for (int i = 0; i < kGroup; ++i) {
-              const Vec q = Number::unpack(words[v], j + i);
-              inputs[i] = kAdds ? scale[v] * q + offset[v] : scale[v] * q;
+              Vec q = Number::unpack(words[v], j + i);
+              const int place = Number::place(j + i);
+              if (!kFolds && Number::bias(place) != 0) q -= Number::bias(place);
+              inputs[i] = kAdds ? scale[v] * q + offset[kFolds ? place : 0][v] : scale[v] * q;
             }
             f(j / kGroup, v, as_step(Wide{}, inputs));
           }
@@ -203,38 +254,41 @@ struct BlockFormat {
   }
 
   static void widen(int64_t size, int64_t steps, const char* from, typename Wide::Element* to) {
-    for_each_step(
-        size, steps, from, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
+    for_each_step<1>(
+        size, steps, from, 0, [&](int j, int v, auto row) { Wide::put(to + (j * kVecs + v) * kLanes * kGroup, row); },
         [&] { to += kPerWord / kGroup * kStep<Wide>; });
   }
 
-  // As `tile` in panels.h.
-  template <int Rows>
-  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
-                   int64_t ahead_step) {
-    Vec acc[Rows][kVecs];
+  // As `tile` in panels.h, with the columns of `Panels` panels: sums [Rows, Panels, kWidth].
+  template <int Rows, int Panels>
+  static void tile(int64_t size, int64_t steps, const Factor* a, const char* b, int64_t panel_bytes, float* sums, bool first,
+                   const char* ahead, int64_t ahead_step) {
+    constexpr int kAll = Panels * kVecs;
+    Vec acc[Rows][kAll];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = first ? Vec{} : load(sums + r * kWidth + v * kLanes);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) acc[r][v] = first ? Vec{} : load(sums + (r * kAll + v) * kLanes);
     }
     ahead_step *= kPerWord / kGroup;
-    for_each_step(
-        size, steps, b,
+    for_each_step<Panels>(
+        size, steps, b, panel_bytes,
         [&](int j, int v, auto row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) acc[r][v] = Wide::multiply_add(acc[r][v], a[j * Rows + r], row);
         },
         [&]() __attribute__((always_inline)) {
-          __builtin_prefetch(ahead);
-          __builtin_prefetch(ahead + 64);
+          for (int p = 0; p < Panels; ++p) {
+            __builtin_prefetch(ahead + p * panel_bytes);
+            __builtin_prefetch(ahead + p * panel_bytes + 64);
+          }
           ahead += ahead_step;
           a += kPerWord / kGroup * Rows;
         });
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) store(sums + (r * kAll + v) * kLanes, acc[r][v]);
     }
   }
 };
@@ -247,13 +301,16 @@ struct Blocks {
   static constexpr int kGroup = Wide::kGroup;
   // Unpacking costs more than reading, so with more rows it is done once for all of them.
   static constexpr int kDirectRows = 4;
+  static constexpr bool kPairs = true;
 
   const char* data;
   int64_t size;         // inputs of a block
   int64_t depth;        // inputs of a panel, a multiple of `size`
   int64_t block_bytes;  // 0: there are no blocks of this format and size
   void (*widen_panel)(int64_t, int64_t, const char*, typename Wide::Element*);
-  void (*tiles[kDirectRows])(int64_t, int64_t, const Factor*, const char*, float*, bool, const char*, int64_t);
+  using Tile = void (*)(int64_t, int64_t, const Factor*, const char*, int64_t, float*, bool, const char*, int64_t);
+  Tile tiles[kDirectRows];
+  Tile pair;  // one row, two panels
 
   // The numbers of the formats are also in blocks.py.
   Blocks(int64_t format, const void* data, int64_t size, int64_t depth)
@@ -278,10 +335,11 @@ struct Blocks {
     if (size % Format::kPerWord) return;
     block_bytes = Format::block_bytes(size);
     widen_panel = Format::widen;
-    tiles[0] = Format::template tile<1>;
-    tiles[1] = Format::template tile<2>;
-    tiles[2] = Format::template tile<3>;
-    tiles[3] = Format::template tile<4>;
+    tiles[0] = Format::template tile<1, 1>;
+    tiles[1] = Format::template tile<2, 1>;
+    tiles[2] = Format::template tile<3, 1>;
+    tiles[3] = Format::template tile<4, 1>;
+    pair = Format::template tile<1, 2>;
   }
 
   // Whether an array with these axes within a panel holds such blocks.
@@ -297,7 +355,11 @@ struct Blocks {
   void widen(const char* from, int64_t steps, typename Wide::Element* to) const { widen_panel(size, steps, from, to); }
   void multiply(int64_t rows, int64_t steps, const Factor* a, const char* b, float* sums, bool first, const char* ahead,
                 int64_t ahead_step) const {
-    tiles[rows - 1](size, steps, a, b, sums, first, ahead, ahead_step);
+    tiles[rows - 1](size, steps, a, b, 0, sums, first, ahead, ahead_step);
+  }
+  // One row with the panel at b, and the next one if `both`. Prefetches the panels after them.
+  void multiply_row(int64_t steps, const Factor* a, const char* b, float* sums, bool first, bool both) const {
+    (both ? pair : tiles[0])(size, steps, a, b, panel_bytes(), sums, first, b + 2 * panel_bytes(), step_bytes());
   }
 };
 

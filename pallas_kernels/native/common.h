@@ -40,6 +40,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 // The same vectors for memory that may be unaligned and may hold other types.
 typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
 typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 #define KERNEL_INLINE inline __attribute__((always_inline))

@@ -32,6 +32,8 @@ constexpr int kWidth = kVecs * kLanes;
 constexpr int64_t kDepth = 2048;
 // Bytes of activations that one work item reads per panel: they should stay in the L2 or L3 cache.
 constexpr int64_t kChunkBytes = 1 << 20;
+// Bytes of short panels that a thread takes at once when there is one row.
+constexpr int64_t kRunBytes = 1 << 16;
 // How far a single tile prefetches in its own panel: one memory page, where the hardware prefetcher stops.
 constexpr int64_t kNearBytes = 4096;
 
@@ -175,6 +177,7 @@ struct Dense {
   using Wide = typename Storage::Wide;
   using Factor = typename Storage::Factor;
   static constexpr int kGroup = Storage::kGroup;
+  static constexpr bool kPairs = false;
 
   const Element* data;
   int64_t steps;

@@ -155,6 +155,33 @@ def test_flipped_bytes_in_the_header_never_raise_anything_but_value_error(tmp_pa
     assert all("broken.gguf" in refusal for refusal in refusals)
 
 
+@pytest.mark.parametrize(
+    ("where", "becomes", "message"),
+    [
+        (b"llama.block_count", 99, "corrupt: a metadata value of unknown kind 99"),
+        (b"token_embd.weight", 9, "corrupt: tensor 'token_embd.weight' has 9 dimensions; it must have 1 to"),
+    ],
+)
+def test_a_corrupt_header_is_refused_with_what_is_wrong(tmp_path, where, becomes, message):
+    write_gguf(tmp_path / "m.gguf")
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = data.index(where) + len(where)
+    data[at : at + 4] = becomes.to_bytes(4, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_an_empty_tensor_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
+    data[at : at + 8] = bytes(8)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"corrupt: tensor 'token_embd.weight' is empty"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 and more")
     with pytest.raises(ValueError, match="not a GGUF file"):

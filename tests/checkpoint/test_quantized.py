@@ -204,3 +204,45 @@ def test_fp8_scales_every_block_and_those_at_the_edges():
     scales = rng.random((3, 3)).astype(np.float32)
     want = [[np.float32(weight[i, j]) * scales[i // 8, j // 16] for j in range(37)] for i in range(20)]
     np.testing.assert_array_equal(fp8_values(weight, scales, block=(8, 16)).values(), want)
+
+
+def _compressed(**settings) -> dict:
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", **settings}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "quip"}, r"quant_method is 'quip'; supported: .*gptq"),
+        (_compressed(format="marlin-24"), r"format='marlin-24'; supported: pack-quantized"),
+        (_compressed(config_groups={"g": {"format": "marlin-24"}}), r"format='marlin-24'; supported"),
+        (_compressed(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config.format='sparse-24-bitmask'"),
+        (_compressed(transform_config={"config_groups": {"R1": {}}}), "transform_config.*rotates activations"),
+        ({"quant_method": "awq", "bits": 4, "version": "v9"}, r"version='v9'; supported: gemm, exllama, gemv"),
+        ({"quant_method": "awq", "bits": 8}, r"bits=8; supported: 4"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "x"}, r"packing_format='x'; supported: "),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, r"data_type='mx_fp'; supported: 'int'"),
+    ],
+)
+def test_other_settings_are_refused_with_those_that_are_supported_and_a_remedy(settings, message):
+    with pytest.raises(ValueError, match=message + r".*; otherwise pass the original checkpoint"):
+        unpack({}, settings)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"num_bits": 4, "strategy": "tensor_group", "group_size": 32}, r"strategy='tensor_group'; supported: 'tensor'"),
+        ({"num_bits": 9, "strategy": "channel"}, r"num_bits=9 for 'm'; supported: 'int' with 2 to 8 bits"),
+        ({"num_bits": 4, "type": "posit"}, r"type='posit' and weights.num_bits=4"),
+        (
+            {"num_bits": 4, "strategy": "channel"},
+            r"'m.weight_scale' has shape \(.*the matrix and quantization_config require",
+        ),
+    ],
+)
+def test_weights_of_compressed_tensors_that_are_not_understood_are_refused(weights, message):
+    case = next(case for case in SETTINGS if SETTINGS[case].get("format") == "pack-quantized")
+    group = {"targets": ["Linear"], "weights": weights}
+    with pytest.raises(ValueError, match=message):
+        unpack(tensors_of(case, "m"), _compressed(config_groups={"group_0": group}))["m.weight"].map()

@@ -166,6 +166,17 @@ def test_a_cached_copy_is_used_if_the_cache_of_the_hub_is_read_only(monkeypatch,
         resolve_model("org/name")
 
 
+def test_a_name_that_the_hub_does_not_know_is_refused_with_what_to_check(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unknown(*arguments, **options):
+        raise hub.errors.RepositoryNotFoundError.__new__(hub.errors.RepositoryNotFoundError)
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unknown)
+    with pytest.raises(ValueError, match=r"the hub has no model 'org/nome', or it is private or gated; .*hf auth login"):
+        resolve_model("org/nome")
+
+
 def test_one_gguf_file_of_a_repository_is_chosen_by_its_variant(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     names = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]

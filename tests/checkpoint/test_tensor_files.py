@@ -59,14 +59,22 @@ def _tensor(key: int, array: np.ndarray, strides: tuple[int, ...] | None = None)
     )
 
 
-def write_torch(file: Path, arrays: dict[str, np.ndarray], *, extra: dict[str, object] | None = None) -> None:
+def _view(key: int, array: np.ndarray, start: int) -> _Global:
+    whole = _tensor(key, array)
+    (storage, _, *rest) = whole.arguments[0]
+    return _Global("torch._utils", "_rebuild_tensor_v2", (storage, start, *rest))
+
+
+def write_torch(
+    file: Path, arrays: dict[str, np.ndarray], *, extra: dict[str, object] | None = None, byte_order: str = "little"
+) -> None:
     """A file as `torch.save(arrays)` writes it, so far as `read_torch` looks."""
     out = io.BytesIO()
     content = {name: _tensor(i, array) for i, (name, array) in enumerate(arrays.items())}
     _Pickler(out, protocol=2).dump(content | (extra or {}))
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", out.getvalue())
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/byteorder", byte_order)
         for i, array in enumerate(arrays.values()):
             archive.writestr(f"archive/data/{i}", array.tobytes())
 
@@ -113,11 +121,18 @@ def test_a_directory_of_bin_files_loads_as_the_same_tensors_in_safetensors(tmp_p
             r"not stored row by row but with strides \(1, 4\)",
         ),
         ({"t": _tensor(0, np.zeros((4, 8), np.float32))}, r"fewer than its 32 numbers"),
+        ({"t": _view(0, np.zeros((4, 4), np.float32), start=1)}, r"shape \(4, 4\) exceeds its storage of 16 numbers"),
     ],
 )
 def test_a_pickle_with_anything_but_plain_tensors_is_refused_and_not_run(tmp_path, extra, message):
     write_torch(tmp_path / "x.bin", {"w": np.zeros((4, 4), np.float32)}, extra=extra)
     with pytest.raises(ValueError, match=message):
+        read_torch(tmp_path / "x.bin")
+
+
+def test_a_file_of_a_big_endian_machine_is_refused(tmp_path):
+    write_torch(tmp_path / "x.bin", {"w": np.zeros((4, 4), np.float32)}, byte_order="big")
+    with pytest.raises(ValueError, match="written on a big-endian machine"):
         read_torch(tmp_path / "x.bin")
 
 

@@ -44,6 +44,13 @@ def test_products_are_those_of_the_matrix_that_the_blocks_stand_for(k, n, size, 
 
 
 @needs_native
+def test_a_row_with_many_short_panels_is_the_first_of_two_rows():
+    w = prepare(random_blocks(32, 16 * 131, 32, "uint4", False, "float16"), platform="cpu", dtype="float32")
+    x = jnp.asarray(_x(2, 32))
+    np.testing.assert_array_equal(linear(x[:1], w), linear(x, w)[:1])  # a thread takes a run of panels for one row alone
+
+
+@needs_native
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_gated_products_and_single_layers_too(form):
     layers = [random_blocks(64, 2 * 40, 32, *form, seed=seed) for seed in range(3)]
