@@ -68,8 +68,13 @@ def scan(
     rows: StateRows,
     layer: Int[Array, ""] | int,
     num_layers: int,
+    *,
+    together: int | None = None,
 ) -> tuple[Float[Array, "T H Dv"], States]:
-    """`out` of each token, and the states after this step. Results of padding are zeros."""
+    """`out` of each token, and the states after this step. Results of padding are zeros.
+
+    Pieces of `together` sequences are computed at the same time; None: as many as suit the platform.
+    """
     num_places, size, _ = states.recent.shape
     places = rows.places(layer, num_places, num_layers)
     flat = jnp.concatenate([x.reshape(x.shape[0], -1) for x in inputs if x is not None], axis=-1)  # [T, _]
@@ -77,19 +82,12 @@ def scan(
     counts = jnp.where(rows.stops > rows.starts, -(-rows.stops // size) - first, 0)  # pieces of each row
     order = jnp.argsort(-counts, stable=True).astype(jnp.int32)  # so that the rows with an i-th piece are the first ones
     run = partial(_run, form=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs))
-    out, matrix = jax.lax.platform_dependent(
-        q,
-        flat,
-        states,
-        places,
-        rows.starts,
-        rows.stops,
-        rows.first_tokens,
-        counts,
-        order,
-        cpu=partial(run, group=1),
-        default=partial(run, group=min(_SEQUENCES, counts.shape[0])),
-    )
+    arguments = (q, flat, states, places, rows.starts, rows.stops, rows.first_tokens, counts, order)
+    if together is None:
+        many = partial(run, group=min(_SEQUENCES, counts.shape[0]))
+        out, matrix = jax.lax.platform_dependent(*arguments, cpu=partial(run, group=1), default=many)
+    else:
+        out, matrix = run(*arguments, group=together)
     # Last: until here, `recent` holds what the first pieces of this step continue.
     mine, stop = jnp.take(places, rows.of_tokens), jnp.take(rows.stops, rows.of_tokens)
     kept = rows.is_token & (rows.positions >= stop // size * size)

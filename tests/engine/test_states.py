@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,18 +18,19 @@ from fastgen_jax.engine.footprint import state_bytes
 from fastgen_jax.models.dense import dense_forward
 from fastgen_jax.models.division import check_num_devices
 from tests.models.parity import expected, load
-from tests.tiny import drain, greedy, tokens_of
+from tests.tiny import drain, greedy, random_params, tokens_of
 
 RNG = np.random.default_rng(7)
 PROMPTS = [RNG.integers(3, 64, size).tolist() for size in (1, 2, 5, 16, 17, 34, 55, 40, 3, 31)]
-# A delta net and gated attention; all other kinds of state are slow tests.
-QUICK = ("qwen3_5", "default")
+# A delta net, then gated attention; the models that transformers computed are slow tests.
+QUICK = ("qwen3_5", "two layers")
 MODELS = [
     QUICK,
     *(
         pytest.param(family, variant, marks=pytest.mark.slow)
         for family, variant in (
             ("lfm2", "bias"),
+            ("qwen3_5", "default"),
             ("granitemoehybrid", "experts"),
             ("qwen3_next", "dense_first"),
             ("falcon_h1", "norm"),
@@ -36,12 +38,13 @@ MODELS = [
         )
     ),
 ]
-SPLIT = {"token_budget": 7, "budget_ladder": ()}  # which cuts the pieces of `models.state_scan`
-SMALL = {**SPLIT, "num_blocks": 18}  # the smallest cache that holds the longest prompt and its answer
+# Seven tokens cut the pieces of `models.state_scan`; 18 blocks hold no more than the longest prompt and its answer.
+SMALL = {"token_budget": 7, "budget_ladder": (), "num_blocks": 18}
+LARGE = {"token_budget": 32, "budget_ladder": (8,), "num_blocks": 64}
 
 
 def engine_of(family: str, variant: str, **options: Any) -> Engine:
-    settings = {"token_budget": 32, "budget_ladder": (8,), "max_num_seqs": 8, "block_size": 4, "num_blocks": 64, **options}
+    settings = {**SMALL, "max_num_seqs": 8, "block_size": 4, **options}
     engine = _engine(family, variant, tuple(sorted(settings.items())))
     assert not engine.has_work, "another test left requests behind"
     return engine
@@ -49,7 +52,12 @@ def engine_of(family: str, variant: str, **options: Any) -> Engine:
 
 @cache
 def _engine(family: str, variant: str, settings: tuple[tuple[str, Any], ...]) -> Engine:
-    return Engine(*load(family, variant), EngineConfig(**dict(settings)))
+    if (family, variant) != QUICK:
+        return Engine(*load(family, variant), EngineConfig(**dict(settings)))
+    config = load("qwen3_5", "default")[1]
+    assert config.state is not None
+    config = replace(config, num_layers=2, attention_layers=(1,), state=replace(config.state, layers=(0,)))
+    return Engine(random_params(config), config, EngineConfig(**dict(settings)))
 
 
 def generate(engine: Engine, prompts: list[list[int]] = PROMPTS, params: SamplingParams | None = None) -> list[list[int]]:
@@ -69,12 +77,15 @@ def alone(family: str, variant: str) -> list[list[int]]:
 
 @pytest.mark.parametrize(("family", "variant"), MODELS)
 def test_tokens_are_those_of_transformers_and_do_not_depend_on_the_steps(family, variant):
-    tokens, _, length = expected(family, variant)
-    assert generate(engine_of(family, variant), [tokens[:length].tolist()], greedy(10)) == [tokens[length:].tolist()]
-    assert generate(engine_of(family, variant)) == alone(family, variant)
-    small = engine_of(family, variant, **SMALL)
-    assert generate(small) == alone(family, variant)
-    assert small.scheduler.stats.num_preemptions > 0, "the cache was meant to be too small"
+    engine = engine_of(family, variant)
+    if (family, variant) != QUICK:
+        tokens, _, length = expected(family, variant)
+        assert generate(engine, [tokens[:length].tolist()], greedy(10)) == [tokens[length:].tolist()]
+    preemptions = engine.scheduler.stats.num_preemptions
+    want = alone(family, variant)
+    assert engine.scheduler.stats.num_preemptions == preemptions
+    assert generate(engine) == want
+    assert engine.scheduler.stats.num_preemptions > preemptions, "the cache was meant to be too small"
 
 
 @pytest.mark.slow
@@ -82,11 +93,12 @@ def test_tokens_are_those_of_transformers_and_do_not_depend_on_the_steps(family,
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"overlap": False}, id="no overlap"),
-        pytest.param({"token_budget": 1, "budget_ladder": ()}, id="one token at a time"),
-        pytest.param({"token_budget": 64, "budget_ladder": ()}, id="one large program"),
-        pytest.param({"policy": "prompts_first"}, id="prompts first"),
-        pytest.param({"stack_layers": False, "budget_ladder": ()}, id="unrolled layers"),
+        pytest.param(LARGE, id="two programs"),
+        pytest.param(LARGE | {"overlap": False}, id="no overlap"),
+        pytest.param({"token_budget": 1}, id="one token at a time"),
+        pytest.param(LARGE | {"token_budget": 64, "budget_ladder": ()}, id="one large program"),
+        pytest.param(LARGE | {"policy": "prompts_first"}, id="prompts first"),
+        pytest.param({"stack_layers": False}, id="unrolled layers"),
     ],
 )
 def test_tokens_do_not_depend_on_how_the_engine_runs_them(family, variant, options):
@@ -95,7 +107,7 @@ def test_tokens_do_not_depend_on_how_the_engine_runs_them(family, variant, optio
 
 def test_cancelled_requests_leave_nothing_behind_in_their_slots():
     """Requests come and go at random: those that stay generate what they do alone."""
-    engine, chance = engine_of(*QUICK, **SMALL), random.Random(3)
+    engine, chance = engine_of(*QUICK), random.Random(3)
     waiting, running, outputs = list(range(len(PROMPTS))) * 2, {}, {}
     while waiting or engine.has_work:
         if waiting and chance.random() < 0.4:

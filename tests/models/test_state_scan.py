@@ -67,9 +67,9 @@ def packed(name: str, chunks: list[tuple[int, int, int]]) -> jax.Array:
     return jnp.asarray(np.concatenate([values, np.full((TOKENS - len(values), *values.shape[1:]), 7.0)]), jnp.float32)
 
 
-@partial(jax.jit, donate_argnums=2)
-def run(q, inputs, states, rows):
-    return scan(q, inputs, states, StateRows(**rows), LAYER, LAYERS)
+@partial(jax.jit, donate_argnums=2, static_argnames="together")
+def run(q, inputs, states, rows, together):
+    return scan(q, inputs, states, StateRows(**rows), LAYER, LAYERS, together=together)
 
 
 @partial(jax.jit, donate_argnums=2)
@@ -77,7 +77,7 @@ def run_conv(x, kernel, tails, rows):
     return convolved(x, kernel, tails, StateRows(**rows), LAYER, LAYERS)
 
 
-def scanned(splits: list[list[int]], *, delta: bool) -> tuple[list[np.ndarray], States]:
+def scanned(splits: list[list[int]], *, delta: bool, together: int | None = None) -> tuple[list[np.ndarray], States]:
     """The results of each sequence, and the states at the end. What earlier sequences left in the slots is not a number."""
     width = KEY_HEADS * KEY_DIM + HEADS * VALUE_DIM + HEADS * (1 + delta)
     states = States(
@@ -89,7 +89,7 @@ def scanned(splits: list[list[int]], *, delta: bool) -> tuple[list[np.ndarray], 
         rows = rows_of(chunks)
         k, v, decay = (packed(name, chunks) for name in ("k", "v", "decay"))
         inputs = Inputs(k=k, v=v, decay=decay, rate=packed("rate", chunks) if delta else None)
-        out, states = run(packed("q", chunks), inputs, states, vars(rows))
+        out, states = run(packed("q", chunks), inputs, states, vars(rows), together)
         for row, (s, _, length) in enumerate(chunks):
             first = int(rows.first_tokens[row])
             parts[s].append(np.asarray(out)[first : first + length])
@@ -119,13 +119,13 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_results_are_those_of_the_definition_and_no_split_changes_a_bit(delta):
-    want, states = scanned(TOGETHER, delta=delta)
+@pytest.mark.parametrize(("delta", "together"), [(False, None), (True, None), (True, 3)])
+def test_results_are_those_of_the_definition_and_no_split_changes_a_bit(delta, together):
+    want, states = scanned(TOGETHER, delta=delta, together=together)
     for sequence, got in zip(SEQUENCES, want, strict=True):
         np.testing.assert_allclose(got, defined(sequence, delta=delta), atol=TOLERANCE)
     for splits in SPLITS:
-        got, other = scanned(splits, delta=delta)
+        got, other = scanned(splits, delta=delta, together=together)
         for a, b in zip(want, got, strict=True):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(states.matrix, other.matrix)
