@@ -165,7 +165,7 @@ def test_partial_rotation_with_scaling_is_refused_where_transformers_cannot_comp
 
 
 # Of their own functions: the GELU of BLOOM and MPT, the clamped SwiGLU of gpt-oss, the SiLU of LFM2 and Qwen 1.
-FIXED_ACTIVATION = ("bloom", "gpt_oss", "lfm2", "mpt", "qwen")
+FIXED_ACTIVATION = ("bloom", "gpt_oss", "lfm2", "lfm2_moe", "mpt", "qwen")
 ACTIVATION_FIELDS = {
     **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",

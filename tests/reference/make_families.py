@@ -453,6 +453,9 @@ def randomise(model: torch.nn.Module) -> None:
             if is_norm_weight and float(parameter.detach().mean()) != 0.0:  # Gemma's start at 0 and count from 1
                 noise += 1.0
             parameter.copy_(noise.bfloat16().float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_((torch.randn_like(buffer) * 0.2).bfloat16().float())
 
 
 def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:

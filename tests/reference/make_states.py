@@ -88,6 +88,14 @@ FAMILIES = {
             },
         },
     ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            "default": LFM2
+            | {"num_dense_layers": 1, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+            | {"routed_scaling_factor": 1.5}
+        },
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         {

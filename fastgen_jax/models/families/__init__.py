@@ -63,6 +63,7 @@ _NAMES = (
     "glm4_moe",
     "ernie4_5_moe",
     "lfm2",
+    "lfm2_moe",
     "granitemoehybrid",
     "qwen3_next",
     "qwen3_5",
