@@ -172,6 +172,7 @@ _CHANGES_OUTPUT = frozenset(
         "n_routed_experts",
         "n_shared_experts",
         "norm_topk_prob",
+        "num_dense_layers",
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
@@ -182,6 +183,7 @@ _CHANGES_OUTPUT = frozenset(
         "swiglu_limit",
         "topk_group",
         "topk_method",
+        "use_expert_bias",
         # latent attention
         "kv_lora_rank",
         "q_lora_rank",
