@@ -170,7 +170,7 @@ class LimitNotice:
             return
         if num_generated >= call.intake.room(num_prompt):
             config = call.intake.config
-            name = "num_blocks" if config.num_blocks * config.block_size < config.max_context_len else "max_context_len"
+            name = "num_blocks" if config.longest_sequence < config.max_context_len else "max_context_len"
             self._log_once(
                 name,
                 f"an answer was cut off: after a prompt of {num_prompt} tokens there was room for "

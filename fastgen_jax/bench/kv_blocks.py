@@ -54,7 +54,7 @@ def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats
                 times[n, t].append(engine.measure_step(t))
     print(f"{'KV blocks':>10} {'cache MiB':>10} " + " ".join(f"{f'{t} tokens, ms':>16}" for t in budgets))
     for n, engine in engines.items():
-        size = engine.model.kv_bytes_per_token(4) * engine.config.block_size * n / MIB
+        size = 2 * engine.runner.kv_cache.k.nbytes / MIB
         row = " ".join(f"{1e3 * statistics.median(times[n, t]):16.2f}" for t in budgets)
         print(f"{n:10d} {size:10.1f} {row}")
     return 0

@@ -126,6 +126,7 @@ def measure(engine: Engine, load: Load, policy: str, model: str) -> RunRecord:
             "step_sizes": list(config.budget_ladder),
             "max_num_seqs": config.max_num_seqs,
             "num_blocks": config.num_blocks,
+            "windows": list(config.windows),
             "block_size": config.block_size,
             "dtype": config.dtype,
             "quantize": config.quantize,

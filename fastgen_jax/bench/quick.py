@@ -116,13 +116,13 @@ def measure(engine: Engine, *, seconds: float) -> dict[str, Run]:
     """Prompts, one stream, and as many streams as run at the same time; each takes about `seconds`."""
     config = engine.config
     longest = config.longest_sequence - 1
-    room = config.num_blocks * config.block_size
-    streams = max(1, min(config.max_num_seqs, room // min(SHORTEST, longest)))
+    groups, num_blocks = config.groups, config.num_blocks
+    streams = max(1, min(config.max_num_seqs, groups.sequences(num_blocks, min(SHORTEST, longest))))
     prompt = max(1, min(config.token_budget, longest))
     return {
         f"prompts of {prompt:,} tokens": _prompts(engine, prompt, seconds),
         "1 stream": _streams(engine, 1, longest, seconds),
-        f"{streams} streams": _streams(engine, streams, min(longest, room // streams - config.block_size), seconds),
+        f"{streams} streams": _streams(engine, streams, groups.longest(num_blocks // streams - 1, longest), seconds),
     }
 
 

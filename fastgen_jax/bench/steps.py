@@ -87,7 +87,7 @@ def measure(engine: Engine, *, contexts: Sequence[int], generated: int, rounds: 
         for _ in range(rounds):
             for width in widths:
                 for length in contexts:
-                    if width * (length + generated) <= engine.config.num_blocks * engine.config.block_size:
+                    if width <= engine.config.groups.sequences(engine.config.num_blocks, length + generated):
                         _batch(engine, [length] * width, generated)
             # Prompts alone: their steps attend to growing contexts, and the last one has every size, full or half full.
             for length in (limit, *(min(limit, max(sizes) + end) for end in ends)):
@@ -223,6 +223,7 @@ def facts_of(engine: Engine, model: str) -> JsonObject:
             "max_num_seqs": config.max_num_seqs,
             "num_blocks": config.num_blocks,
             "block_size": config.block_size,
+            "windows": list(config.windows),
             "max_context_len": config.max_context_len,
             "overlap": config.choices.overlap,
             "dtype": config.dtype,

@@ -119,6 +119,7 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
         config = ReplicaConfig(
             num_blocks=args.num_blocks or engine["num_blocks"],
             block_size=engine["block_size"],
+            windows=tuple(engine["windows"]),
             token_budget=args.token_budget or max(cost.sizes),
             max_num_seqs=args.max_num_seqs or engine["max_num_seqs"],
             host_seconds=cost.host_seconds if args.host_seconds is None else args.host_seconds,

@@ -33,6 +33,9 @@ class RaggedBatch:
     """Sequence length that a length-dependent rotary scaling assumes for the token; other scalings ignore it."""
     index: RaggedIndex
     """Which tokens belong to which sequence, and where their K and V are; the slot of padding is `num_blocks * B`."""
+    windowed: tuple[RaggedIndex, ...] = ()
+    """The same for the second and later cache groups, whose sequences begin with a block that is before the window of all
+    their tokens; (): `index` is that of all layers. `context_lens` are correspondingly shorter."""
     sample_rows: Int32[Array, " R"]
     """Rows of [0, T) whose logits are wanted."""
     num_sample_rows: Int32[Array, ""]

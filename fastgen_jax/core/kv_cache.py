@@ -21,7 +21,8 @@ class KVCache:
     """K and V of all layers as one flat pool of LN = L * N blocks each, plain or as a `QuantizedCache`.
 
     Layer l owns blocks [l * N, (l + 1) * N). Block tables and KV slots name blocks within a layer. One flat array is
-    the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument.
+    the form that no compiler copies, neither as the carry of a layer scan nor as a donated argument. With cache groups, L
+    is the number of layers of a group, and layers of different groups use different blocks of the same row.
     """
 
     k: Float[Array, "LN K B D"] | QuantizedCache

@@ -25,11 +25,12 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
         jax.default_backend(),
         kv_dtype=config.kv_dtype,
         block_size=config.block_size,
+        num_groups=len(config.windows),
         num_devices=config.tensor_parallel or 1,
     )
     return (
         f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "
-        f"KV cache of {config.num_blocks * config.block_size:,} tokens, {config.kv_dtype}, {footprint.size(cache_bytes)}; "
+        f"KV cache of {config.cache_tokens:,} tokens, {config.kv_dtype}, {footprint.size(cache_bytes)}; "
         f"context {config.max_context_len:,}"
     )
 

@@ -86,6 +86,7 @@ class Engine:
         self.scheduler = Scheduler(
             num_blocks=self.config.num_blocks,
             block_size=self.config.block_size,
+            windows=self.config.windows,
             token_budget=self.config.token_budget,
             max_num_seqs=self.config.max_num_seqs,
             max_context_len=self.config.max_context_len,

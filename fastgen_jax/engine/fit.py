@@ -19,7 +19,10 @@ from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import footprint, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization
 from fastgen_jax.engine.memory import Memory, memory_now
+from fastgen_jax.engine.resolve import blocks_of_sequences, largest_budget
+from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels import native
 from pallas_kernels.folders import Folder
 
@@ -154,17 +157,34 @@ def tokens_that_fit(
     weights = _weight_bytes(formats, config, model, machine)
     if memory.is_host and weights + _loading_bytes(formats, model) > HOST_WEIGHTS[share] * memory.limit:
         return 0
-    block_size = config.block_size or default_block_size(machine.platform, formats.kv_dtype)
-    block = footprint.block_bytes(
-        model, machine.platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=divided
-    )
+    groups = _groups(formats, config, model, machine)
+    block = _block_bytes(groups, formats, config, model, machine)
     held = weights + _excess_bytes(formats, config, model, machine) + _state_bytes(config, model, machine)
     sharing = 1 if machine.platform == "cpu" else divided
     if config.num_blocks is not None:  # the cache has this size, so the question is whether it fits
         room = HOST_WEIGHTS[share] * memory.free(held) if memory.is_host else getattr(memory.room(held), share)
-        return config.num_blocks * block_size if config.num_blocks * block <= sharing * room else 0
-    room = getattr(memory.room(held), share)
-    return min(max(sharing * room, 0) // block, config.max_num_seqs * -(-limit // block_size)) * block_size
+        return groups.capacity(config.num_blocks, limit) if config.num_blocks * block <= sharing * room else 0
+    num_blocks = max(sharing * getattr(memory.room(held), share), 0) // block
+    return groups.capacity(min(num_blocks, blocks_of_sequences(groups, config.max_num_seqs, limit)), limit)
+
+
+def _groups(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> BlockGroups:
+    return BlockGroups(
+        windows=choose_groups(model, config.max_context_len or model.max_context_len).windows,
+        block_size=config.block_size or default_block_size(machine.platform, formats.kv_dtype),
+        token_budget=largest_budget(config),
+    )
+
+
+def _block_bytes(groups: BlockGroups, formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> int:
+    return footprint.block_bytes(
+        model,
+        machine.platform,
+        kv_dtype=formats.kv_dtype,
+        block_size=groups.block_size,
+        num_groups=groups.num_groups,
+        num_devices=config.tensor_parallel or 1,
+    )
 
 
 def _first(
@@ -231,13 +251,8 @@ def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine:
     if config.num_blocks is not None:
         return f"{needed} for {config.num_blocks} KV blocks"
     tokens = _needed(config, model, USABLE_CONTEXT)
-    cache = footprint.block_bytes(
-        model,
-        machine.platform,
-        kv_dtype=formats.kv_dtype,
-        block_size=tokens,
-        num_devices=config.tensor_parallel or 1,
-    )
+    groups = _groups(formats, config, model, machine)
+    cache = groups.blocks_needed(tokens) * _block_bytes(groups, formats, config, model, machine)
     return f"{needed} for {tokens:,} tokens of {formats.kv_dtype} KV cache ({footprint.size(cache)})"
 
 
@@ -252,16 +267,15 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
     smallest, memory = options[-1], machine.memory
     weights = _weight_bytes(smallest, config, model, machine)
     states = _state_bytes(config, model, machine)
-    tokens = _needed(config, model, LEAST_CONTEXT)
-    cache_tokens = tokens
+    groups = _groups(smallest, config, model, machine)
+    cache_tokens = _needed(config, model, LEAST_CONTEXT)
+    num_blocks = groups.blocks_needed(cache_tokens)
     if config.num_blocks is not None:
-        cache_tokens = config.num_blocks * (config.block_size or default_block_size(machine.platform, smallest.kv_dtype))
-    divided = config.tensor_parallel or 1
-    cache = footprint.block_bytes(
-        model, machine.platform, kv_dtype=smallest.kv_dtype, block_size=cache_tokens, num_devices=divided
-    )
+        num_blocks = config.num_blocks
+        cache_tokens = groups.capacity(num_blocks, config.max_context_len or model.max_context_len)
+    cache = num_blocks * _block_bytes(groups, smallest, config, model, machine)
     if machine.platform != "cpu":
-        cache //= divided
+        cache //= config.tensor_parallel or 1
     if memory.is_host:
         needed, usable = weights + _loading_bytes(smallest, model) + cache + states, int(HOST_WEIGHTS["most"] * memory.limit)
     else:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine.sampling.state import init_state
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
@@ -91,13 +92,21 @@ def largest_weight(model: ModelConfig, itemsize: float, *, kept: tuple[tuple[str
     return math.ceil(max(map(loaded, all_specs(model).values())))
 
 
-def block_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_devices: int = 1) -> int:
-    """Bytes of a KV block on all devices together: keys and values of all heads and layers."""
-    return block_size * divided(model, num_devices).kv_bytes_per_token(
+def token_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, num_devices: int = 1) -> int:
+    """Bytes of the keys and values of a token in all layers, on all devices together."""
+    return divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(kv_dtype).itemsize,
         stored_head_dim=stored_head_dim(model.head_dim, platform),
         scale_bytes=scale_bytes(kv_dtype),
     )
+
+
+def block_bytes(
+    model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_groups: int, num_devices: int = 1
+) -> int:
+    """Bytes of a KV block on all devices together: keys and values of all heads in the layers of a cache group."""
+    of_layer = token_bytes(model, platform, kv_dtype=kv_dtype, num_devices=num_devices) // len(model.kv_layers)
+    return block_size * of_layer * cache_groups(model, num_groups).num_rows
 
 
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:

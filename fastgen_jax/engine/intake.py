@@ -122,9 +122,7 @@ class Intake:
             shown_token_ids=shown_token_ids,
         )
         config = self.config
-        max_total_tokens(
-            request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, block_size=config.block_size
-        )
+        max_total_tokens(request, max_context_len=config.max_context_len, num_blocks=config.num_blocks, groups=config.groups)
         return request
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
-from fastgen_jax.scheduling import Chunk, Step
+from fastgen_jax.scheduling import BlockGroups, Chunk, Step
 from pallas_kernels.ragged_attention import RaggedIndex
 
 T = TypeVar("T")
@@ -60,7 +62,11 @@ class Layout:
 
 
 class Bucket:
-    """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens."""
+    """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens.
+
+    `groups` are the cache groups. The second and later ones have tables of the blocks that T tokens see, from the first of
+    these on. With `has_states` a batch has the slots of its sequences; `num_slots` counts those of tokens in the cache.
+    """
 
     def __init__(
         self,
@@ -70,11 +76,21 @@ class Bucket:
         max_blocks: int,
         num_slots: int,
         vocab_size: int,
+        groups: BlockGroups | None = None,
         has_states: bool = False,
     ) -> None:
-        """`num_slots` counts those of tokens in the cache; with `has_states` a batch has the slots of its sequences."""
         self.num_tokens = num_tokens
         self.num_seqs = min(num_tokens, max_num_seqs)
+        self.max_blocks = max_blocks
+        windowed: list[Field] = []
+        if groups is not None and groups.num_groups > 1:
+            count, *_ = shape = (groups.num_groups - 1, self.num_seqs)
+            width = min(max_blocks, max(groups.blocks_spanned(w, num_tokens) for w in groups.windows[1:]))
+            windowed = [
+                Field("windowed.kv_slots", (count, num_tokens)),
+                Field("windowed.context_lens", shape),
+                Field("windowed.block_tables", (*shape, width)),
+            ]
         self.layout = Layout(
             [
                 Field("token_ids", (num_tokens,)),
@@ -88,6 +104,7 @@ class Bucket:
                 Field("sample_rows", (self.num_seqs,)),
                 Field("num_sample_rows", ()),
                 *([Field("slots", (self.num_seqs,))] if has_states else ()),
+                *windowed,
                 *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
             ]
         )
@@ -95,7 +112,9 @@ class Bucket:
         self._empty = np.zeros(self.layout.size, np.int32)
         views = self.layout.views(self._empty)
         views["token_slots"][:] = max_num_seqs
-        views["kv_slots"][:] = num_slots
+        for name in ("kv_slots", "windowed.kv_slots"):
+            if name in views:
+                views[name][:] = num_slots
         if has_states:
             views["slots"][:] = max_num_seqs
         SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
@@ -120,22 +139,33 @@ class Bucket:
         sampling = SamplingBatch(**_sampling_part(arrays))
         kinds = ("kv_slots", "query_starts", "context_lens", "block_tables")
         index = RaggedIndex(**{name: arrays.pop(name) for name in kinds}, plans=None)
-        rest = {name: array for name, array in arrays.items() if not name.startswith("sampling.")}
-        return RaggedBatch(index=index, **rest), sampling
+        others: tuple[RaggedIndex, ...] = ()
+        windowed = _part(arrays, "windowed.")
+        if windowed:  # all tables are equally wide, so that a layer can take any; the rest is never read
+            tables = windowed["block_tables"]
+            windowed["block_tables"] = jnp.pad(tables, ((0, 0), (0, 0), (0, self.max_blocks - tables.shape[2])))
+            others = tuple(
+                replace(index, **{name: array[group] for name, array in windowed.items()}) for group in range(len(tables))
+            )
+        rest = {name: array for name, array in arrays.items() if "." not in name}
+        return RaggedBatch(index=index, windowed=others, **rest), sampling
 
 
 class Packer:
     """Fills packed arrays from scheduled steps; keeps a copy of the block tables, updated by each step."""
 
     def __init__(self, config: ResolvedConfig, tables: SamplingTables) -> None:
-        self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), np.int32)
+        num_groups, max_num_seqs = len(config.windows), config.max_num_seqs
+        self._block_tables = np.zeros((num_groups * max_num_seqs, config.max_blocks), np.int32)
         self._block_size = config.block_size
+        self._windows = np.array(config.windows[1:], np.int32)[:, None]  # [G - 1, 1]
+        self._first_rows = np.arange(1, num_groups, dtype=np.int32)[:, None] * max_num_seqs
         self._tables = tables
 
     def pack(self, step: Step, bucket: Bucket) -> np.ndarray:
         """The packed array i32 of `step`, padded to `bucket`."""
-        for slot, first, block_ids in step.block_updates:
-            self._block_tables[slot, first : first + len(block_ids)] = block_ids
+        for row, first, block_ids in step.block_updates:
+            self._block_tables[row, first : first + len(block_ids)] = block_ids
         buffer, v = bucket.new_buffer()
         chunks = step.chunks
         n = len(chunks)
@@ -163,11 +193,24 @@ class Packer:
         block, offset = np.divmod(positions, self._block_size)
         v["positions"][:total] = positions
         v["kv_slots"][:total] = tables[rows, block] * self._block_size + offset
+        if len(self._windows):
+            self._fill_windowed(v, slots, starts, contexts)
+            at = self._block_tables[(self._first_rows + slots)[:, rows], block] * self._block_size + offset
+            v["windowed.kv_slots"][:, :total] = at
         self._fill_tokens(step, ends, v["token_ids"], v["token_slots"])
         prompt_lengths = np.array([chunk.sequence.num_prompt_tokens for chunk in chunks], np.int32)
         v["rope_lengths"][:total] = np.maximum(positions + 1, prompt_lengths[rows])
         self._fill_sample_rows(step, slots, contexts, ends, v)
         return buffer
+
+    def _fill_windowed(self, v: dict[str, np.ndarray], slots: np.ndarray, starts: np.ndarray, contexts: np.ndarray) -> None:
+        """Tables and contexts of the windowed groups, from the block with the first key that a chunk sees."""
+        n, size = len(slots), self._block_size
+        first = np.maximum(starts - self._windows + 1, 0) // size  # [G - 1, n]
+        width = int((-(-contexts // size) - first).max())
+        columns = np.minimum(first[:, :, None] + np.arange(width), self._block_tables.shape[1] - 1)
+        v["windowed.context_lens"][:, :n] = contexts - first * size
+        v["windowed.block_tables"][:, :n, :width] = self._block_tables[(self._first_rows + slots)[:, :, None], columns]
 
     def _fill_tokens(self, step: Step, ends: np.ndarray, token_ids: np.ndarray, token_slots: np.ndarray) -> None:
         host_rows, host_tokens, device_rows, device_slots = [], [], [], []
@@ -228,5 +271,8 @@ def _token_after(chunk: Chunk) -> int | None:
 
 
 def _sampling_part(arrays: Mapping[str, T]) -> dict[str, T]:
-    prefix = "sampling."
+    return _part(arrays, "sampling.")
+
+
+def _part(arrays: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.cache import empty_cache
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
@@ -86,6 +87,7 @@ class Programs:
             max_blocks=config.max_blocks,
             num_slots=config.num_blocks * config.block_size,
             vocab_size=self.model.vocab_size,
+            groups=config.groups,
             has_states=self.model.state is not None,
         )
 
@@ -94,6 +96,7 @@ class Programs:
         model, config = self.model, self.config
         cache = empty_cache(
             divided(model, config.tensor_parallel or 1),
+            num_rows=cache_groups(model, len(config.windows)).num_rows,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             num_slots=config.max_num_seqs,

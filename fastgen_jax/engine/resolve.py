@@ -11,9 +11,10 @@ from fastgen_jax.engine import footprint, generation
 from fastgen_jax.engine.config import DType, EngineConfig, KVDType, Quantization, default_block_size, formats_of, shown
 from fastgen_jax.engine.memory import memory_now
 from fastgen_jax.engine.sampling.processor import check_processor
+from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
-from fastgen_jax.scheduling import longest_sequence
+from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels import native
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
@@ -36,6 +37,8 @@ class ResolvedConfig:
     block_size: int
     max_context_len: int
     num_blocks: int
+    windows: tuple[int | None, ...]
+    """The sliding window of each cache group of the model's layers; None: without one. See `models.cache_groups`."""
     stack_layers: bool
     activation_dtype: DType
     """Data type of the residual stream: float32 with the native CPU kernels, which return it, and in float16 for a model
@@ -81,7 +84,17 @@ class ResolvedConfig:
     @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence can actually have: the context limit, or the whole KV cache if that holds less."""
-        return longest_sequence(max_context_len=self.max_context_len, num_blocks=self.num_blocks, block_size=self.block_size)
+        return self.groups.longest(self.num_blocks, self.max_context_len)
+
+    @property
+    def groups(self) -> BlockGroups:
+        """How many blocks a sequence holds."""
+        return BlockGroups(windows=self.windows, block_size=self.block_size, token_budget=self.token_budget)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, in sequences of `max_context_len` tokens if the layers have different windows."""
+        return self.groups.capacity(self.num_blocks, self.max_context_len)
 
     @property
     def max_blocks(self) -> int:
@@ -121,18 +134,19 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         )
     max_context_len = config.max_context_len or model.max_context_len
     block_size = config.block_size or default_block_size(platform, kv_dtype)
-    blocks_per_sequence = -(-max_context_len // block_size)
+    windows = choose_groups(model, max_context_len).windows
+    groups = BlockGroups(windows=windows, block_size=block_size, token_budget=largest_budget(config))
+    bytes_per_block = footprint.block_bytes(
+        model, platform, kv_dtype=kv_dtype, block_size=block_size, num_groups=len(windows), num_devices=num_devices
+    )
     num_blocks = config.num_blocks
     if num_blocks is None:
-        bytes_per_block = footprint.block_bytes(
-            model, platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=num_devices
-        )
         num_blocks = (
             memory_now(platform)
             .room(footprint.state_bytes(model, platform, config.max_num_seqs))
             .num_blocks(
                 bytes_per_block,
-                wanted=config.max_num_seqs * blocks_per_sequence,
+                wanted=blocks_of_sequences(groups, config.max_num_seqs, max_context_len),
                 earlier=earlier_blocks,
                 share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
             )
@@ -143,7 +157,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
             )
         if config.fit and config.max_context_len is None:
-            max_context_len = max(min(max_context_len, num_blocks * block_size), 2)  # a prompt and a generated token
+            max_context_len = max(groups.longest(num_blocks, max_context_len), 2)  # a prompt and a generated token
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
     # A state is not kept for the end of each block, only for the last token.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length and model.state is None
@@ -158,40 +172,42 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         block_size=block_size,
         max_context_len=max_context_len,
         num_blocks=num_blocks,
+        windows=windows,
         stack_layers=stack_layers,
         activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,
-            longest=longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size),
+            longest=min(max_context_len, num_blocks // len(windows) * block_size),
             padding_is_cheap=_packs_weights(config),
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
-        fitted=_fitted(config, model, platform, dtype, quantize, kv_dtype, max_context_len, num_blocks * block_size),
+        fitted=_fitted(
+            config,
+            model,
+            f"{quantize or dtype} weights, {footprint.size(num_blocks * bytes_per_block)} of {kv_dtype} KV cache",
+            cache_tokens=groups.capacity(num_blocks, max_context_len),
+            longest=groups.longest(num_blocks, max_context_len),
+        ),
     )
 
 
-def _fitted(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: str,
-    dtype: DType,
-    quantize: Quantization | None,
-    kv_dtype: KVDType,
-    max_context_len: int,
-    cache_tokens: int,
-) -> str:
+def largest_budget(config: EngineConfig) -> int:
+    """Tokens of the largest step that the engine may have; before a choice, of the largest candidate."""
+    return config.token_budget or MEASURED_BUDGETS[-1]
+
+
+def blocks_of_sequences(groups: BlockGroups, count: int, num_tokens: int) -> int:
+    """KV blocks that `count` sequences of `num_tokens` tokens use at the same time, one of them still a prompt."""
+    return groups.blocks_needed(num_tokens) + (count - 1) * groups.blocks_held(num_tokens)
+
+
+def _fitted(config: EngineConfig, model: ModelConfig, formats: str, *, cache_tokens: int, longest: int) -> str:
     """What was chosen to fit the memory, and why, in one line; empty without `fit`."""
     if not config.fit:
         return ""
-    num_devices = config.tensor_parallel or 1
-    a_token = footprint.block_bytes(model, platform, kv_dtype=kv_dtype, block_size=1, num_devices=num_devices)
-    cache = a_token * cache_tokens
-    longest, wanted = min(max_context_len, cache_tokens), config.max_context_len or model.max_context_len
-    line = (
-        f"{quantize or dtype} weights, {footprint.size(cache)} of {kv_dtype} KV cache for {cache_tokens:,} tokens, "
-        f"context {longest:,}"
-    )
+    wanted = config.max_context_len or model.max_context_len
+    line = f"{formats} for {cache_tokens:,} tokens, context {longest:,}"
     if longest < wanted:
         line += f" of {wanted:,} tokens because no more fit"
     return f"{line}; {config.formats.why}" if config.formats is not None and config.formats.why else line

@@ -207,6 +207,9 @@ class Runner:
         views["context_lens"][0] = num_tokens
         blocks = -(-num_tokens // self.config.block_size)
         views["block_tables"][0, :blocks] = np.arange(blocks)
+        if "windowed.context_lens" in views:
+            views["windowed.context_lens"][:, 0] = num_tokens
+            views["windowed.block_tables"][:, 0, :blocks] = np.arange(blocks)
         views["positions"][:num_tokens] = np.arange(num_tokens)
         views["sample_rows"][0] = num_tokens - 1
         views["num_sample_rows"][...] = 1

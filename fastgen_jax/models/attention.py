@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.division import divided, row_norm_heads
@@ -36,7 +37,9 @@ class Step:
     """Values shared by all layers of a step."""
 
     batch: RaggedBatch
-    indices: dict[int | None, RaggedIndex]  # `batch.index` for each sliding window
+    indices: tuple[RaggedIndex, ...]  # for each cache group; without groups, `batch.index` for each sliding window
+    kinds: tuple[int, ...]  # which of them each layer uses
+    rows: tuple[int, ...]  # of the cache, for each layer
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
@@ -56,7 +59,7 @@ class LayerCall:
     """What differs between layers, apart from their weights."""
 
     index: Int[Array, ""] | int
-    kv_row: Int[Array, ""] | int | None  # its number among the layers with attention; None: it has none
+    has_attention: bool = True
     state_row: Int[Array, ""] | int | None = None  # its number among the layers with a state; None: it has none
     rows: Int[Array, " R"] | None = None  # tokens whose results are needed; None: all
     first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
@@ -65,7 +68,7 @@ class LayerCall:
     @property
     def mixes(self) -> bool:
         """Whether the layer has attention or a state, so that tokens depend on others."""
-        return self.kv_row is not None or self.state_row is not None
+        return self.has_attention or self.state_row is not None
 
 
 def take_rows(x: Float[Array, "T ..."], rows: Int[Array, " R"] | None) -> Float[Array, "_ ..."]:
@@ -96,13 +99,18 @@ def prepare_step(
         growth = 1.0 + weight * jnp.log1p((batch.positions // trained).astype(jnp.float32))
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
-    num_blocks, num_devices = kv_cache.k.shape[0] // len(config.kv_layers), 1 if mesh is None else mesh.size
+    indices = [batch.index, *batch.windowed]
+    groups = cache_groups(config, len(indices))
+    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
-    windows = tuple(dict.fromkeys(config.layer_windows or (None,)))
-    indices = [batch.index] * len(windows)
+    windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
+    if not batch.windowed:
+        of_layers = config.layer_windows or (None,) * config.num_layers
+        windows = tuple(dict.fromkeys(of_layers))
+        indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
     if not callable(implementation):
         indices = plan_layers(
-            batch.index,
+            indices,
             jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
             ),
@@ -114,7 +122,9 @@ def prepare_step(
         )
     return Step(
         batch=batch,
-        indices=dict(zip(windows, indices, strict=True)),
+        indices=tuple(indices),
+        kinds=kinds,
+        rows=tuple(row for _, row in groups.places),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
@@ -141,7 +151,6 @@ def attention(
     The rows are all tokens, or those that the layer is called for.
     """
     d, index, rows = config.head_dim, call.index, call.rows
-    assert call.kv_row is not None, "the layer has attention"
     gate = None
     if config.mla is None:
         x = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D], and with a gate H * D more
@@ -160,8 +169,8 @@ def attention(
         value,
         cache.k,
         cache.v,
-        _index_of(step, config, index),
-        CacheLayer(number=call.kv_row, num_blocks=step.num_blocks),
+        _index_of(step, index),
+        CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks),
         _scoring_of(config, w, index),
     )
     out = take_rows(out[..., :d], rows)
@@ -263,15 +272,21 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
     )
 
 
-def _index_of(step: Step, config: ModelConfig, index: jax.Array | int) -> RaggedIndex:
-    """The batch's index with the plan for the window of a layer."""
-    windows = config.layer_windows or (None,)
-    if same_for_all(windows) or isinstance(index, int):
-        return step.indices[windows[0] if same_for_all(windows) else windows[int(index)]]
-    kind = jnp.asarray([list(step.indices).index(window) for window in windows], jnp.int32)[index]
+def _index_of(step: Step, index: jax.Array | int) -> RaggedIndex:
+    """The index of the cache group of a layer, with the plan for its window."""
+    if same_for_all(step.kinds) or isinstance(index, int):
+        return step.indices[step.kinds[0] if same_for_all(step.kinds) else step.kinds[int(index)]]
+    kind = jnp.asarray(step.kinds, jnp.int32)[index]
     return jax.tree.map(
-        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices.values()
+        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices
     )
+
+
+def _row_of(step: Step, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The row of the cache that belongs to a layer."""
+    if step.rows == tuple(range(len(step.rows))):
+        return index
+    return step.rows[index] if isinstance(index, int) else jnp.asarray(step.rows, jnp.int32)[index]
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:

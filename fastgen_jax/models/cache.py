@@ -12,11 +12,14 @@ from fastgen_jax.models.states import state_shapes
 
 
 def empty_cache(
-    config: ModelConfig, *, num_blocks: int, block_size: int, num_slots: int, dtype: DTypeLike, platform: str
+    config: ModelConfig, *, num_rows: int, num_blocks: int, block_size: int, num_slots: int, dtype: DTypeLike, platform: str
 ) -> KVCache:
-    """A cache of zeros for `num_slots` running sequences, whose keys and values have `dtype`."""
+    """A cache of zeros for `num_slots` running sequences, whose keys and values have `dtype`.
+
+    `num_rows` are the layers of a cache group.
+    """
     cache = KVCache.zeros(
-        num_layers=len(config.kv_layers),
+        num_layers=num_rows,
         num_blocks=num_blocks,
         num_kv_heads=config.num_kv_heads,
         block_size=block_size,

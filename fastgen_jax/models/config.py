@@ -154,6 +154,10 @@ class ModelConfig:
                     f"{name} has {len(getattr(self, name))} entries; it needs one for each of the "
                     f"{self.num_layers} layers, or none"
                 )
+        if self.attention_layers is not None and self.layer_windows:
+            raise ValueError(
+                "layer_windows is set, but some layers have no attention; windows beside states are not supported"
+            )
         if not self.kv_layers:
             raise ValueError(
                 "no layer has attention; models that keep nothing but states are not supported, because the engine counts "

@@ -159,7 +159,7 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
         first_expert = first_expert * config.moe.num_experts if experts_of_all else 0
     return LayerCall(
         index=index,
-        kv_row=place.row(config.kv_layers),
+        has_attention=place.first in config.kv_layers,
         state_row=None if config.state is None else place.row(config.state.layers),
         has_mlp=config.mlp_layers is None or place.first in config.mlp_layers,
         rows=rows,

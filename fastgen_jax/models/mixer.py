@@ -33,6 +33,6 @@ def mix(
         return attention(x, w, cache, step, call, config=config, residual=residual)
     y, cache = with_state(x, w, cache, step, call, config=config)
     y = project(take_rows(y, call.rows), w, "mix_out", residual=residual, num_rows=step.num_rows(call.rows))
-    if call.kv_row is None:
+    if not call.has_attention:
         return y, cache
     return attention(x, w, cache, step, call, config=config, residual=y)

@@ -18,13 +18,15 @@ from fastgen_jax.engine.config import EngineConfig, default_block_size
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program, works_on
-from fastgen_jax.engine.resolve import BUDGETS, MEASURED_BUDGETS, ResolvedConfig
+from fastgen_jax.engine.resolve import BUDGETS, MEASURED_BUDGETS, ResolvedConfig, blocks_of_sequences, largest_budget
 from fastgen_jax.engine.sampling.sampler import Work
+from fastgen_jax.models.cache_groups import cache_groups, choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
+from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.buckets import Bucket as RemoteFolder
 from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder
@@ -98,15 +100,23 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
     block_size = choices.block_size or default_block_size(platform, formats.kv_dtype)
     context = choices.max_context_len or model.max_context_len
+    groups = BlockGroups(
+        windows=choose_groups(model, context).windows, block_size=block_size, token_budget=largest_budget(choices)
+    )
     num_blocks = choices.num_blocks
     if num_blocks is None:
         weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
         weights += footprint.state_bytes(model, platform, choices.max_num_seqs)
         num_blocks = memory.room(weights).num_blocks(
             footprint.block_bytes(
-                model, platform, kv_dtype=formats.kv_dtype, block_size=block_size, num_devices=num_devices
+                model,
+                platform,
+                kv_dtype=formats.kv_dtype,
+                block_size=block_size,
+                num_groups=groups.num_groups,
+                num_devices=num_devices,
             ),
-            wanted=choices.max_num_seqs * -(-context // block_size),
+            wanted=blocks_of_sequences(groups, choices.max_num_seqs, context),
             share=num_devices,
         )
         if num_blocks < 1:
@@ -115,7 +125,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
                 f"{footprint.size(memory.limit)}; choose a larger tensor_parallel than {num_devices}, or quantize='int8'"
             )
         if choices.fit and choices.max_context_len is None:
-            context = min(context, num_blocks * block_size)
+            context = groups.longest(num_blocks, context)
     if choices.token_budget is None:
         cost = ladder.cost_model(
             model,
@@ -123,7 +133,9 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
-        candidates = [budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks * block_size)]
+        candidates = [
+            budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks // groups.num_groups * block_size)
+        ]
         budgets = ladder.modeled_ladder(cost, candidates, max_num_seqs=choices.max_num_seqs)
     else:
         smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
@@ -136,6 +148,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         block_size=block_size,
         max_context_len=context,
         num_blocks=num_blocks,
+        windows=groups.windows,
         stack_layers=True,
         activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
         prefix_caching=choices.prefix_caching and not model.rope_depends_on_length and model.state is None,
@@ -156,12 +169,14 @@ def _compile(
         max_blocks=config.max_blocks,
         num_slots=config.num_blocks * config.block_size,
         vocab_size=model.vocab_size,
+        groups=config.groups,
         has_states=model.state is not None,
     )
     arguments = step_arguments(
         model,
         bucket,
         mesh if divided else devices[0],
+        num_rows=cache_groups(model, len(config.windows)).num_rows,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,

@@ -12,6 +12,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.weight_spec import DType, Kind
 from fastgen_jax.plan.roofline import StepShape, roofline
+from fastgen_jax.scheduling import BlockGroups
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers
 
@@ -25,7 +26,7 @@ class Memory:
     weights: int
     state: int  # the sampler's tables, and what running sequences hold beside KV blocks
     temporaries: int  # of the largest step
-    block: int  # one KV block, all layers
+    block: int  # one KV block: the layers of a cache group
 
     @property
     def free(self) -> int:
@@ -82,22 +83,35 @@ def read_weight_bytes(
     return math.ceil(weights - len(moe.layers) * unread * one)
 
 
-def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DType) -> int:
-    """Bytes of a KV block on one device: keys and values of the heads on it, all layers."""
+def block_bytes(model: ModelConfig, topology: Topology, *, block_size: int, kv_dtype: DType, num_groups: int) -> int:
+    """Bytes of a KV block on one device: keys and values of the heads on it, in the layers of a cache group."""
     whole = footprint.block_bytes(
-        model, topology.device.platform, kv_dtype=kv_dtype, block_size=block_size, num_devices=topology.num_devices
+        model,
+        topology.device.platform,
+        kv_dtype=kv_dtype,
+        block_size=block_size,
+        num_groups=num_groups,
+        num_devices=topology.num_devices,
     )
     return whole // topology.num_devices
 
 
 def largest_budget(
-    model: ModelConfig, topology: Topology, memory: Memory, *, max_num_seqs: int, itemsize: int, blocks_per_sequence: int
+    model: ModelConfig,
+    topology: Topology,
+    memory: Memory,
+    *,
+    max_num_seqs: int,
+    itemsize: int,
+    groups: BlockGroups,
+    context: int,
 ) -> int:
     """The largest power of two of tokens per step that leaves room for the KV of one full context; 0 if none does."""
-    room = memory.free + memory.temporaries - blocks_per_sequence * memory.block
+    room = memory.free + memory.temporaries
     budget = 0
     for candidate in (2**i for i in range(17)):
-        needed = temporary_bytes(
+        blocks = dataclasses.replace(groups, token_budget=candidate).blocks_needed(context)
+        needed = blocks * memory.block + temporary_bytes(
             model, topology.num_devices, token_budget=candidate, max_num_seqs=max_num_seqs, itemsize=itemsize
         )
         if needed <= room:
@@ -114,8 +128,7 @@ def planned_step(
     context: int,
     itemsize: int,
     quantize: str | None = None,
-    block_bytes: int,
-    block_size: int,
+    token_bytes: float,
 ) -> PlannedStep:
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
     cost = roofline(
@@ -123,7 +136,7 @@ def planned_step(
         topology.device,
         topology.num_devices,
         weight_bytes=read_weight_bytes(model, topology.num_devices, itemsize, tokens=tokens, quantize=quantize),
-        kv_bytes_per_token=block_bytes / block_size,
+        kv_bytes_per_token=token_bytes,
         activation_bytes=itemsize,
     )
     prompt = tokens - sequences

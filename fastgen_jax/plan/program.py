@@ -25,12 +25,14 @@ from fastgen_jax.engine.programs import memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.cache import empty_cache
+from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
 from fastgen_jax.plan import hlo
+from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
 from pallas_kernels.matmul import Int8Weight
 
@@ -150,19 +152,21 @@ def compile_step(
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
     check_num_devices(model, mesh.size)
-    max_blocks = -(-max_context_len // block_size)
+    groups = choose_groups(model, max_context_len)
     bucket = Bucket(
         token_budget,
         max_num_seqs=max_num_seqs,
-        max_blocks=max_blocks,
+        max_blocks=-(-max_context_len // block_size),
         num_slots=num_blocks * block_size,
         vocab_size=model.vocab_size,
+        groups=BlockGroups(windows=groups.windows, block_size=block_size, token_budget=token_budget),
         has_states=model.state is not None,
     )
     arguments = step_arguments(
         model,
         bucket,
         mesh,
+        num_rows=groups.num_rows,
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
@@ -211,6 +215,7 @@ def step_arguments(
     bucket: Bucket,
     place: Any,  # a Mesh, or a jax.Device, which type checkers do not accept as a type
     *,
+    num_rows: int,
     num_blocks: int,
     block_size: int,
     max_num_seqs: int,
@@ -218,7 +223,10 @@ def step_arguments(
     kv_dtype: DType,
     quantize: str | None,
 ) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
-    """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device."""
+    """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device.
+
+    `num_rows` are the layers of a cache group.
+    """
     mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
     vocab_size = model.vocab_size
     if mesh is not None:
@@ -232,6 +240,7 @@ def step_arguments(
     cache = jax.eval_shape(
         lambda: empty_cache(
             model,
+            num_rows=num_rows,
             num_blocks=num_blocks,
             block_size=block_size,
             num_slots=max_num_seqs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
+from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
 from fastgen_jax.plan import estimate
 from fastgen_jax.plan.estimate import Memory, PlannedStep
+from fastgen_jax.scheduling import BlockGroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Plan:
     num_params: int
     context: int
     block_size: int
+    windows: tuple[int | None, ...]  # of the cache groups; None: one whose layers attend to all tokens
     dtype: str
     quantize: str | None  # "int8" if matrices are stored as int8
     stored_as: str  # how the weights are quantized on disk; "" if they are not
@@ -91,7 +95,7 @@ def make_plan(
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
-    blocks_per_sequence = -(-context // block_size)
+    groups = BlockGroups(windows=choose_groups(model, context).windows, block_size=block_size, token_budget=max(budgets))
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
@@ -101,11 +105,13 @@ def make_plan(
         temporaries=footprint.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
         ),
-        block=estimate.block_bytes(model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype)),
+        block=estimate.block_bytes(
+            model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype), num_groups=groups.num_groups
+        ),
     )
     checks: tuple[CompileCheck, ...] = ()
     not_compiled = ""
-    if compile and memory.num_blocks >= blocks_per_sequence:
+    if compile and groups.sequences(memory.num_blocks, context):
         try:
             checks = tuple(
                 _check(
@@ -128,7 +134,10 @@ def make_plan(
         if known and len(known) == len(checks):
             memory = dataclasses.replace(memory, temporaries=max(known))
 
-    sequences = memory.num_blocks // blocks_per_sequence
+    sequences = groups.sequences(memory.num_blocks, context)
+    token_bytes = footprint.token_bytes(
+        model, devices.device.platform, kv_dtype=jnp.dtype(kv_dtype), num_devices=devices.num_devices
+    )
     steps = tuple(
         estimate.planned_step(
             model,
@@ -138,8 +147,7 @@ def make_plan(
             context=context,
             itemsize=itemsize,
             quantize=quantize,
-            block_bytes=memory.block,
-            block_size=block_size,
+            token_bytes=token_bytes / devices.num_devices,
         )
         for budget in budgets
         if sequences
@@ -150,6 +158,7 @@ def make_plan(
         num_params=count_params(model),
         context=context,
         block_size=block_size,
+        windows=groups.windows,
         dtype=dtype,
         quantize=quantize,
         stored_as=stored_as,
@@ -160,14 +169,14 @@ def make_plan(
         steps=steps,
         checks=checks,
         largest_budget=estimate.largest_budget(
-            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, blocks_per_sequence=blocks_per_sequence
+            model, devices, memory, max_num_seqs=max_num_seqs, itemsize=itemsize, groups=groups, context=context
         ),
         advice=_advice(
             model,
             devices,
             memory,
             context=context,
-            block_size=block_size,
+            groups=groups,
             itemsize=itemsize,
             quantize=quantize,
             max_num_seqs=max_num_seqs,
@@ -217,7 +226,7 @@ def _advice(
     memory: Memory,
     *,
     context: int,
-    block_size: int,
+    groups: BlockGroups,
     itemsize: int,
     quantize: str | None,
     max_num_seqs: int,
@@ -228,20 +237,22 @@ def _advice(
         return ()
     advice = []
     kind = topology.device
-    left = memory.num_blocks * block_size
+    left = groups.capacity(memory.num_blocks, context)
+    cache = groups.blocks_needed(context) * memory.block
     if sequences < 1:
-        if left >= block_size:
+        if left:
             advice.append(f"a context of at most {left} tokens: --context {left}")
         sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if topology.num_devices < n <= model.num_heads]
         for n in sizes:
             weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize)
-            cache = -(-context // block_size) * memory.block * topology.num_devices // n
-            if weights + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
+            if (
+                weights + cache * topology.num_devices // n + memory.state + memory.temporaries + memory.reserved
+                <= kind.memory_bytes
+            ):
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
             int8 = footprint.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
-            cache = -(-context // block_size) * memory.block
             if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append("8-bit weights: --quantize int8")
         larger = [d for d in DEVICES.values() if d.memory_bytes > kind.memory_bytes]
@@ -258,6 +269,15 @@ def _advice(
             f"{left} tokens of KV, and requests that do not fit wait"
         )
     return tuple(advice)
+
+
+def _of_groups(windows: tuple[int | None, ...]) -> str:
+    """What the cache groups keep, if not all of them keep all tokens."""
+    kept = Counter(windows)
+    names = ["all tokens" if window is None else f"the last {window}" for window in kept]
+    if kept.total() == kept[None]:
+        return ""
+    return "; groups of layers: " + ", ".join(f"{n} for {name}" for n, name in zip(kept.values(), names, strict=True))
 
 
 def table(plan: Plan) -> str:
@@ -279,7 +299,7 @@ def table(plan: Plan) -> str:
         f"  sampler state {gib(memory.state)}",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "
-        f"{plan.kv_dtype}",
+        f"{plan.kv_dtype}{_of_groups(plan.windows)}",
         "",
         f"concurrent sequences of {plan.context} tokens: {plan.sequences}",
         f"largest token budget that leaves room for one of them: {plan.largest_budget}",

@@ -111,6 +111,14 @@ class BlockPool:
                 else:
                     self._idle[block_id] = None
 
+    def discard(self, block_ids: Sequence[int]) -> None:
+        """Removes one owner from each block, and the content of those that have none left."""
+        owners = self._owners
+        for block_id in block_ids:
+            if owners[block_id] == 1:
+                self._forget(block_id)
+        self.free(block_ids)
+
     def root(self, salt: str = "") -> bytes:
         """The parent of the first block; a `salt` separates the prefixes of those who know it from all others."""
         return hashlib.blake2b(self._root + salt.encode(), digest_size=_DIGEST_BYTES).digest() if salt else self._root
@@ -125,6 +133,10 @@ class BlockPool:
         if self.prefix_caching and digest not in self._registered and self._digests[block_id] is None:
             self._registered[digest] = block_id
             self._digests[block_id] = digest
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a block with this content is registered."""
+        return digest in self._registered
 
     def lookup(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks of the longest registered prefix of `digests`."""

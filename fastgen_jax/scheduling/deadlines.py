@@ -59,7 +59,7 @@ def feasible_prompts(planner: Planner, pace: Pace) -> Prompts:
             jobs.append(_Job(rank, left, math.inf if hopeless else deadline, False, sequence))
     for sequence in planner.waiting[:_MAX_EXAMINED]:
         priority = sequence.order[0]
-        left = sequence.num_tokens - limits.block_size * len(planner.cached_prefix(sequence))
+        left = sequence.num_tokens - limits.block_size * planner.cached_prefix(sequence).num_blocks
         if sequence.num_tokens > sequence.num_prompt_tokens:  # preempted after its first token
             jobs.append(_Job((priority, 0, 0.0, sequence.order), left, math.inf, False, sequence))
             continue

@@ -24,7 +24,6 @@ def steps_until_first_token(
     leave, and that each sequence then holds its slot and blocks until its length limit. Early ends and prefix hits
     make the wait shorter; preemption, growing sequences and later requests with higher priority make it longer.
     """
-    block_size = limits.block_size
     free_slots, free_blocks = limits.max_num_seqs, num_free_blocks
     num_generating = prompt_tokens = 0
     releases: list[tuple[float, int]] = []  # a heap of (step, blocks): when a slot and so many blocks become free
@@ -39,7 +38,7 @@ def steps_until_first_token(
     now = 0.0
 
     for waiting in (*ahead, sequence):
-        num_blocks = -(-waiting.num_tokens // block_size)
+        num_blocks = limits.groups.blocks_needed(waiting.num_tokens)
         while releases and (free_slots < 1 or free_blocks < num_blocks):
             step, released = heapq.heappop(releases)
             now = max(now, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
+from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.sequence import Sequence, SequenceStatus
 from fastgen_jax.scheduling.state import SchedulerState
 
@@ -27,15 +28,18 @@ def check_state(state: SchedulerState, *, borrowed: Iterable[int]) -> None:
     if slots != list(range(state.max_num_seqs)):
         raise RuntimeError(f"every slot must be free or used exactly once, but these are: {slots}")
     for sequence in live:
-        _check_sequence(sequence, state.pool.block_size)
+        _check_sequence(sequence, state.groups)
 
 
-def _check_sequence(sequence: Sequence, block_size: int) -> None:
+def _check_sequence(sequence: Sequence, groups: BlockGroups) -> None:
     runs = sequence.status is SequenceStatus.RUNNING
     if runs != (sequence.slot is not None) or (sequence.block_ids and not runs):
         raise RuntimeError(f"only a running sequence has a slot and blocks, but this is {sequence}")
-    if sequence.capacity != len(sequence.block_ids) * block_size:
+    if any(sequence.capacity != len(table) * groups.block_size for table in sequence.tables):
         raise RuntimeError(f"{sequence} has a capacity of {sequence.capacity} positions")
+    freed = [groups.first_block(window, sequence.num_computed) for window in groups.windows if runs]
+    if sequence.num_freed != freed or len(sequence.tables) != len(freed):
+        raise RuntimeError(f"{sequence} has freed {sequence.num_freed} blocks of its groups but should have freed {freed}")
     if not sequence.num_computed <= min(sequence.num_tokens - 1, sequence.capacity):
         raise RuntimeError(f"{sequence} has computed more than it has tokens or blocks for")
     if not sequence.num_known_tokens <= sequence.num_tokens <= sequence.max_total_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.request import Request
 
 
@@ -17,12 +18,7 @@ class ContextLengthError(ValueError):
         """Tokens of the longest sequence."""
 
 
-def longest_sequence(*, max_context_len: int, num_blocks: int, block_size: int) -> int:
-    """Tokens of the longest sequence: the context length, or the whole KV cache if that holds less."""
-    return min(max_context_len, num_blocks * block_size)
-
-
-def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int, block_size: int) -> int:
+def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int, groups: BlockGroups) -> int:
     """The most tokens, prompt and generated, that a request can grow to; as many as fit if it sets no limit.
 
     Raises:
@@ -30,7 +26,7 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
         ValueError: it can never run within its own limits. The messages contain the numbers and the remedy.
     """
     params, num_prompt = request.params, len(request.prompt_token_ids)
-    longest = longest_sequence(max_context_len=max_context_len, num_blocks=num_blocks, block_size=block_size)
+    longest = groups.longest(num_blocks, max_context_len)
     if num_prompt >= max_context_len:
         raise ContextLengthError(
             f"prompt of request {request.request_id!r} has {num_prompt} tokens but max_context_len is "
@@ -51,13 +47,13 @@ def max_total_tokens(request: Request, *, max_context_len: int, num_blocks: int,
         limit = min(num_prompt + params.max_new_tokens, max_context_len)
     elif params.max_length is not None:
         limit = min(params.max_length, max_context_len)
-    num_needed = -(-limit // block_size)
+    num_needed = groups.blocks_needed(limit)
     if num_needed > num_blocks:
         fits = num_prompt < longest
         remedy = f"use max_new_tokens={longest - num_prompt} or less" if fits else "shorten the prompt"
         raise ContextLengthError(
             f"request {request.request_id!r} may grow to {limit} tokens, {num_needed} blocks of "
-            f"{block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
+            f"{groups.block_size}, but the KV cache has {num_blocks} blocks; {remedy}, "
             "or start with more blocks",
             num_prompt=num_prompt,
             num_requested=limit - num_prompt if fits else 0,

@@ -15,11 +15,17 @@ from fastgen_jax.scheduling.step import Chunk, Step
 class ManualSequence(NamedTuple):
     """A sequence between two calls: all of its tokens are computed and their keys and values are in its blocks.
 
-    Without blocks none of them is computed: the next call that extends the sequence starts at its first token.
+    It has a block table for each cache group. Windowed groups keep all of their blocks, because it can be truncated.
+    Without blocks none of the tokens is computed: the next call that extends the sequence starts at its first token.
     """
 
     token_ids: tuple[int, ...] = ()
-    block_ids: tuple[int, ...] = ()
+    tables: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The blocks of all cache groups."""
+        return [block_id for table in self.tables for block_id in table]
 
 
 class ManualRow(NamedTuple):
@@ -60,7 +66,8 @@ class ManualSequences:
     def room(self, name: str) -> int:
         """Tokens by which the sequence could grow now: bounded by the context limit and the free blocks."""
         sequence = self.get(name)
-        num_blocks = len(sequence.block_ids) + self._scheduler.num_free_blocks - self._must_copy(sequence)
+        num_free = self._scheduler.num_free_blocks // self._num_groups  # for each group
+        num_blocks = len(sequence.block_ids) // self._num_groups + num_free - self._must_copy(sequence)
         limit = min(self._scheduler.max_context_len, num_blocks * self._block_size)
         return max(limit - len(sequence.token_ids), 0)
 
@@ -72,7 +79,8 @@ class ManualSequences:
             total = len(sequence.token_ids) + length
             if total > limit:
                 raise ValueError(f"sequence {name!r} would have {total} tokens but max_context_len is {limit}; flush it")
-            num_blocks += self._blocks_for(total) - len(sequence.block_ids) + self._must_copy(sequence)
+            num_blocks += (self._blocks_for(total) + self._must_copy(sequence)) * self._num_groups
+            num_blocks -= len(sequence.block_ids)
         free = self._scheduler.num_free_blocks
         if num_blocks > free:
             raise ValueError(
@@ -88,16 +96,18 @@ class ManualSequences:
         `temporary` sequence is always a new one; return its blocks with `release`.
         """
         before = ManualSequence() if temporary else self.get(name)
-        tokens, block_ids = before.token_ids + token_ids, list(before.block_ids)
-        if self._must_copy(before):
-            (copy,) = self._scheduler.borrow_blocks(1)
-            copy_block(block_ids[-1], copy)
-            block_ids[-1] = copy
-        block_ids += self._scheduler.borrow_blocks(self._blocks_for(len(tokens)) - len(block_ids))
+        tokens, must_copy = before.token_ids + token_ids, self._must_copy(before)
+        tables = [list(table) for table in before.tables or ((),) * self._num_groups]
+        for table in tables:
+            if must_copy:
+                (copy,) = self._scheduler.borrow_blocks(1)
+                copy_block(table[-1], copy)
+                table[-1] = copy
+            table += self._scheduler.borrow_blocks(self._blocks_for(len(tokens)) - len(table))
         request = Request(request_id=name, prompt_token_ids=tokens, params=SamplingParams(), seed=0)
         sequence = Sequence(request, max_total_tokens=len(tokens), order=(0, 0.0, 0))
-        sequence.num_computed = len(before.token_ids) if before.block_ids else 0
-        sequence.block_ids = block_ids
+        sequence.num_computed = len(before.token_ids) if before.tables else 0
+        sequence.tables, sequence.num_freed = tables, [0] * len(tables)
         return sequence
 
     def steps(self, sequences: list[Sequence], *, last: int) -> Iterator[tuple[Step, list[ManualRow]]]:
@@ -121,7 +131,8 @@ class ManualSequences:
                 sequence.slot = len(chunks)  # in this step only
                 num_rows = max(0, stop - first_row)
                 chunks.append(Chunk(sequence, start, stop - start, num_rows, False))
-                updates.append((sequence.slot, 0, sequence.block_ids))
+                for group, table in enumerate(sequence.tables):
+                    updates.append((group * limits.max_num_seqs + sequence.slot, 0, table))
                 rows += [ManualRow(len(rows) + i, sequence, stop - num_rows + i) for i in range(num_rows)]
                 tokens_left -= stop - start
                 sequence.num_computed = stop
@@ -142,10 +153,11 @@ class ManualSequences:
     def keep(self, sequences: Ordered[Sequence]) -> None:
         """Stores sequences that `begin` returned and whose steps have run, in place of those of the same names."""
         before = [self.get(sequence.request_id) for sequence in sequences]
-        after = [ManualSequence(s.request.prompt_token_ids, tuple(s.block_ids)) for s in sequences]
+        after = [ManualSequence(s.request.prompt_token_ids, tuple(map(tuple, s.tables))) for s in sequences]
         self.table = {**self.table, **{s.request_id: new for s, new in zip(sequences, after, strict=True)}}
         for old, new in zip(before, after, strict=True):  # a shared block that has been copied
-            self._scheduler.return_blocks([a for a, b in zip(old.block_ids, new.block_ids, strict=False) if a != b])
+            tables = zip(old.tables, new.tables, strict=False)
+            self._scheduler.return_blocks([a for o, n in tables for a, b in zip(o, n, strict=False) if a != b])
 
     def release(self, sequence: Sequence) -> None:
         """Returns the blocks of a temporary sequence to the pool."""
@@ -163,9 +175,9 @@ class ManualSequences:
         """Keeps the first `num_tokens` tokens, 1 or more, and the blocks that hold them."""
         sequence = self.existing(name)
         num_blocks = self._blocks_for(num_tokens)
-        shorter = ManualSequence(sequence.token_ids[:num_tokens], sequence.block_ids[:num_blocks])
-        self.table = {**self.table, name: shorter}
-        self._scheduler.return_blocks(sequence.block_ids[num_blocks:])
+        kept = tuple(table[:num_blocks] for table in sequence.tables)
+        self.table = {**self.table, name: ManualSequence(sequence.token_ids[:num_tokens], kept)}
+        self._scheduler.return_blocks([block_id for table in sequence.tables for block_id in table[num_blocks:]])
 
     def free(self, name: str) -> None:
         """Removes a sequence and frees its blocks, except those that a fork shares."""
@@ -189,10 +201,14 @@ class ManualSequences:
     def _block_size(self) -> int:
         return self._scheduler.limits.block_size
 
+    @property
+    def _num_groups(self) -> int:
+        return self._scheduler.limits.groups.num_groups
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
     def _must_copy(self, sequence: ManualSequence) -> bool:
         """Whether the next token would be written into a block that other sequences read too."""
         is_partial = len(sequence.token_ids) % self._block_size > 0
-        return is_partial and bool(sequence.block_ids) and self._scheduler.num_owners(sequence.block_ids[-1]) > 1
+        return is_partial and bool(sequence.tables) and self._scheduler.num_owners(sequence.tables[0][-1]) > 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fastgen_jax.scheduling.groups import BlockGroups
+from fastgen_jax.scheduling.prefix import Prefix
 from fastgen_jax.scheduling.sequence import Sequence
 from fastgen_jax.scheduling.step import Chunk
 
@@ -13,7 +15,7 @@ class Admission(NamedTuple):
     """A waiting sequence that gets a slot and starts after the blocks found in the prefix cache."""
 
     sequence: Sequence
-    cached_block_ids: list[int]
+    cached: Prefix
 
 
 class StepPlan(NamedTuple):
@@ -35,13 +37,14 @@ class StepLimits:
     """What one step and the block pool can hold.
 
     A step holds `token_budget` tokens, `max_num_seqs` sequences have a slot, and `max_sample_rows` rows of logits are
-    computed. `watermark_blocks` stay free when a sequence is admitted next to others. A waiting sequence is overtaken
-    at most `max_bypasses` times.
+    computed. `groups` says how many blocks of `block_size` tokens a sequence holds. `watermark_blocks` stay free when a
+    sequence is admitted next to others. A waiting sequence is overtaken at most `max_bypasses` times.
     """
 
     token_budget: int
     max_num_seqs: int
     max_sample_rows: int
     block_size: int
+    groups: BlockGroups
     watermark_blocks: int
     max_bypasses: int

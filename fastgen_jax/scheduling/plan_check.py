@@ -7,6 +7,7 @@ import inspect
 from fastgen_jax.scheduling.plan import StepPlan
 from fastgen_jax.scheduling.planner import Planner
 from fastgen_jax.scheduling.policies import POLICIES, Policy
+from fastgen_jax.scheduling.prefix import Prefix
 from fastgen_jax.scheduling.sequence import Sequence
 
 
@@ -57,7 +58,7 @@ def fault_of(plan: StepPlan, planner: Planner) -> str | None:
     """Why a plan cannot be executed; None if it can. Counts in `planner.blocks`, so use a planner only once."""
     blocks, max_num_seqs = planner.blocks, planner.limits.max_num_seqs
     running, waiting = set(planner.running), set(planner.waiting)
-    admitted: dict[Sequence, list[int]] = dict(plan.admissions)
+    admitted: dict[Sequence, Prefix] = dict(plan.admissions)
     preempted, refused = set(plan.preempted), set(plan.refused)
     if not preempted <= running or len(preempted) != len(plan.preempted):
         return "preempted names a sequence that does not run, or one twice"
@@ -76,13 +77,11 @@ def fault_of(plan: StepPlan, planner: Planner) -> str | None:
     for sequence in plan.preempted:
         blocks.free(sequence.block_ids)
     for cached in admitted.values():
-        blocks.share(cached)
+        blocks.share(cached.block_ids)
     return _fault_of_chunks(plan, runs, admitted, planner)
 
 
-def _fault_of_chunks(
-    plan: StepPlan, runs: set[Sequence], admitted: dict[Sequence, list[int]], planner: Planner
-) -> str | None:
+def _fault_of_chunks(plan: StepPlan, runs: set[Sequence], admitted: dict[Sequence, Prefix], planner: Planner) -> str | None:
     limits, blocks = planner.limits, planner.blocks
     size = limits.block_size
     with_chunk: set[Sequence] = set()
@@ -91,7 +90,7 @@ def _fault_of_chunks(
             return f"a chunk belongs to {sequence}, which does not run in this step or has another chunk"
         with_chunk.add(sequence)
         cached = admitted.get(sequence)
-        first = sequence.num_computed if cached is None else len(cached) * size
+        first = sequence.num_computed if cached is None else cached.num_blocks * size
         stop, last = start + length, min(sequence.num_tokens, sequence.max_total_tokens - 1)
         if start != first or not first < stop <= last:
             return f"a chunk of {sequence} is [{start}, {stop}); it must begin at {first} and end in {first + 1}..{last}"
@@ -103,8 +102,8 @@ def _fault_of_chunks(
             )
         if samples and sequence.awaits_each_token and sequence.num_in_flight:
             return f"{sequence} must not sample its next token while one is in flight"
-        held = len(sequence.block_ids) if cached is None else len(cached)
-        blocks.take(max(0, -(-stop // size) - held))
+        held = sequence.capacity // size if cached is None else cached.num_blocks
+        blocks.take(max(0, -(-stop // size) - held) * limits.groups.num_groups)
     if not admitted.keys() <= with_chunk:
         return "a sequence is admitted without a chunk"
     num_tokens, num_rows = sum(c.length for c in plan.chunks), sum(c.num_sample_rows for c in plan.chunks)

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from fastgen_jax.scheduling.block_pool import BlockLedger
 from fastgen_jax.scheduling.pace import Pace
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
+from fastgen_jax.scheduling.prefix import Prefix
 from fastgen_jax.scheduling.sequence import Sequence
 from fastgen_jax.scheduling.step import Chunk
 
@@ -32,7 +33,7 @@ class Planner:
     """What the step and the block pool can hold."""
     blocks: BlockLedger
     """Counts the free KV blocks as the plan grows."""
-    cached_prefix: abc.Callable[[Sequence], list[int]]
+    cached_prefix: abc.Callable[[Sequence], Prefix]
     """Returns the registered blocks that a waiting sequence could start after."""
     now: abc.Callable[[], float]
     """Returns the time in seconds, on the clock of the requests' arrival times."""
@@ -154,7 +155,7 @@ class Planner:
             cached = self._start_of(sequence)
             chunk = None
             if cached is not None:
-                start = len(cached) * self.limits.block_size
+                start = cached.num_blocks * self.limits.block_size
                 tokens, rows = self.tokens_left, self.rows_left
                 if whole:
                     tokens, rows = self.limits.token_budget, self.limits.max_sample_rows
@@ -213,7 +214,7 @@ class Planner:
             cached = self._start_of(sequence)
             if cached is None:
                 continue
-            chunk = self._cut(sequence, len(cached) * self.limits.block_size, self.tokens_left, self.rows_left)
+            chunk = self._cut(sequence, cached.num_blocks * self.limits.block_size, self.tokens_left, self.rows_left)
             if chunk is None or not self._has_room(chunk, cached):
                 num_blocked += 1
                 continue
@@ -242,7 +243,7 @@ class Planner:
         if cached is None:
             return False
         limits = self.limits
-        start = len(cached) * limits.block_size
+        start = cached.num_blocks * limits.block_size
         others = len(self.running) if with_generation else 0
         shared = self._cut(sequence, start, limits.token_budget - others, limits.max_sample_rows - others)
         if shared is not None and shared.samples:
@@ -277,7 +278,7 @@ class Planner:
     def _may_admit(self) -> bool:
         return self._has_slot() and not self.plan.preempted and not self.short_of_blocks
 
-    def _start_of(self, sequence: Sequence) -> list[int] | None:
+    def _start_of(self, sequence: Sequence) -> Prefix | None:
         """The cached blocks that a waiting sequence can start after; None while it has tokens in flight."""
         return None if sequence.num_in_flight else self.cached_prefix(sequence)
 
@@ -289,19 +290,20 @@ class Planner:
             return None
         return Chunk(sequence, start, stop - start, max(0, stop - first_row), stop == sequence.num_tokens)
 
-    def _has_room(self, chunk: Chunk, cached: list[int]) -> bool:
-        sequence = chunk.sequence
+    def _has_room(self, chunk: Chunk, cached: Prefix) -> bool:
+        sequence, limits = chunk.sequence, self.limits
         stop = sequence.num_tokens if sequence.num_preemptions else chunk.start + chunk.length
-        cost = -(-stop // self.limits.block_size) - len(cached) + self.blocks.cost_of_sharing(cached)
+        num_new = -(-stop // limits.block_size) - cached.num_blocks
+        cost = limits.groups.new_blocks(num_new, cached.tables) + self.blocks.cost_of_sharing(cached.block_ids)
         others = self.num_kept or self.plan.admissions
-        return cost + (self.limits.watermark_blocks if others else 0) <= self.blocks.available
+        return cost + (limits.watermark_blocks if others else 0) <= self.blocks.available
 
-    def _first_chunk(self, sequence: Sequence) -> tuple[Chunk | None, list[int]]:
+    def _first_chunk(self, sequence: Sequence) -> tuple[Chunk | None, Prefix]:
         """The chunk with which a waiting sequence can be admitted now, or None, and the cached blocks before it."""
         cached = self._start_of(sequence) if self._may_admit() else None
         if cached is None:
-            return None, []
-        chunk = self._cut(sequence, len(cached) * self.limits.block_size, self.tokens_left, self.rows_left)
+            return None, Prefix()
+        chunk = self._cut(sequence, cached.num_blocks * self.limits.block_size, self.tokens_left, self.rows_left)
         return (chunk if chunk is not None and self._has_room(chunk, cached) else None), cached
 
     def _can_advance(self, sequence: Sequence) -> bool:
@@ -321,7 +323,8 @@ class Planner:
         The watermark is kept next to other chunks: sequences that generate will soon need their next blocks.
         """
         usable = self.blocks.available - (self.limits.watermark_blocks if self.plan.chunks else 0)
-        return sequence.capacity + max(0, usable) * self.limits.block_size - sequence.num_computed
+        num_new = max(0, usable) // self.limits.groups.num_groups
+        return sequence.capacity + num_new * self.limits.block_size - sequence.num_computed
 
     def _continue(self, sequence: Sequence) -> bool:
         if self._room_for(sequence) < min(self.tokens_left, sequence.remaining):
@@ -332,10 +335,10 @@ class Planner:
         self._add(chunk, sequence.capacity // self.limits.block_size)
         return True
 
-    def _admit(self, chunk: Chunk, cached: list[int]) -> None:
+    def _admit(self, chunk: Chunk, cached: Prefix) -> None:
         self.plan.admissions.append(Admission(chunk.sequence, cached))
-        self.blocks.share(cached)
-        self._add(chunk, len(cached))
+        self.blocks.share(cached.block_ids)
+        self._add(chunk, cached.num_blocks)
 
     def _add(self, chunk: Chunk, num_held_blocks: int) -> None:
         self.plan.chunks.append(chunk)
@@ -343,14 +346,15 @@ class Planner:
         self.rows_left -= chunk.num_sample_rows
         num_blocks = -(-(chunk.start + chunk.length) // self.limits.block_size)
         if num_blocks > num_held_blocks:
-            self.blocks.take(num_blocks - num_held_blocks)
+            self.blocks.take((num_blocks - num_held_blocks) * self.limits.groups.num_groups)
 
     def _take_block_for(self, sequence: Sequence) -> bool:
-        """Takes a block, preempting the last running sequences if needed; False if that hits `sequence` itself."""
-        while not self.blocks.available:
+        """Takes a block of each group, preempting the last running sequences if needed; False if that hits `sequence`."""
+        num_groups = self.limits.groups.num_groups
+        while self.blocks.available < num_groups:
             if self.preempt_last() is sequence:
                 return False
-        self.blocks.take(1)
+        self.blocks.take(num_groups)
         return True
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.integrity import check_state
 from fastgen_jax.scheduling.limits import max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
@@ -34,6 +35,7 @@ class Scheduler:
 
     Args:
         num_blocks: KV blocks in the pool, of `block_size` tokens each.
+        windows: the sliding window of each cache group, in tokens; None for one whose layers attend to all tokens.
         token_budget: maximum number of tokens per step.
         max_num_seqs: sequences that can run at the same time.
         max_context_len: longest sequence in tokens, prompt and generated.
@@ -56,6 +58,7 @@ class Scheduler:
         *,
         num_blocks: int,
         block_size: int,
+        windows: tuple[int | None, ...] = (None,),
         token_budget: int,
         max_num_seqs: int,
         max_context_len: int,
@@ -87,21 +90,25 @@ class Scheduler:
                 f"policy is {policy!r} and promise is {promise}; set a promise with policy "
                 f"{', '.join(map(repr, sorted(NEED_PROMISE)))}, and with no other"
             )
+        if not windows or any(window is not None and window < 1 for window in windows):
+            raise ValueError(f"windows is {windows}; it needs one entry for each cache group, None or at least 1")
         self.max_context_len = max_context_len
+        groups = BlockGroups(windows=windows, block_size=block_size, token_budget=token_budget)
         self.limits = StepLimits(
             token_budget=token_budget,
             max_num_seqs=max_num_seqs,
             max_sample_rows=max_sample_rows,
             block_size=block_size,
+            groups=groups,
             watermark_blocks=-(-num_blocks // 100) if watermark_blocks is None else watermark_blocks,
             max_bypasses=max_bypasses,
         )
         self.stats = SchedulerStats()
         self._pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching, salt=prefix_salt)
-        self._state = SchedulerState(self._pool, max_num_seqs=max_num_seqs, stats=self.stats)
+        self._state = SchedulerState(self._pool, groups, max_num_seqs=max_num_seqs, stats=self.stats)
         self._borrowed: list[int] = []  # blocks held outside of any request, once for each time they are held
         self._policy = POLICIES[policy] if isinstance(policy, str) else CheckedPolicy(policy)
-        self._cached_prefix = partial(cached_prefix, pool=self._pool)
+        self._cached_prefix = partial(cached_prefix, pool=self._pool, groups=groups)
         self._clock = clock
         self._pace = Pace(promise, clock, step_sizes) if promise else None
         self._steps_in_flight: deque[Step] = deque()
@@ -294,7 +301,7 @@ class Scheduler:
             stop = start + length
             if stop > sequence.capacity:
                 # A sequence starts at a block boundary, so its first chunk always comes here, where all is new.
-                updates.append(state.extend(sequence, stop, whole_table=sequence in fresh))
+                updates += state.extend(sequence, stop, whole_table=sequence in fresh)
             sequence.num_computed = stop
             if length > 1:
                 num_tokens += length - 1
@@ -307,6 +314,8 @@ class Scheduler:
                 register_blocks(sequence, state.pool)
             if stop > sequence.next_prompt_row < sequence.num_prompt_tokens:
                 sequence.next_prompt_row = min(stop, sequence.num_prompt_tokens)
+        if state.groups.is_windowed:
+            state.free_behind_windows(chunks)
         stats.num_steps += 1
         stats.num_tokens += num_tokens
         return Step(chunks, sampled, updates, admitted, plan.preempted, num_tokens, num_rows)
@@ -441,7 +450,7 @@ class Scheduler:
     def _new_sequence(self, request: Request) -> Sequence:
         pool = self._pool
         limit = max_total_tokens(
-            request, max_context_len=self.max_context_len, num_blocks=pool.num_blocks, block_size=pool.block_size
+            request, max_context_len=self.max_context_len, num_blocks=pool.num_blocks, groups=self.limits.groups
         )
         order = (request.priority, request.arrival_time, self._num_added)
         sequence = Sequence(request, max_total_tokens=limit, order=order)

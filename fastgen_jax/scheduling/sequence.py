@@ -7,6 +7,8 @@ from typing import Literal
 
 from fastgen_jax.scheduling.request import Request
 
+NEVER = 2**63
+"""A position that no sequence reaches."""
 FinishReason = Literal["stop", "length", "abort", "refused"]
 
 
@@ -31,26 +33,29 @@ class Sequence:
     sequence that generates has one token left to compute (`remaining == 1`). The very last token, at position
     `max_total_tokens - 1`, is sampled but never computed.
 
-    `block_ids` lists its KV blocks in order of position, and `capacity` is how many positions they hold. `num_cached`
-    is how many prompt tokens came from the prefix cache when the sequence first ran. `next_prompt_row` is the first
-    prompt position whose logits are still needed for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
+    `tables` lists its KV blocks in order of position, in one table for each cache group, and `capacity` is how many
+    positions a table covers. A windowed group has freed the first `num_freed` blocks of its table, whose entries have no
+    meaning, and frees the next one when `next_free` positions are computed. `num_cached` is how many prompt tokens came
+    from the prefix cache when the sequence first ran. `next_prompt_row` is the first prompt position whose logits are
+    still needed for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
     `num_bypasses` counts the later sequences that were admitted while there was no room for this one.
     """
 
     __slots__ = (
         "awaits_each_token",
         "block_digests",
-        "block_ids",
         "capacity",
         "finish_reason",
         "max_new_tokens",
         "max_total_tokens",
         "min_new_tokens",
         "next_block_end",
+        "next_free",
         "next_prompt_row",
         "num_bypasses",
         "num_cached",
         "num_computed",
+        "num_freed",
         "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
@@ -60,6 +65,7 @@ class Sequence:
         "slot",
         "status",
         "stop_ids",
+        "tables",
     )
 
     def __init__(self, request: Request, *, max_total_tokens: int, order: tuple[int, float, int]) -> None:
@@ -76,7 +82,9 @@ class Sequence:
         self.output_token_ids: list[int] = []
         self.num_tokens = self.num_prompt_tokens
         self.num_computed = 0
-        self.block_ids: list[int] = []
+        self.tables: list[list[int]] = []
+        self.num_freed: list[int] = []
+        self.next_free = NEVER
         self.capacity = 0
         self.slot: int | None = None
         self.status = SequenceStatus.WAITING
@@ -92,6 +100,13 @@ class Sequence:
     def request_id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The blocks that it holds, those of each cache group in order of position."""
+        if len(self.tables) == 1 and not self.num_freed[0]:
+            return self.tables[0]
+        return [block for table, freed in zip(self.tables, self.num_freed, strict=True) for block in table[freed:]]
 
     @property
     def num_known_tokens(self) -> int:
@@ -139,11 +154,17 @@ class Sequence:
         self.num_preemptions += self.slot is not None
         del self.output_token_ids[num_output_tokens:]
         self.num_tokens = self.num_known_tokens
-        self.num_computed = self.capacity = 0
-        self.slot, self.block_ids, self.block_digests = None, [], []
+        self.num_computed = 0
+        self.slot, self.block_digests = None, []
+        self.forget_blocks()
         self.status, self.finish_reason = SequenceStatus.WAITING, None
         # The log-probabilities of a prompt are returned with the first output token.
         self.next_prompt_row = self.num_prompt_tokens if self.output_token_ids else self.first_prompt_row
+
+    def forget_blocks(self) -> None:
+        """Leaves it without blocks."""
+        self.tables, self.num_freed = [], []
+        self.next_free, self.capacity = NEVER, 0
 
     def __repr__(self) -> str:
         return (

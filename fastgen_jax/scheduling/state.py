@@ -8,9 +8,11 @@ from collections import abc
 from operator import attrgetter
 
 from fastgen_jax.scheduling.block_pool import BlockPool
+from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.plan import Admission
+from fastgen_jax.scheduling.prefix import Prefix
 from fastgen_jax.scheduling.sequence import Sequence, SequenceStatus
-from fastgen_jax.scheduling.step import SchedulerStats
+from fastgen_jax.scheduling.step import Chunk, SchedulerStats
 
 ORDER = attrgetter("order")
 _FINISHED = SequenceStatus.FINISHED
@@ -26,8 +28,9 @@ class SchedulerState:
     order, so a late write of an earlier step comes before any write of a later one.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, stats: SchedulerStats) -> None:
+    def __init__(self, pool: BlockPool, groups: BlockGroups, *, max_num_seqs: int, stats: SchedulerStats) -> None:
         self.pool = pool
+        self.groups = groups
         self.stats = stats
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
@@ -77,17 +80,19 @@ class SchedulerState:
 
     def admit(self, admissions: abc.Iterable[Admission]) -> list[Sequence]:
         """Gives waiting sequences a slot and the cached blocks that they start after; returns them."""
-        size, caching = self.pool.block_size, self.pool.prefix_caching
+        size, caching, windowed = self.pool.block_size, self.pool.prefix_caching, self.groups.is_windowed
         admitted = []
         # All cached blocks are shared before the first one is allocated, because allocating may evict them.
         for sequence, cached in admissions:
-            self.pool.share(cached)
+            self.pool.share(cached.block_ids)
             self._remove(self.waiting, sequence)
             insort(self.running, sequence, key=ORDER)
             sequence.status = _RUNNING
             sequence.slot = heapq.heappop(self.free_slots)
-            sequence.block_ids = list(cached)
-            sequence.capacity = sequence.num_computed = len(cached) * size
+            sequence.tables, sequence.num_freed = self._tables_of(cached)
+            sequence.capacity = sequence.num_computed = cached.num_blocks * size
+            if windowed:
+                sequence.next_free = self._next_free(sequence)
             if caching:
                 sequence.next_block_end = sequence.capacity + size
             if not sequence.num_preemptions:
@@ -96,14 +101,52 @@ class SchedulerState:
             admitted.append(sequence)
         return admitted
 
-    def extend(self, sequence: Sequence, stop: int, *, whole_table: bool) -> tuple[int, int, list[int]]:
-        """Allocates blocks up to position `stop`; returns the update of its block table, as in `Step`."""
-        table, size = sequence.block_ids, self.pool.block_size
-        first = 0 if whole_table else len(table)
-        table += self.pool.allocate(-(-stop // size) - len(table))
-        sequence.capacity = len(table) * size
-        assert sequence.slot is not None
-        return sequence.slot, first, table[first:]
+    def extend(self, sequence: Sequence, stop: int, *, whole_table: bool) -> list[tuple[int, int, list[int]]]:
+        """Allocates blocks up to position `stop`; returns the updates of its block tables, as in `Step`."""
+        size, row = self.pool.block_size, sequence.slot
+        assert row is not None
+        num_blocks, updates = -(-stop // size), []
+        for table, freed in zip(sequence.tables, sequence.num_freed, strict=True):
+            first = freed if whole_table else len(table)
+            table += self.pool.allocate(num_blocks - len(table))
+            updates.append((row, first, table[first:]))
+            row += self.max_num_seqs
+        sequence.capacity = num_blocks * size
+        return updates
+
+    def free_behind_windows(self, chunks: abc.Iterable[Chunk]) -> None:
+        """Frees the blocks of windowed groups that are not kept after these chunks.
+
+        The next step may write to them: the device runs steps in order. Those with generated tokens leave the prefix cache:
+        few prompts end within an answer and go on differently, and for them blocks of more use would be evicted.
+        """
+        windows, first_block = self.groups.windows, self.groups.first_block
+        for sequence, *_ in chunks:
+            if sequence.num_computed < sequence.next_free:
+                continue
+            num_prompt_blocks = sequence.num_prompt_tokens // self.pool.block_size
+            for group, window in enumerate(windows):
+                freed, first = sequence.num_freed[group], first_block(window, sequence.num_computed)
+                if first > freed:
+                    kept = min(first, max(freed, num_prompt_blocks))
+                    table = sequence.tables[group]
+                    self.pool.free(table[freed:kept])
+                    self.pool.discard(table[kept:first])
+                    sequence.num_freed[group] = first
+            sequence.next_free = self._next_free(sequence)
+
+    def _next_free(self, sequence: Sequence) -> int:
+        """With how many computed positions the next block of a windowed group can be freed."""
+        size, freed, windows = self.pool.block_size, sequence.num_freed, self.groups.windows
+        blocks = min(n + (w + size - 2) // size for n, w in zip(freed, windows, strict=True) if w is not None)
+        return size * (blocks + 1)
+
+    def _tables_of(self, cached: Prefix) -> tuple[list[list[int]], list[int]]:
+        """Tables that begin with cached blocks, and how many of their entries have no meaning."""
+        if not cached.num_blocks:
+            return [[] for _ in self.groups.windows], [0] * self.groups.num_groups
+        freed = [cached.num_blocks - len(table) for table in cached.tables]
+        return [[0] * n + table for n, table in zip(freed, cached.tables, strict=True)], freed
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes slot and blocks from a running sequence, which then waits."""
@@ -120,8 +163,7 @@ class SchedulerState:
         heapq.heappush(self.free_slots, sequence.slot)
         self.pool.free(sequence.block_ids)
         sequence.slot = None
-        sequence.block_ids = []
-        sequence.capacity = 0
+        sequence.forget_blocks()
 
     @staticmethod
     def _remove(queue: list[Sequence], sequence: Sequence) -> None:

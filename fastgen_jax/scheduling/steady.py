@@ -24,8 +24,8 @@ class SteadyRun(NamedTuple):
 def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, in_flight: bool) -> SteadyRun | None:
     """The run that begins now, if no sequence waits and the step in flight, if any, belongs to such a run too.
 
-    It ends before the step or commit that ends a sequence or completes a block for the prefix cache. None if a token
-    could end a sequence, or if blocks are short.
+    It ends before the step or commit that ends a sequence, completes a block for the prefix cache or frees one. None if
+    a token could end a sequence, or if blocks are short.
     """
     num_sequences = len(running)
     if not 0 < num_sequences <= min(limits.token_budget, limits.max_sample_rows):
@@ -38,13 +38,13 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
             return None
         attended += computed
         # The very last token is never computed; a commit follows each step, immediately unless one is in flight.
-        left = min(sequence.max_total_tokens - 1, sequence.next_block_end - 1) - computed
+        left = min(sequence.max_total_tokens - 1, sequence.next_block_end - 1, sequence.next_free - 1) - computed
         if left < num_steps:
             num_steps = left
     num_steps -= not in_flight
     if num_steps < 1:
         return None
-    most_blocks = num_sequences * (1 + num_steps // limits.block_size)
+    most_blocks = num_sequences * (1 + num_steps // limits.block_size) * limits.groups.num_groups
     return SteadyRun(num_steps, num_sequences, attended) if most_blocks <= pool.num_free else None
 
 
@@ -65,5 +65,6 @@ def advance(running: list[Sequence], num_steps: int, token_ids: Iterable[int], p
         sequence.output_token_ids += token_ids
     for _, index in sorted(needed):
         sequence = running[index]
-        sequence.block_ids += pool.allocate(1)
+        for table in sequence.tables:
+            table += pool.allocate(1)
         sequence.capacity += pool.block_size

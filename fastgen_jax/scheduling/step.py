@@ -26,8 +26,9 @@ class Step(NamedTuple):
     """One step to dispatch.
 
     `sampled` are the sequences whose chunk samples a new token, in chunk order. `block_updates` contains exactly what
-    changed in the block tables, as `(slot, first index, block ids)`: the whole table for a sequence in `admitted`,
-    which got its slot in this step. Sequences in `preempted` lost their slots, which may be in use again in the same
+    changed in the block tables, as `(row, first index, block ids)`: the whole table for a sequence in `admitted`,
+    which got its slot in this step, without what a windowed group lacks. The table of cache group g is in row
+    `g * max_num_seqs + slot`. Sequences in `preempted` lost their slots, which may be in use again in the same
     step.
     """
 

@@ -26,6 +26,8 @@ class ReplicaConfig:
     token_budget: int = 768
     max_num_seqs: int = 256
     block_size: int = 64
+    windows: tuple[int | None, ...] = (None,)
+    """The sliding window of each cache group of the model's layers; None: without one."""
     prefix_caching: bool = False
     overlap: bool = True
     host_seconds: float = 0.0
@@ -76,6 +78,7 @@ class Replica:
         self.scheduler = Scheduler(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
+            windows=config.windows,
             token_budget=config.token_budget,
             max_num_seqs=config.max_num_seqs,
             max_context_len=config.max_context_len,

@@ -63,6 +63,7 @@ def simulated_twin(record: RunRecord, load: Load, cost: MeasuredCost) -> RunReco
     config = ReplicaConfig(
         num_blocks=s["num_blocks"],
         block_size=s["block_size"],
+        windows=tuple(s["windows"]),
         max_context_len=load.longest_context,
         policy=s["policy"],
         token_budget=s["token_budget"],

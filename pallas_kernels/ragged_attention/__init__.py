@@ -135,7 +135,7 @@ def ragged_attention(
 
 
 def plan_layers(
-    index: RaggedIndex,
+    indices: Sequence[RaggedIndex],
     k_cache: Cache,
     windows: Sequence[int | None],
     *,
@@ -144,31 +144,43 @@ def plan_layers(
     num_blocks: int,
     implementation: str | None = None,
 ) -> list[RaggedIndex]:
-    """`index` with what a kernel derives from it, so that a loop over layers does not derive it in every layer.
+    """`indices` with what a kernel derives from them, so that a loop over layers does not derive it in every layer.
 
     Args:
-      index: as for `ragged_attention`.
+      indices: as for `ragged_attention`, one for each kind of layer. They differ at most in where the keys are: in
+        `kv_slots`, `context_lens` and `block_tables`.
       k_cache: an array or a `jax.ShapeDtypeStruct` like the cache of later calls; H and K are those of one device.
-      windows: the sliding windows of the layers, without repetitions.
+      windows: the sliding window of each kind of layer.
       num_tokens, num_heads, num_blocks: T, H and N of later calls.
       implementation: as for `ragged_attention`.
 
     Returns:
-      one index for each window. Where kernels derive nothing, as on a CPU, they are `index` itself.
+      one index for each of `indices`. Where kernels derive nothing, as on a CPU, they are those themselves.
     """
     plan_tpu = plan_gpu = None
+    index = indices[0]
     if implementation == "tpu" or (implementation is None and _runs_on_tpu(k_cache, index)):
         from pallas_kernels.ragged_attention.tpu.call import plan_tpu
     if implementation == "gpu" or (implementation is None and _runs_on_gpu(k_cache, num_heads)):
         from pallas_kernels.ragged_attention.gpu.call import plan_gpu
     if plan_tpu is None and plan_gpu is None:
-        return [index] * len(windows)
+        return list(indices)
     shape: dict[str, int] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
-    tpu = None if plan_tpu is None else plan_tpu(k_cache, index, **shape)
-    gpu = [None if plan_gpu is None else plan_gpu(k_cache, index, window, **shape) for window in windows]
+    same = all(other is index for other in indices)
+    tpu = [None] if plan_tpu is None else [plan_tpu(k_cache, index, **shape)]
+    if plan_tpu is not None and not same:
+        tpu += [plan_tpu(k_cache, other, tpu[0], **shape) for other in indices[1:]]
+    gpu = [
+        None if plan_gpu is None else plan_gpu(k_cache, i, window, **shape)
+        for i, window in zip(indices, windows, strict=True)
+    ]
     # Without the barrier XLA moves parts of a plan into every layer.
     tpu, gpu = jax.lax.optimization_barrier((tpu, gpu))
-    return [dataclasses.replace(index, plans=Plans(tpu=tpu, gpu=plan)) for plan in gpu]
+    tpu = tpu * len(indices) if len(tpu) == 1 else tpu
+    return [
+        dataclasses.replace(i, plans=Plans(tpu=of_tpu, gpu=of_gpu))
+        for i, of_tpu, of_gpu in zip(indices, tpu, gpu, strict=True)
+    ]
 
 
 def _runs_on_tpu(k_cache: Cache, index: RaggedIndex) -> bool:

@@ -67,6 +67,7 @@ CONFIGS = {
         "num_hidden_layers": 26,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
+        "sliding_window": 512,
         "max_position_embeddings": 32_768,
     },
     "Llama-3-8B": _LLAMA
@@ -88,6 +89,7 @@ CONFIGS = {
         "num_attention_heads": 32,
         "num_key_value_heads": 16,
         "query_pre_attn_scalar": 168,
+        "sliding_window": 1024,
         "max_position_embeddings": 131_072,
     },
 }

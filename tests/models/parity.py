@@ -72,6 +72,7 @@ class Runs:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""
         cache = empty_cache(
             self.config,
+            num_rows=len(self.config.kv_layers),
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             num_slots=2,

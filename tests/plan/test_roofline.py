@@ -89,8 +89,7 @@ def test_plan_and_simulator_give_the_same_seconds_for_the_same_step() -> None:
         sequences=64,
         context=1000,
         itemsize=2,
-        block_bytes=LLAMA_7B.kv_bytes_per_token(2) * 64,
-        block_size=64,
+        token_bytes=LLAMA_7B.kv_bytes_per_token(2),
     )
     simulated = RooflineCost(model=LLAMA_7B, device=DEVICES["a100"], efficiency=PEAK)
     assert planned.seconds == pytest.approx(simulated(StepShape(512, 65, 64_000, 448_000, 1000)))

@@ -1,12 +1,13 @@
 """A fake device that checks every step, and a loop that drives a scheduler with it.
 
-Its KV memory stores, for each position, the position and a hash of all tokens up to it, since real KV depends on all of
-them. Every chunk writes its positions and then reads its whole context back through the block table, so a block that
-was reused too early, shared wrongly or never computed is detected immediately.
+Its KV memory stores, for each position and cache group, the position, the group and a hash of all tokens up to it, since
+real KV depends on all of them. Every chunk writes its positions and then reads what its queries see back through the block
+tables, so a block that was freed or reused too early, shared wrongly or never computed is detected immediately.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,27 +66,35 @@ def make_request(request_id: object, prompt: Iterable[int], max_new_tokens: int 
 class FakeDevice:
     """Runs steps immediately and in order; the host may read the sampled tokens later."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
-        self.block_size = block_size
-        self.memory: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
-        self.tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_num_seqs: int, windows: tuple[int | None, ...] = (None,)
+    ) -> None:
+        self.block_size, self.max_num_seqs, self.windows = block_size, max_num_seqs, windows
+        self.memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
+        self.tables: list[list[int | None]] = [[] for _ in range(max_num_seqs * len(windows))]
+        self.hashes: dict[Sequence, int] = {}
         self.last_tokens: list[int | None] = [None] * max_num_seqs
         self.next_position: dict[Sequence, int] = {}
         self.prompt_rows: Counter[tuple[Sequence, int]] = Counter()
 
     def run(self, step: Step) -> list[int]:
         """Computes the step and returns the token sampled for each of `step.sampled`."""
-        for slot, first, block_ids in step.block_updates:
+        admitted = {sequence.slot for sequence in step.admitted}
+        for row, first, block_ids in step.block_updates:
             assert block_ids, "an update without blocks"
-            if first:
-                assert first == len(self.tables[slot]), "a table is extended at its end"
-            self.tables[slot] = self.tables[slot][:first] + list(block_ids)
+            if row % self.max_num_seqs in admitted:
+                self.tables[row] = [None] * first
+            assert first == len(self.tables[row]), "a table is extended at its end"
+            self.tables[row] += block_ids
         for sequence in step.preempted:
             del self.next_position[sequence]
         for sequence in step.admitted:
             start = next(chunk.start for chunk in step.chunks if chunk.sequence is sequence)
             assert start % self.block_size == 0, "a sequence starts after whole cached blocks"
             self.next_position[sequence] = start
+            self.hashes[sequence] = 0
+            for token_id in sequence.token_ids(0, start):
+                self.hashes[sequence] = extend_hash(self.hashes[sequence], token_id)
         inputs = [self._inputs(chunk) for chunk in step.chunks]
         for chunk, tokens in zip(step.chunks, inputs, strict=True):
             self._write(chunk, tokens)
@@ -115,35 +124,33 @@ class FakeDevice:
             tokens.append(last)
         return tokens
 
-    def _slot_of(self, sequence: Sequence, position: int) -> int:
+    def _slot_of(self, sequence: Sequence, position: int, group: int) -> int:
         assert sequence.slot is not None
-        table = self.tables[sequence.slot]
-        assert table == sequence.block_ids, "the device's block table equals the scheduler's"
-        return table[position // self.block_size] * self.block_size + position % self.block_size
+        table = self.tables[sequence.slot + group * self.max_num_seqs]
+        block, offset = divmod(position, self.block_size)
+        assert table[block:] == sequence.tables[group][block:], "the device's block table equals the scheduler's"
+        block_id = table[block]
+        assert block_id is not None, f"{sequence} has no block for position {position} of group {group}"
+        return block_id * self.block_size + offset
 
     def _write(self, chunk: Chunk, tokens: list[int]) -> None:
-        parent = 0
-        if chunk.start:
-            entry = self.memory[self._slot_of(chunk.sequence, chunk.start - 1)]
-            assert entry is not None
-            parent = entry[1]
+        sequence = chunk.sequence
         for position, token_id in enumerate(tokens, chunk.start):
-            parent = extend_hash(parent, token_id)
-            self.memory[self._slot_of(chunk.sequence, position)] = (position, parent)
+            self.hashes[sequence] = extend_hash(self.hashes[sequence], token_id)
+            for group in range(len(self.windows)):
+                self.memory[self._slot_of(sequence, position, group)] = (position, self.hashes[sequence], group)
 
     def _read(self, chunk: Chunk) -> int:
-        sequence = chunk.sequence
-        expected = 0
-        stop = chunk.start + chunk.length
-        for position in range(stop):
-            entry = self.memory[self._slot_of(sequence, position)]
-            assert entry is not None, f"{sequence} reads position {position}, which was never written"
-            if position < sequence.num_known_tokens:
-                expected = extend_hash(expected, sequence.token_ids(position, position + 1)[0])
-                assert entry == (position, expected), f"{sequence} reads KV of other tokens at position {position}"
-            assert entry[0] == position
-            expected = entry[1]
-        return sample(sequence.request.seed, expected)
+        sequence, stop = chunk.sequence, chunk.start + chunk.length
+        hashes = list(itertools.accumulate(sequence.token_ids(0, stop), extend_hash, initial=0))[1:]
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, chunk.start - window + 1)
+            for position in range(first, stop):
+                entry = self.memory[self._slot_of(sequence, position, group)]
+                assert entry is not None, f"{sequence} reads position {position}, which was never written"
+                known = hashes[position] if position < len(hashes) else entry[1]
+                assert entry == (position, known, group), f"{sequence} reads KV of other tokens at position {position}"
+        return sample(sequence.request.seed, self.hashes[sequence])
 
 
 @dataclass
@@ -155,6 +162,17 @@ class Run:
     bypasses: Counter[Sequence] = field(default_factory=Counter)
 
 
+def device_for(scheduler: Scheduler) -> FakeDevice:
+    """A device with the memory that the scheduler assumes."""
+    limits = scheduler.limits
+    return FakeDevice(
+        num_blocks=scheduler._pool.num_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        windows=limits.groups.windows,
+    )
+
+
 def drive(
     scheduler: Scheduler,
     arrivals: Mapping[int, list[Request]],
@@ -162,15 +180,14 @@ def drive(
     depth: int = 0,
     aborts: Mapping[int, list[str]] | None = None,
     max_steps: int = 20_000,
+    device: FakeDevice | None = None,
 ) -> Run:
     """Serves `arrivals` (requests by step number) to the end with `depth` steps in flight, and checks every step.
 
-    `aborts` lists requests to abort, by step number.
+    `aborts` lists requests to abort, by step number. `device` is that of an earlier call with the same scheduler.
     """
-    limits, aborts, run = scheduler.limits, aborts or {}, Run()
-    device = FakeDevice(
-        num_blocks=scheduler._pool.num_blocks, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs
-    )
+    aborts, run = aborts or {}, Run()
+    device = device or device_for(scheduler)
     in_flight: deque[tuple[Step, list[int]]] = deque()
     last_event = max([*arrivals, *aborts, 0])
     for time in range(max_steps):

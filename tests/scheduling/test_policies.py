@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,7 @@ def test_a_long_queue_without_room_is_not_searched_to_its_end() -> None:
         scheduler.add(make_request(i, range(30), 2))
     prefix = scheduler._cached_prefix
     scheduler._cached_prefix = lambda sequence: examined.append(sequence) or prefix(sequence)  # type: ignore[method-assign]
-    scheduler.limits = type(scheduler.limits)(
-        token_budget=8, max_num_seqs=4, max_sample_rows=4, block_size=4, watermark_blocks=7, max_bypasses=1000
-    )
+    scheduler.limits = replace(scheduler.limits, watermark_blocks=7)
     shapes(scheduler, 1)
     assert 0 < len(examined) < 20
 

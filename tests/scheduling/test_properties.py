@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax.scheduling import POLICIES, Request, Scheduler
+from fastgen_jax.scheduling import POLICIES, BlockGroups, Request, Scheduler
 from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens, with_promise
 
 ANY_WORKLOAD = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+WINDOWS = st.sampled_from([(None,), (None,), (None, 3), (None, 16, 16), (5,), (None, 1, 7), (9, 2)])
+"""Sliding windows of cache groups; most models have a single group."""
 
 
 class Workload(NamedTuple):
@@ -32,6 +34,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     block_size = draw(st.one_of(st.integers(1, 5), st.sampled_from([8, 16, 32])))
     max_context_len = draw(st.sampled_from([40, 40, 150]))
     longest_output = max_context_len // 3 + 1
+    groups = BlockGroups(windows=draw(WINDOWS), block_size=block_size, token_budget=integer(1, 48))
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
     needed = 1
@@ -56,11 +59,12 @@ def workloads(draw: st.DrawFn) -> Workload:
         arrivals.setdefault(time, []).append(request)
         if draw(st.integers(0, 4)) == 0:
             aborts.setdefault(time + integer(0, 10), []).append(request.request_id)
-        needed = max(needed, -(-(len(prompt) + max_new_tokens) // block_size))
+        needed = max(needed, groups.blocks_needed(len(prompt) + max_new_tokens))
     arguments = {
         "num_blocks": needed + integer(0, 12),
         "block_size": block_size,
-        "token_budget": integer(1, 48),
+        "windows": groups.windows,
+        "token_budget": groups.token_budget,
         "max_num_seqs": integer(1, 6),
         "max_context_len": max_context_len,
         "max_sample_rows": integer(1, 8),
@@ -106,7 +110,7 @@ def test_without_bypass_requests_are_first_admitted_in_order(workload: Workload)
 @ANY_WORKLOAD
 def test_with_room_for_all_every_splitfuse_step_is_full_while_prompts_wait(workload: Workload) -> None:
     room: dict[str, Any] = {
-        "num_blocks": 500,
+        "num_blocks": 5000,
         "max_num_seqs": 9,
         "max_sample_rows": 500,
         "prefix_caching": False,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from fastgen_jax.scheduling import Admission, Chunk, Planner, Scheduler, StepPlan, orca, prompts_first, splitfuse
+from fastgen_jax.scheduling import Admission, Chunk, Planner, Prefix, Scheduler, StepPlan, orca, prompts_first, splitfuse
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
@@ -97,19 +97,25 @@ def chunk(sequence: Any, **changes: Any) -> Chunk:
     [
         (lambda a, b: None, "returned NoneType, not a StepPlan"),
         (lambda a, b: plan_of(chunks=[chunk(a)]), "does not run in this step"),
-        (lambda a, b: plan_of(admissions=[Admission(a, [])]), "admitted without a chunk"),
-        (lambda a, b: plan_of(chunks=[chunk(a), chunk(a)], admissions=[Admission(a, [])]), "has another chunk"),
-        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, []), Admission(a, [])]), "one twice"),
-        (lambda a, b: plan_of(chunks=[chunk(a, start=4, length=4)], admissions=[Admission(a, [])]), r"must begin at 0"),
-        (lambda a, b: plan_of(chunks=[chunk(a, length=9)], admissions=[Admission(a, [])]), r"is \[0, 9\)"),
-        (lambda a, b: plan_of(chunks=[chunk(a, length=0)], admissions=[Admission(a, [])]), r"is \[0, 0\)"),
-        (lambda a, b: plan_of(chunks=[chunk(a, num_sample_rows=0)], admissions=[Admission(a, [])]), "num_sample_rows=0"),
-        (lambda a, b: plan_of(chunks=[chunk(a, length=4)], admissions=[Admission(a, [])]), "must have 0 and False"),
+        (lambda a, b: plan_of(admissions=[Admission(a, Prefix())]), "admitted without a chunk"),
+        (lambda a, b: plan_of(chunks=[chunk(a), chunk(a)], admissions=[Admission(a, Prefix())]), "has another chunk"),
+        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, Prefix()), Admission(a, Prefix())]), "one twice"),
+        (
+            lambda a, b: plan_of(chunks=[chunk(a, start=4, length=4)], admissions=[Admission(a, Prefix())]),
+            r"must begin at 0",
+        ),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=9)], admissions=[Admission(a, Prefix())]), r"is \[0, 9\)"),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=0)], admissions=[Admission(a, Prefix())]), r"is \[0, 0\)"),
+        (
+            lambda a, b: plan_of(chunks=[chunk(a, num_sample_rows=0)], admissions=[Admission(a, Prefix())]),
+            "num_sample_rows=0",
+        ),
+        (lambda a, b: plan_of(chunks=[chunk(a, length=4)], admissions=[Admission(a, Prefix())]), "must have 0 and False"),
         (lambda a, b: plan_of(preempted=[a]), "preempted names a sequence that does not run"),
         (lambda a, b: plan_of(refused=[a, a]), "refused names"),
-        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, [])], bypassed=[a]), "bypassed names"),
+        (lambda a, b: plan_of(chunks=[chunk(a)], admissions=[Admission(a, Prefix())], bypassed=[a]), "bypassed names"),
         (
-            lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, [])]),
+            lambda a, b: plan_of(chunks=[chunk(b, length=40)], admissions=[Admission(b, Prefix())]),
             "has 40 tokens and 1 rows of logits",
         ),
     ],
@@ -132,7 +138,7 @@ def test_an_invalid_plan_is_rejected_with_the_reason_and_changes_nothing(plan: A
 def test_a_plan_that_needs_more_blocks_than_are_free_is_rejected() -> None:
     def greedy(planner: Planner) -> StepPlan:
         waiting = planner.waiting
-        return plan_of(chunks=[chunk(s) for s in waiting], admissions=[Admission(s, []) for s in waiting])
+        return plan_of(chunks=[chunk(s) for s in waiting], admissions=[Admission(s, Prefix()) for s in waiting])
 
     scheduler = Scheduler(**{**SIZES, "num_blocks": 4}, policy=greedy)
     scheduler.borrow_blocks(1)

@@ -33,9 +33,11 @@ def worlds(draw: st.DrawFn) -> tuple[Load, ReplicaConfig, int]:
     else:
         load = open_loop(draw(st.sampled_from([0.5, 3.0, 20.0])), gap_cv=2.0, **lengths)
     block_size = draw(st.integers(1, 16))
+    windows = draw(st.sampled_from([(None,), (None,), (None, 9), (20,)]))
     config = ReplicaConfig(
-        num_blocks=-(-load.longest_context // block_size) + draw(st.integers(0, 60)),
+        num_blocks=-(-load.longest_context // block_size) * len(windows) + draw(st.integers(0, 60)),
         block_size=block_size,
+        windows=windows,
         max_context_len=load.longest_context,
         policy=draw(st.sampled_from([p for p in POLICIES if p != "sla"])),
         token_budget=draw(st.integers(3, 32)),

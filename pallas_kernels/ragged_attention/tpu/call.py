@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -94,11 +95,26 @@ class TpuPlan:
     """Whether the token belongs to a chunk."""
 
 
-def plan_tpu(k_cache: Cache, index: RaggedIndex, *, num_tokens: int, num_heads: int, num_blocks: int) -> TpuPlan:
-    """What `ragged_attention_tpu` otherwise computes in every such call; only the shape of k_cache is read."""
+def plan_tpu(
+    k_cache: Cache,
+    index: RaggedIndex,
+    first: TpuPlan | None = None,
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_blocks: int,
+) -> TpuPlan:
+    """What `ragged_attention_tpu` otherwise computes in every such call; only the shape of k_cache is read.
+
+    `first` is the plan for an index with the same chunks, but with other blocks and contexts.
+    """
     shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads)
     spec = _spec(shape, tile_sizes.choose(shape), index, Scoring(scale=1.0), product_dtype=k_cache.dtype, zero_values=True)
-    return _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=num_blocks)
+    plan = _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=num_blocks)
+    if first is None:
+        return plan
+    # The same arrays for all layers are not looked up by layer.
+    return dataclasses.replace(first, granules=plan.granules, members=plan.members, tables=plan.tables)
 
 
 def _plan(k_cache: Cache, index: RaggedIndex, spec: Spec, *, num_tokens: int, num_blocks: int) -> TpuPlan:

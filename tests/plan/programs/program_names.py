@@ -41,6 +41,7 @@ def names(variant: str, **options) -> tuple[str, str]:
         model,
         bucket,
         tensor_mesh(devices) if config.tensor_parallel else jax.devices()[0],
+        num_rows=model.num_layers,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
