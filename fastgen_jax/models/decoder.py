@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -30,9 +31,11 @@ from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.segments import Place, Segment, run_loops
-from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params
+from fastgen_jax.models.sharding import DIVIDED_AXES, in_place
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
+from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import PackedWeight, linear
+from pallas_kernels.matmul import Int8Weight, PackedWeight, linear
 from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
@@ -82,7 +85,9 @@ def hidden_rows(
     if execution.wrap_layer is not None:
         layer = execution.wrap_layer(layer)
     x = _embed(params, batch, config, execution.activation_dtype)
-    rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
+    rows, kv_cache = run_layers(
+        layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
+    )
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
     if config.embed_proj_dim is not None:
@@ -98,6 +103,7 @@ def run_layers(
     *,
     rows: Int[Array, " R"],
     config: ModelConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "R E"], KVCache]:
     """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
@@ -115,13 +121,15 @@ def run_layers(
             x, kv_cache = layer(x, kv_cache, weights, call)
         return x, kv_cache
 
+    specs = param_specs(config)["layers"]
     # Experts are passed as one stack: a slice would be a copy, because a grouped matmul is opaque to XLA.
     experts = {
         name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
-        for name, spec in param_specs(config)["layers"].items()
+        for name, spec in specs.items()
         if spec.kind is Kind.EXPERTS
     }
     having = layers_with(config)
+    held = _held_stacks(layers, specs, having, x.dtype, mesh)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
         whole = Segment(0, 1, config.num_layers)
 
@@ -129,11 +137,13 @@ def run_layers(
             carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
         ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
             x, cache, index = carry
-            x, cache = layer(x, cache, weights, _call(config, Place(first=0, loops=((whole, index),))))
+            place = Place(first=0, loops=((whole, index),))
+            x, cache = layer(x, cache, {**weights, **held.at(place)}, _call(config, place))
             return (x, cache, index + 1), None
 
         # The counter is carried as in `run_loops`.
-        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
+        sliced = {name: leaf for name, leaf in layers.items() if name not in held.names}
+        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), sliced, length=config.num_layers)
         return jnp.take(x, rows, axis=0), kv_cache
 
     def one(carry: tuple[jax.Array, KVCache], place: Place) -> tuple[jax.Array, KVCache]:
@@ -141,8 +151,9 @@ def run_layers(
         weights = {
             name: jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False), layers[name])
             for name, rows in having.items()
-            if name not in experts and (row := place.row(rows)) is not None
+            if name not in experts and name not in held.names and (row := place.row(rows)) is not None
         }
+        weights |= held.at(place)
         call = _call(config, place, experts_of_all=True)
         return layer(*carry, weights if call.first_expert is None else weights | experts, call)
 
@@ -165,6 +176,63 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
         rows=rows,
         first_expert=first_expert,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldStacks:
+    """Weights of all layers that a loop over layers does not slice one by one."""
+
+    in_place: Mapping[str, Int8Weight]
+    """Weights that products read where they are."""
+    vectors: Sequence[tuple[jax.Array, Mapping[str, tuple[int, int]]]]
+    """Norms and biases side by side [L, all of them], and where each begins and ends."""
+    having: Mapping[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.in_place, *(name for _, places in self.vectors for name in places)}
+
+    def at(self, place: Place) -> dict[str, Leaf]:
+        """Those of a layer."""
+        weights: dict[str, Leaf] = {
+            name: leaf.at_layer(row)
+            for name, leaf in self.in_place.items()
+            if (row := place.row(self.having[name])) is not None
+        }
+        for stack, places in self.vectors:
+            row = place.row(self.having[next(iter(places))])
+            if row is not None:
+                vector = jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
+                weights |= {name: vector[begin:end] for name, (begin, end) in places.items()}
+        return weights
+
+
+def _held_stacks(
+    layers: LayerWeights,
+    specs: Mapping[str, WeightSpec],
+    having: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+) -> _HeldStacks:
+    # Shared experts are divided with the others, in a shard_map that gets the weights of one layer.
+    matrices = [
+        name for name, spec in specs.items() if spec.kind is Kind.MATRIX and not (mesh and name.startswith("shared_"))
+    ]
+    found = {name: in_place(specs[name], layers[name], dtype, mesh) for name in matrices if name in layers}
+    kept = {name: leaf for name, leaf in found.items() if leaf is not None}
+    if not gpu_target.is_gpu():  # whose compiler launches a kernel for each slice
+        return _HeldStacks(in_place=kept, vectors=(), having=having)
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, spec in specs.items():
+        whole = mesh is None or DIVIDED_AXES.isdisjoint(spec.axes)
+        if len(spec.shape) == 1 and whole and name in layers:
+            alike.setdefault((str(layers[name].dtype), having[name]), []).append(name)
+    vectors = []
+    for names in alike.values():
+        ends = np.cumsum([layers[name].shape[-1] for name in names]).tolist()
+        places = dict(zip(names, zip([0, *ends[:-1]], ends, strict=True), strict=True))
+        vectors.append((jnp.concatenate([layers[name] for name in names], axis=1), places))
+    return _HeldStacks(in_place=kept, vectors=vectors, having=having)
 
 
 def _run_packed(
