@@ -296,7 +296,7 @@ def table(plan: Plan) -> str:
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
         f"  weights       {gib(memory.weights)}   {kept}"
         + (f"; on disk {plan.stored_as}, dequantized while loading" if plan.stored_as else ""),
-        f"  sampler state {gib(memory.state)}",
+        f"  states        {gib(memory.state)}   of the sampler and of running sequences",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "
         f"{plan.kv_dtype}{_of_groups(plan.windows)}",
