@@ -13,6 +13,7 @@ import numpy as np
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.sampling.tables import SamplingTables
+from fastgen_jax.models.states import refuse_states
 
 Pooling = Literal["last", "mean"]
 ROOM_SECONDS = 60.0  # to wait for KV blocks that running requests hold
@@ -50,6 +51,7 @@ def pool(
     `max_num_seqs` rows: "mean" takes a step for as many tokens, "last" for as many texts. Raises ValueError if a text is
     longer than the context, or requests do not free enough KV blocks within a minute.
     """
+    refuse_states(engine.model, "an embedding")
     limit = engine.config.longest_sequence
     for text in texts:
         if len(text) > limit:

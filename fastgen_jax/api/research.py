@@ -12,6 +12,7 @@ from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.programs import StepOutput
 from fastgen_jax.engine.prompts import TokenIdsInput, checked_token_ids
 from fastgen_jax.engine.sampling.tables import SamplingTables
+from fastgen_jax.models.states import refuse_states
 from fastgen_jax.scheduling import Sequence as HostSequence
 from fastgen_jax.scheduling.manual import ManualRow
 
@@ -39,6 +40,7 @@ class Research:
     """
 
     def __init__(self, engine: Engine) -> None:
+        refuse_states(engine.model, "Research")
         self._engine = engine
         self._sequences = engine.manual_sequences
         self._packer = Packer(engine.config, SamplingTables(engine.config.max_num_seqs, engine.model.vocab_size))

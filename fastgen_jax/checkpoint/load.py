@@ -224,6 +224,7 @@ def stored_shapes(weight: Weight) -> list[tuple[int, ...]]:
     shapes = [(*shape[:-1], size) for size in sizes]
     shapes = [(*rest, n, m) for *rest, m, n in shapes] if source.transpose else shapes
     shapes = [(1, *rest) for rest in shapes] if source.is_row else shapes
+    shapes = [(n, 1, tokens) for tokens, n in shapes] if source.is_conv else shapes
     return shapes * (len(source.names) // pieces)
 
 
@@ -280,6 +281,9 @@ def assemble(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
     `export.take_apart` is the inverse.
     """
     source, shape = weight.source, weight.spec.shape
+    if source.is_conv:
+        (name,) = weight.names
+        return np.ascontiguousarray(checkpoint.read(name)[:, 0].T)
     if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         stored = checkpoint.read(weight.names[0])
         return stored[0] if source.is_row else stored

@@ -14,6 +14,7 @@ from fastgen_jax.flags import MODEL_HELP
 if TYPE_CHECKING:
     from fastgen_jax.checkpoint import Checkpoint
     from fastgen_jax.checkpoint.block_kind import BlockKind
+    from fastgen_jax.models.config import ModelConfig
 
 _PLAIN = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number
@@ -82,9 +83,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "loaded as": _loaded_as(checkpoint, stored),
         "weight bytes": weights,
         "KV bytes/token": kv,
+        "state": _state(config),
         "sampling": _sampling(checkpoint),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _state(config: ModelConfig) -> str:
+    """What a sequence holds beside keys and values; empty for most models."""
+    from fastgen_jax.models.states import state_shapes
+
+    shapes = state_shapes(config, "cpu")
+    return f"{shapes.num_bytes:,} bytes per sequence, in {shapes.num_layers} layers; no prefix cache" if config.state else ""
 
 
 def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:

@@ -43,3 +43,5 @@ class RaggedBatch:
     adapters: Int32[Array, " T"] | None = None
     """Number of each token's adapter, ascending; that of the first without one is the number of adapters. None: there are
     none."""
+    slots: Int32[Array, " S"] | None = None
+    """The slot of each sequence, for models that keep states in them; None for the others."""

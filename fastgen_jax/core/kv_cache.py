@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,6 +27,8 @@ class KVCache:
 
     k: Float[Array, "LN K B D"] | QuantizedCache
     v: Float[Array, "LN K B D"] | QuantizedCache
+    states: dict[str, Float[Array, "_ ..."]] = field(default_factory=dict)
+    """What sequences hold beside their blocks: see `core.states`. Empty for most models."""
 
     @staticmethod
     def zeros(
@@ -36,6 +39,10 @@ class KVCache:
         zeros = QuantizedCache.zeros if is_quantized(dtype) else jnp.zeros
         return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
 
+    def with_states(self, **states: Float[Array, "_ ..."]) -> KVCache:
+        """The cache with some of its states replaced."""
+        return replace(self, states={**self.states, **states})
+
 
 def copy_block(cache: KVCache, source: Int32[Array, ""], target: Int32[Array, ""], *, num_blocks: int) -> KVCache:
     """The cache with block `source` of each layer copied to block `target`. Donate it: it is then changed in place."""
@@ -45,7 +52,7 @@ def copy_block(cache: KVCache, source: Int32[Array, ""], target: Int32[Array, ""
         block = jax.lax.dynamic_index_in_dim(layers, source, axis=1)
         return jax.lax.dynamic_update_index_in_dim(layers, block, target, axis=1).reshape(pool.shape)
 
-    return jax.tree.map(copied, cache)
+    return replace(cache, k=jax.tree.map(copied, cache.k), v=jax.tree.map(copied, cache.v))
 
 
 def scale_bytes(dtype: DTypeLike) -> int:

@@ -159,7 +159,7 @@ def tokens_that_fit(
         return 0
     groups = _groups(formats, config, model, machine)
     block = _block_bytes(groups, formats, config, model, machine)
-    held = weights + _excess_bytes(formats, config, model, machine)
+    held = weights + _excess_bytes(formats, config, model, machine) + _state_bytes(config, model, machine)
     sharing = 1 if machine.platform == "cpu" else divided
     if config.num_blocks is not None:  # the cache has this size, so the question is whether it fits
         room = HOST_WEIGHTS[share] * memory.free(held) if memory.is_host else getattr(memory.room(held), share)
@@ -234,6 +234,10 @@ def _excess_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, ma
     return max(0, rest - int(DEVICE_REST * machine.memory.limit))
 
 
+def _state_bytes(config: EngineConfig, model: ModelConfig, machine: Machine) -> int:
+    return footprint.state_bytes(model, machine.platform, config.max_num_seqs)
+
+
 def _names(formats: Formats) -> list[str | None]:
     return [formats.dtype, formats.quantize, formats.kv_dtype]
 
@@ -263,6 +267,7 @@ def _memory(machine: Machine) -> str:
 def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
     smallest, memory = options[-1], machine.memory
     weights = _weight_bytes(smallest, config, model, machine)
+    states = _state_bytes(config, model, machine)
     groups = _groups(smallest, config, model, machine)
     cache_tokens = _needed(config, model, LEAST_CONTEXT)
     num_blocks = groups.blocks_needed(cache_tokens)
@@ -273,9 +278,9 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
     if machine.platform != "cpu":
         cache //= config.tensor_parallel or 1
     if memory.is_host:
-        needed, usable = weights + _loading_bytes(smallest, model) + cache, int(HOST_WEIGHTS["most"] * memory.limit)
+        needed, usable = weights + _loading_bytes(smallest, model) + cache + states, int(HOST_WEIGHTS["most"] * memory.limit)
     else:
-        needed = weights + cache + _excess_bytes(smallest, config, model, machine)
+        needed = weights + cache + states + _excess_bytes(smallest, config, model, machine)
         usable = memory.room().most
     return (
         f"the model does not fit: {smallest.quantize or smallest.dtype} weights take {footprint.size(weights)} and "

@@ -16,6 +16,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.targets import adaptable
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
 from pallas_kernels.matmul import INT4_BLOCK
@@ -115,7 +116,7 @@ def block_bytes(
     model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_groups: int, num_devices: int = 1
 ) -> int:
     """Bytes of a KV block on all devices together: keys and values of all heads in the layers of a cache group."""
-    of_layer = token_bytes(model, platform, kv_dtype=kv_dtype, num_devices=num_devices) // model.num_layers
+    of_layer = token_bytes(model, platform, kv_dtype=kv_dtype, num_devices=num_devices) // len(model.kv_layers)
     return block_size * of_layer * cache_groups(model, num_groups).num_rows
 
 
@@ -128,6 +129,11 @@ def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, 
     )
     rows = min(token_budget, max_num_seqs)
     return math.ceil(token_budget * bytes_per_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
+
+
+def state_bytes(model: ModelConfig, platform: str, max_num_seqs: int) -> int:
+    """Bytes of what running sequences hold beside their KV blocks; 0 for most models."""
+    return max_num_seqs * state_shapes(model, platform).num_bytes
 
 
 @functools.lru_cache(maxsize=64)

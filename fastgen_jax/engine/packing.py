@@ -73,7 +73,7 @@ class Bucket:
     """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens.
 
     `groups` are the cache groups. The second and later ones have tables of the blocks that T tokens see, from the first of
-    these on.
+    these on. With `has_states` a batch has the slots of its sequences; `num_slots` counts those of tokens in the cache.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Bucket:
         vocab_size: int,
         num_adapters: int = 0,
         groups: BlockGroups | None = None,
+        has_states: bool = False,
     ) -> None:
         self.num_tokens = num_tokens
         self.num_seqs = min(num_tokens, max_num_seqs)
@@ -112,6 +113,7 @@ class Bucket:
                 Field("sample_rows", (self.num_seqs,)),
                 Field("num_sample_rows", ()),
                 *([Field("adapters", (num_tokens,))] if num_adapters else []),
+                *([Field("slots", (self.num_seqs,))] if has_states else ()),
                 *windowed,
                 *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
             ]
@@ -125,6 +127,8 @@ class Bucket:
                 views[name][:] = num_slots
         if num_adapters:
             views["adapters"][:] = num_adapters
+        if has_states:
+            views["slots"][:] = max_num_seqs
         SamplingTables.clear(_sampling_part(views), max_num_seqs=max_num_seqs, vocab_size=vocab_size)
 
     def new_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -201,6 +205,8 @@ class Packer:
         v["query_starts"][n + 1 :] = total
         v["context_lens"][:n] = contexts
         v["block_tables"][:n, :blocks_used] = tables
+        if "slots" in v:
+            v["slots"][:n] = slots
 
         if total == n:  # every chunk is one token
             rows, positions = np.arange(n), starts

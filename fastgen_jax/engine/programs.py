@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, StepImages, stored_head_dim
+from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.adapter_stacks import Stacks
 from fastgen_jax.engine.packing import Bucket
@@ -21,6 +21,7 @@ from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.engine.sampling.tables import SamplingBatch
+from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
@@ -96,18 +97,20 @@ class Programs:
             vocab_size=self.model.vocab_size,
             groups=config.groups,
             num_adapters=config.num_adapters,
+            has_states=self.model.state is not None,
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
         """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
-        cache = KVCache.zeros(
-            num_layers=cache_groups(model, len(config.windows)).num_rows,
+        cache = empty_cache(
+            divided(model, config.tensor_parallel or 1),
+            num_rows=cache_groups(model, len(config.windows)).num_rows,
             num_blocks=config.num_blocks,
-            num_kv_heads=divided(model, config.tensor_parallel or 1).num_kv_heads,
             block_size=config.block_size,
+            num_slots=config.max_num_seqs,
             dtype=jnp.dtype(config.kv_dtype),
-            head_dim=stored_head_dim(model.head_dim, jax.default_backend()),
+            platform=jax.default_backend(),
         )
         return cache, self.idle_state()
 

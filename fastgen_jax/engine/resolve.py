@@ -160,7 +160,10 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     if num_blocks is None:
         num_blocks = (
             memory_now(platform)
-            .room(footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, dtype))
+            .room(
+                footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, dtype)
+                + footprint.state_bytes(model, platform, config.max_num_seqs)
+            )
             .num_blocks(
                 bytes_per_block,
                 wanted=blocks_of_sequences(groups, config.max_num_seqs, max_context_len),
@@ -176,7 +179,8 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         if config.fit and config.max_context_len is None:
             max_context_len = max(groups.longest(num_blocks, max_context_len), 2)  # a prompt and a generated token
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
-    prefix_caching = config.prefix_caching and not model.rope_depends_on_length
+    # A state is not kept for the end of each block, only for the last token.
+    prefix_caching = config.prefix_caching and not model.rope_depends_on_length and model.state is None
     stack_layers = config.stack_layers
     if stack_layers is None:
         stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
+from fastgen_jax.models.state_rows import StateRows, state_rows
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.ragged_attention import (
@@ -56,6 +57,7 @@ class Step:
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
+    state: StateRows | None = None  # for layers with a state
 
     def num_rows(self, rows: Int[Array, " R"] | None) -> Int[Array, ""]:
         """How many of the tokens, or of the sampled `rows`, are not padding."""
@@ -67,8 +69,16 @@ class LayerCall:
     """What differs between layers, apart from their weights."""
 
     index: Int[Array, ""] | int
+    has_attention: bool = True
+    state_row: Int[Array, ""] | int | None = None  # its number among the layers with a state; None: it has none
     rows: Int[Array, " R"] | None = None  # tokens whose results are needed; None: all
     first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
+    has_mlp: bool = True  # or experts
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the layer has attention or a state, so that tokens depend on others."""
+        return self.has_attention or self.state_row is not None
 
 
 def take_rows(x: Float[Array, "T ..."], rows: Int[Array, " R"] | None) -> Float[Array, "_ ..."]:
@@ -137,6 +147,7 @@ def prepare_step(
         num_blocks=num_blocks,
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
+        state=None if config.state is None else state_rows(batch),
     )
 
 
@@ -187,6 +198,11 @@ def attention(
     The rows are all tokens, or those that the layer is called for.
     """
     d, index, rows = config.head_dim, call.index, call.rows
+    gate = None
+    if config.mla is None:
+        x = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D], and with a gate H * D more
+        if config.attention_gate:
+            x, gate = jnp.split(x, (x.shape[1] - config.num_heads * d,), axis=-1)
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if config.qk_norm == "unit":
         q, key = _unit_norms(q, key, step, config, index)
@@ -213,13 +229,20 @@ def attention(
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla, num_tokens=step.num_rows(rows))
     out = out.reshape(out.shape[0], -1)
-    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), KVCache(k=k_cache, v=v_cache)
+    if config.attention_multiplier != 1.0:
+        out = out * config.attention_multiplier
+    if gate is not None:
+        out = out * jax.nn.sigmoid(take_rows(gate, rows))
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), replace(cache, k=k_cache, v=v_cache)
 
 
 def _heads(
-    x: Float[Array, "T E"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
+    x: Float[Array, "T _"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
-    """Queries, keys and values of `x`, normalized and rotated as the config says."""
+    """Queries, keys and values, normalized and rotated as the config says.
+
+    `x` is the projection to all of them, or for latent attention its input.
+    """
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None:
         assert turn is not None, "latent attention rotates in every layer"
@@ -228,18 +251,15 @@ def _heads(
             latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
         return q, latent, latent
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
-    qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
-        q, key, value = (
-            part.reshape(x.shape[0], -1, d) for part in split_columns(qkv, (h * d, k * d, k * d), step.mesh.size)
-        )
+        q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), step.mesh.size))
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)
         q, key, value = (_clipped(part, config) for part in (q, key, value))
         if turn is not None:
             q, key = rotate(q, *turn), rotate(key, *turn)
         return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
-    qkv = qkv.reshape(-1, h + 2 * k, d)
+    qkv = x.reshape(-1, h + 2 * k, d)
     if norm_first:
         q, key = _qk_norms(qkv[:, :h], qkv[:, h : h + k], w, step, config)
         qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)

@@ -31,7 +31,7 @@ class CacheGroups:
     num_rows: int
     """Layers for which a block has room."""
     places: tuple[tuple[int, int], ...]
-    """Group and row of each layer."""
+    """Group and row of each layer; those of a layer without attention have no meaning."""
 
 
 def cache_groups(config: ModelConfig, num_groups: int) -> CacheGroups:
@@ -39,8 +39,9 @@ def cache_groups(config: ModelConfig, num_groups: int) -> CacheGroups:
     layers = config.layer_windows or (None,) * config.num_layers
     if num_groups == 1:
         window = layers[0] if same_for_all(layers) else None
-        places = tuple((0, layer) for layer in range(config.num_layers))
-        return CacheGroups(windows=(window,), num_rows=config.num_layers, places=places)
+        rows = {layer: row for row, layer in enumerate(config.kv_layers)}
+        places = tuple((0, rows.get(layer, 0)) for layer in range(config.num_layers))
+        return CacheGroups(windows=(window,), num_rows=len(rows), places=places)
     for num_rows in _sizes(config):
         windows = _windows(config, num_rows)
         if len(windows) == num_groups:

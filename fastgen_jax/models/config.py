@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from fastgen_jax.models.moe_config import Activation, MLAConfig, MoEConfig
+from fastgen_jax.models.state_config import StateConfig
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
@@ -122,12 +123,20 @@ class ModelConfig:
     attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
     query_growth: QueryGrowth | None = None  # queries are scaled by position
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
+    attention_multiplier: float = 1.0  # of the input of the output projection
+    attention_gate: bool = False  # the output of attention is scaled by a sigmoid of the input, before its projection
+    attention_layers: tuple[int, ...] | None = None  # the layers that have attention; None: all
+
+    # state
+    state: StateConfig | None = None  # a state of fixed size in some layers, instead of attention or beside it
 
     # MLP
     activation: Activation = "silu"
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
+    mlp_multipliers: tuple[float, float] | None = None  # of the gate before its activation, and of the hidden units
     moe: MoEConfig | None = None  # mixture of experts instead of the MLP, in some or all layers
+    mlp_layers: tuple[int, ...] | None = None  # the layers that have an MLP or experts; None: all
 
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -158,6 +167,15 @@ class ModelConfig:
                     f"{name} has {len(getattr(self, name))} entries; it needs one for each of the "
                     f"{self.num_layers} layers, or none"
                 )
+        if self.attention_layers is not None and self.layer_windows:
+            raise ValueError(
+                "layer_windows is set, but some layers have no attention; windows beside states are not supported"
+            )
+        if not self.kv_layers:
+            raise ValueError(
+                "no layer has attention; models that keep nothing but states are not supported, because the engine counts "
+                "the length of a sequence in blocks of keys and values"
+            )
         if len(self.alibi_slopes) not in (0, self.num_heads):
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes)} entries; it needs one for each of the "
@@ -173,6 +191,11 @@ class ModelConfig:
                 raise ValueError(f"rope dim is {rope.dim}; it must be at most head_dim={self.head_dim}")
 
     @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers with attention, in the order of their keys and values in the cache."""
+        return tuple(range(self.num_layers)) if self.attention_layers is None else self.attention_layers
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The distinct rotary embeddings of the layers."""
         return tuple(dict.fromkeys(rope for rope in self.layer_ropes or (self.rope,) if rope is not None))
@@ -185,12 +208,12 @@ class ModelConfig:
     @property
     def fused_swiglu(self) -> bool:
         """Whether the MLP is the SwiGLU that `pallas_kernels.matmul.swiglu` computes."""
-        return self.mlp_gated and self.activation == "silu" and not self.mlp_bias
+        return self.mlp_gated and self.activation == "silu" and not self.mlp_bias and self.mlp_multipliers is None
 
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """Bytes of K and V per token, over all layers, with `itemsize` bytes per number and `scale_bytes` per head."""
         a_head = (stored_head_dim or self.head_dim) * itemsize + scale_bytes
-        return 2 * self.num_layers * self.num_kv_heads * a_head
+        return 2 * len(self.kv_layers) * self.num_kv_heads * a_head
 
 
 def same_for_all(values: Sequence[T]) -> bool:

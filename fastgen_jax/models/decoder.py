@@ -28,8 +28,10 @@ from fastgen_jax.models.attention import LayerCall, Step, attention, prepare_ste
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.layers import norm, soft_cap
+from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
+from fastgen_jax.models.segments import Place, Segment, run_loops
 from fastgen_jax.models.sharding import DIVIDED_AXES, in_place
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
@@ -147,21 +149,16 @@ def run_layers(
     """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
-    (an MLP in some, experts in others), each run of similar layers is one scan. A tuple of L dicts is unrolled: on a CPU,
-    the slices of a scan are copies, so every step would read and write the whole model once more. Only packed stacks are
-    scanned there, whose kernels read a layer in place. With packed stacks and tuples the last layer is called for `rows`
+    (an MLP in some, experts or a state in others), similar ones share the body of a loop. A tuple of L dicts is unrolled: on
+    a CPU, the slices of a scan are copies, so every step would read and write the whole model once more. Only packed stacks
+    are scanned there, whose kernels read a layer in place. With packed stacks and tuples the last layer is called for `rows`
     only, because no other row is read after its attention.
     """
-    with_experts = () if config.moe is None else tuple(sorted(config.moe.layers))
     if isinstance(layers, Mapping) and any(map(_is_packed, jax.tree.leaves(layers, is_leaf=_is_packed))):
         return _run_packed(layer, layers, x, kv_cache, rows=rows, config=config)
     if not isinstance(layers, Mapping):
         for index, weights in enumerate(layers):
-            call = LayerCall(
-                index=index,
-                rows=rows if index == len(layers) - 1 else None,
-                first_expert=0 if index in with_experts else None,
-            )
+            call = _call(config, Place(first=index), rows=rows if index == len(layers) - 1 else None)
             x, kv_cache = layer(x, kv_cache, weights, call)
         return x, kv_cache
 
@@ -175,47 +172,51 @@ def run_layers(
     having = layers_with(config)
     held = _held_stacks(layers, specs, having, x.dtype, mesh)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
+        whole = Segment(0, 1, config.num_layers)
 
         def body(
             carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
         ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
             x, cache, index = carry
-            x, cache = layer(x, cache, {**weights, **held.at(0, index)}, LayerCall(index=index))
+            place = Place(first=0, loops=((whole, index),))
+            x, cache = layer(x, cache, {**weights, **held.at(place)}, _call(config, place))
             return (x, cache, index + 1), None
 
-        # The counter is carried: XLA makes one of it and the loop's own, and products on a GPU read their weights in place
-        # only if it is the index. An array of layer numbers would be sliced in every layer.
+        # The counter is carried as in `run_loops`.
         sliced = {name: leaf for name, leaf in layers.items() if name not in held.names}
         (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), sliced, length=config.num_layers)
         return jnp.take(x, rows, axis=0), kv_cache
 
-    for start, stop in _runs(having, config.num_layers):
-        first_row = {name: rows.index(start) for name, rows in having.items() if start in rows}
-        expert_row = with_experts.index(start) if start in with_experts else None
+    def one(carry: tuple[jax.Array, KVCache], place: Place) -> tuple[jax.Array, KVCache]:
+        # The same as slicing the xs of a scan, but the stacks also hold the layers of other loops.
+        weights = {
+            name: jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False), layers[name])
+            for name, rows in having.items()
+            if name not in experts and name not in held.names and (row := place.row(rows)) is not None
+        }
+        weights |= held.at(place)
+        call = _call(config, place, experts_of_all=True)
+        return layer(*carry, weights if call.first_expert is None else weights | experts, call)
 
-        def some(
-            carry: tuple[jax.Array, KVCache, jax.Array], _: None, start=start, first_row=first_row, expert_row=expert_row
-        ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
-            x, cache, i = carry
-            # The same as slicing the xs of a scan, but the stacks also hold the layers of other runs.
-            weights = {
-                name: jax.tree.map(
-                    lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False), layers[name]
-                )
-                for name, row in first_row.items()
-                if name not in experts and name not in held.names
-            }
-            weights |= held.at(start, i)
-            first_expert = None
-            if expert_row is not None:
-                assert config.moe is not None, "only a model with experts has layers with experts"
-                weights |= experts
-                first_expert = (expert_row + i) * config.moe.num_experts
-            x, cache = layer(x, cache, weights, LayerCall(index=start + i, first_expert=first_expert))
-            return (x, cache, i + 1), None
-
-        (x, kv_cache, _), _ = jax.lax.scan(some, (x, kv_cache, jnp.int32(0)), length=stop - start)
+    x, kv_cache = run_loops(_kinds(having, config.num_layers), one, (x, kv_cache))
     return jnp.take(x, rows, axis=0), kv_cache
+
+
+def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, experts_of_all: bool = False) -> LayerCall:
+    """The call of a layer; with `experts_of_all` it gets the experts of all layers."""
+    index = place.row(range(config.num_layers))
+    assert index is not None, "it is a layer of the model"
+    first_expert = None if config.moe is None else place.row(config.moe.layers)
+    if config.moe is not None and first_expert is not None:
+        first_expert = first_expert * config.moe.num_experts if experts_of_all else 0
+    return LayerCall(
+        index=index,
+        has_attention=place.first in config.kv_layers,
+        state_row=None if config.state is None else place.row(config.state.layers),
+        has_mlp=config.mlp_layers is None or place.first in config.mlp_layers,
+        rows=rows,
+        first_expert=first_expert,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,19 +233,17 @@ class _HeldStacks:
     def names(self) -> set[str]:
         return {*self.in_place, *(name for _, places in self.vectors for name in places)}
 
-    def at(self, start: int, i: jax.Array) -> dict[str, Leaf]:
-        """Those of layer `start + i`, in a run of similar layers that begins with layer `start`."""
-
-        def row(name: str) -> jax.Array:
-            return self.having[name].index(start) + i
-
+    def at(self, place: Place) -> dict[str, Leaf]:
+        """Those of a layer."""
         weights: dict[str, Leaf] = {
-            name: leaf.at_layer(row(name)) for name, leaf in self.in_place.items() if start in self.having[name]
+            name: leaf.at_layer(row)
+            for name, leaf in self.in_place.items()
+            if (row := place.row(self.having[name])) is not None
         }
         for stack, places in self.vectors:
-            first = next(iter(places))
-            if start in self.having[first]:
-                vector = jax.lax.dynamic_index_in_dim(stack, row(first), keepdims=False)
+            row = place.row(self.having[next(iter(places))])
+            if row is not None:
+                vector = jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
                 weights |= {name: vector[begin:end] for name, (begin, end) in places.items()}
         return weights
 
@@ -286,32 +285,19 @@ def _run_packed(
     rows: Int[Array, " R"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "R E"], KVCache]:
-    """`run_layers` for stacks of packed weights: a scan over each run of similar layers, and the last layer by itself."""
+    """`run_layers` for stacks of packed weights: loops, and the last layer by itself."""
     having, last = layers_with(config), config.num_layers - 1
 
-    def one(
-        carry: tuple[jax.Array, KVCache], start: int, index: int | jax.Array, rows: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """Layer `index` of the run that begins with layer `start`."""
+    def one(carry: tuple[jax.Array, KVCache], place: Place, rows: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         weights = {
-            name: jax.tree.map(partial(_at_row, row=having[name].index(start) + index - start), leaf, is_leaf=_is_packed)
+            name: jax.tree.map(partial(_at_row, row=row), leaf, is_leaf=_is_packed)
             for name, leaf in layers.items()
-            if start in having[name]
+            if (row := place.row(having[name])) is not None
         }
-        has_experts = config.moe is not None and start in config.moe.layers
-        return layer(*carry, weights, LayerCall(index=index, rows=rows, first_expert=0 if has_experts else None))
+        return layer(*carry, weights, _call(config, place, rows=rows))
 
-    carry = (x, kv_cache)
-    for start, stop in _runs(having, config.num_layers):
-        end = min(stop, last)
-        if end - start == 1:
-            carry = one(carry, start, start)
-        elif end > start:
-            indices = jnp.arange(start, end, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(lambda carry, i, start=start: (one(carry, start, i), None), carry, indices)
-        if stop > last:
-            carry = one(carry, start, last, rows)
-    return carry
+    carry = run_loops(_kinds(having, last), one, (x, kv_cache))
+    return one(carry, Place(first=last), rows)
 
 
 def _is_packed(leaf: Leaf) -> bool:
@@ -325,11 +311,9 @@ def _at_row(leaf: Leaf, row: int | jax.Array) -> Leaf:
     return jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False)
 
 
-def _runs(having: dict[str, tuple[int, ...]], num_layers: int) -> list[tuple[int, int]]:
-    """[start, stop) of the longest runs of adjacent layers with the same weights."""
-    kinds = [frozenset(name for name, rows in having.items() if i in rows) for i in range(num_layers)]
-    starts = [i for i in range(num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
-    return list(zip(starts, [*starts[1:], num_layers], strict=True))
+def _kinds(having: dict[str, tuple[int, ...]], num_layers: int) -> list[frozenset[str]]:
+    """For each of the first layers, the names of its weights."""
+    return [frozenset(name for name, rows in having.items() if i in rows) for i in range(num_layers)]
 
 
 def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: DTypeLike | None) -> jax.Array:
@@ -362,12 +346,15 @@ def _sequential_layer(
     # Adding x within the last product is cheaper, if nothing comes between them.
     fused = not after and scale == 1.0
 
-    h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens) if before else x
+    h = norm(x, w, "attn_norm", config=config, num_rows=step.num_tokens) if before and call.mixes else x
     x, used = take_rows(x, call.rows), step.num_rows(call.rows)
-    y, cache = attention(h, w, cache, step, call, config=config, residual=x if fused else None)
-    if not fused:
-        y = x + scale * (norm(y, w, "post_attn_norm", config=config, num_rows=used) if after else y)
-    x = norm(y, w, "attn_norm", config=config, num_rows=used) if place == "residual" else y
+    if call.mixes:
+        y, cache = mix(h, w, cache, step, call, config=config, residual=x if fused else None)
+        if not fused:
+            y = x + scale * (norm(y, w, "post_attn_norm", config=config, num_rows=used) if after else y)
+        x = norm(y, w, "attn_norm", config=config, num_rows=used) if place == "residual" else y
+    if not call.has_mlp:
+        return x, cache
 
     h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
     residual = x if fused else None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
+from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
@@ -24,6 +25,7 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
     This is `forward` on one batch with all sequences, and with attention as one matrix product instead of over a blocked
     cache, so what is trained here is what the engine computes. The attention scores take S * H * P * P numbers.
     """
+    refuse_states(config, "dense_forward")
     num_sequences, length = token_ids.shape
     num_tokens = num_sequences * length
     zeros = jnp.zeros(num_tokens, jnp.int32)

@@ -37,7 +37,12 @@ class Heads:
 
 
 def check_num_devices(config: ModelConfig, num_devices: int) -> None:
-    """Raises ValueError if a device would have no attention head."""
+    """Raises ValueError if a device would have no attention head, or the model cannot be divided."""
+    if num_devices > 1 and (config.state is not None or config.attention_gate):
+        raise ValueError(
+            f"a {config.family} model cannot be divided over {num_devices} devices: layers with a state are not sharded; "
+            "use one device, and quantize='int8' if it does not fit"
+        )
     if num_devices > config.num_heads:
         raise ValueError(
             f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "

@@ -56,4 +56,7 @@ def _hidden(
     if config.fused_swiglu:
         return swiglu(x, w["gate_up"], num_rows=num_tokens, shards=num_devices)
     gate, up = split_columns(project(x, w, "gate_up", num_rows=num_tokens), 2 * (config.mlp_dim,), num_devices)
+    if config.mlp_multipliers is not None:
+        of_gate, of_hidden = config.mlp_multipliers
+        return activation(gate * of_gate) * up * of_hidden
     return activation(gate) * up

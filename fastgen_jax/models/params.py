@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.state_specs import state_specs
 from fastgen_jax.models.weight_spec import (
     DType,
     Kind,
@@ -58,11 +59,18 @@ def model_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 
 
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
-    """The specs of the weights of layer number `layer`: the norms, then the attention, then the MLP."""
-    specs = [*_layer_norm_specs(config), *_attention_specs(config)]
+    """The specs of the weights of layer number `layer`: the norms, then attention and state, then the MLP."""
+    has_state = config.state is not None and layer in config.state.layers
+    has_attention = layer in config.kv_layers
+    has_mlp = config.mlp_layers is None or layer in config.mlp_layers
+    specs = [*_layer_norm_specs(config, mixes=has_attention or has_state, has_mlp=has_mlp)]
+    if has_attention:
+        specs += _attention_specs(config)
+    if config.state is not None and has_state:
+        specs += state_specs(config.embed_dim, config.state)
     if config.moe is not None and layer in config.moe.layers:
         specs += [*_router_specs(config.embed_dim, config.moe), *_expert_specs(config.embed_dim, config.moe)]
-    else:
+    elif has_mlp:
         specs += _mlp_specs(config)
     return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
 
@@ -107,14 +115,16 @@ def _model_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         yield bias(head)
 
 
-def _layer_norm_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+def _layer_norm_specs(config: ModelConfig, *, mixes: bool, has_mlp: bool) -> Iterator[WeightSpec]:
     before, after = config.norm_placement in ("input", "both"), config.norm_placement in ("output", "both")
     if before or config.norm_placement == "residual":
-        yield from _norm_specs("attn_norm", config)
-        if not config.shared_norm:
+        if mixes:
+            yield from _norm_specs("attn_norm", config)
+        if has_mlp and not config.shared_norm:
             yield from _norm_specs("mlp_norm", config)
-    if after:
+    if after and mixes:
         yield from _norm_specs("post_attn_norm", config)
+    if after and has_mlp:
         yield from _norm_specs("post_mlp_norm", config)
 
 
@@ -135,7 +145,7 @@ def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         yield from _latent_attention_specs(config, config.mla)
         return
     e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    parts = (h * d, k * d, k * d)
+    parts = (2 * h * d if config.attention_gate else h * d, k * d, k * d)
     qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts)
     o = matrix("o", (h * d, e), ("HD", "E"))
     yield from (qkv, o)

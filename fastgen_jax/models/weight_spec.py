@@ -33,6 +33,7 @@ class Kind(enum.Enum):
     EXPERTS = "experts"  # [X, in, out]; one matrix per expert, multiplied with the tokens routed to that expert only
     HEADS = "heads"  # [in, H * out]; one matrix per head, side by side, multiplied head by head
     TABLE = "table"  # [rows, width]; rows are looked up
+    CONV = "conv"  # [tokens, channels]; a convolution over the last tokens, of each channel by itself
     NORM = "norm"  # scale of a normalization
     BIAS = "bias"  # added to the result of another weight
     VECTOR = "vector"  # anything else: attention sinks, the bias of the expert choice
@@ -139,9 +140,14 @@ def norm(name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, initial: f
     return WeightSpec(name=name, kind=Kind.NORM, shape=shape, axes=axes, initial=initial, dtype="activations")
 
 
+def conv(name: str, shape: tuple[int, int]) -> WeightSpec:
+    """A convolution over the last `shape[0]` tokens, of each of `shape[1]` channels by itself."""
+    return WeightSpec(name=name, kind=Kind.CONV, shape=shape, axes=("tokens", "channels"), dtype="activations")
+
+
 def bias(of: WeightSpec) -> WeightSpec:
     """The bias of a weight, one number per output; its name is `<name>_bias`."""
-    outputs = (slice(-2), slice(-1, None)) if of.is_product else (slice(None),)  # all axes except the inputs
+    outputs = (slice(-2), slice(-1, None)) if of.is_product or of.kind is Kind.CONV else (slice(None),)  # without the inputs
     return WeightSpec(
         name=f"{of.name}_bias",
         kind=Kind.BIAS,

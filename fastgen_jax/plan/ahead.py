@@ -111,6 +111,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     num_blocks = choices.num_blocks
     if num_blocks is None:
         weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
+        weights += footprint.state_bytes(model, platform, choices.max_num_seqs)
         num_blocks = memory.room(weights).num_blocks(
             footprint.block_bytes(
                 model,
@@ -155,7 +156,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         windows=groups.windows,
         stack_layers=True,
         activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
-        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length,
+        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length and model.state is None,
         budget_ladder=tuple(sorted(set(budgets))),
         generation_config=(),
         fitted=formats.why,
@@ -174,6 +175,7 @@ def _compile(
         num_slots=config.num_blocks * config.block_size,
         vocab_size=model.vocab_size,
         groups=config.groups,
+        has_states=model.state is not None,
     )
     arguments = step_arguments(
         model,

@@ -24,7 +24,7 @@ class Memory:
     total: int
     reserved: int
     weights: int
-    state: int  # the sampler's tables
+    state: int  # the sampler's tables, and what running sequences hold beside KV blocks
     temporaries: int  # of the largest step
     block: int  # one KV block: the layers of a cache group
 

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from fastgen_jax.core import KVCache, StepImages, stored_head_dim
+from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import further_arguments, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
@@ -164,6 +165,7 @@ def compile_step(
         num_slots=num_blocks * block_size,
         vocab_size=model.vocab_size,
         groups=BlockGroups(windows=groups.windows, block_size=block_size, token_budget=token_budget),
+        has_states=model.state is not None,
     )
     arguments = step_arguments(
         model,
@@ -273,13 +275,14 @@ def step_arguments(
         tied = jax.ShapeDtypeStruct(head.shape, params["embed"].dtype)
         params = {**params, "lm_head": _as_stored(head, tied, quantize=quantize)}
     cache = jax.eval_shape(
-        lambda: KVCache.zeros(
-            num_layers=num_rows,
+        lambda: empty_cache(
+            model,
+            num_rows=num_rows,
             num_blocks=num_blocks,
-            num_kv_heads=model.num_kv_heads,
             block_size=block_size,
-            head_dim=stored_head_dim(model.head_dim, device.platform),
+            num_slots=max_num_seqs,
             dtype=kv_dtype,
+            platform=device.platform,
         )
     )
     state = jax.eval_shape(lambda: init_state(max_num_seqs, vocab_size))

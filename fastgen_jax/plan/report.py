@@ -106,7 +106,8 @@ def make_plan(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
         weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize) + vision,
-        state=footprint.sampler_bytes(model, max_num_seqs),
+        state=footprint.sampler_bytes(model, max_num_seqs)
+        + footprint.state_bytes(model, devices.device.platform, max_num_seqs),
         temporaries=footprint.temporary_bytes(
             model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
         ),
@@ -303,7 +304,7 @@ def table(plan: Plan) -> str:
         f"  weights       {gib(memory.weights)}   {kept}"
         + (f"; {plan.vision / GIB:.2f} GiB of it the vision tower" if plan.vision else "")
         + (f"; on disk {plan.stored_as}, dequantized while loading" if plan.stored_as else ""),
-        f"  sampler state {gib(memory.state)}",
+        f"  states        {gib(memory.state)}   of the sampler and of running sequences",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "
         f"{plan.kv_dtype}{_of_groups(plan.windows)}",

@@ -26,6 +26,7 @@ from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, Layer, head, hidden_rows
 from fastgen_jax.models.params import all_specs, head_spec
+from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from fastgen_jax.training.batch import TrainingBatch
 from pallas_kernels.matmul import pair
@@ -108,6 +109,7 @@ def logprobs(
 
 
 def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, options: Options) -> jax.Array:
+    refuse_states(config, "training")
     specs = all_specs(config)
     outside = {name: _paired(specs.get(name), leaf) for name, leaf in params.items() if name not in ("layers", "lm_head")}
     layers = params["layers"]

@@ -15,7 +15,8 @@ import numpy as np
 
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli.models import table
-from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.core import RaggedBatch
+from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.families import FAMILIES
@@ -69,14 +70,14 @@ class Runs:
 
     def logits(self, token_ids: np.ndarray, sizes: list[int], *, prompt_length: int) -> np.ndarray:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""
-        config = self.config
-        cache = KVCache.zeros(
-            num_layers=config.num_layers,
+        cache = empty_cache(
+            self.config,
+            num_rows=len(self.config.kv_layers),
             num_blocks=NUM_BLOCKS,
-            num_kv_heads=config.num_kv_heads,
             block_size=BLOCK_SIZE,
-            head_dim=config.head_dim,
+            num_slots=2,
             dtype=self.params["embed"].dtype,
+            platform=jax.default_backend(),
         )
         rows, start = [], 0
         for size in sizes:
@@ -106,6 +107,7 @@ class Runs:
             ),
             sample_rows=padded(np.arange(size)),
             num_sample_rows=jnp.asarray(size, jnp.int32),
+            slots=jnp.ones(1, jnp.int32),
         )
 
 

@@ -38,10 +38,8 @@ def test_unknown_fields_are_named_in_one_warning_or_refused(family, variant, cap
 def test_a_field_that_changes_the_output_of_other_models_is_refused(family, variant):
     hf = hf_config(family, variant)
     read = family_of(hf["architectures"][0]).config_from_hf
-    with pytest.raises(
-        ValueError, match=r"config.json has mamba_d_state=16 and mup_scale=0.5, which would change the output"
-    ):
-        read(hf | {"mup_scale": 0.5, "mamba_d_state": 16})
+    with pytest.raises(ValueError, match=r"config.json has mup_scale=0.5 and ssm_scale=16, which would change the output"):
+        read(hf | {"mup_scale": 0.5, "ssm_scale": 16})
 
 
 def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others():
@@ -57,7 +55,8 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
         *("n_positions", "norm_epsilon", "num_attention_heads", "num_hidden_layers", "num_kv_heads", "seq_length"),
         *("num_ln_in_parallel_attn", "qk_nope_head_dim", "qk_rope_head_dim", "rms_norm_eps"),
         *("scale_attn_weights", "sliding_window_pattern", "tie_word_embeddings", "vocab_size"),
-        "word_embed_proj_dim",
+        *("attention_head_dim", "block_auto_adjust_ff_dim", "block_ff_dim", "block_multiple_of", "head_dim", "n_groups"),
+        *("num_key_value_heads", "shared_intermediate_size", "tie_embedding", "word_embed_proj_dim"),
     }
     read = set()
     for module in FAMILIES.values():
@@ -166,11 +165,12 @@ def test_partial_rotation_with_scaling_is_refused_where_transformers_cannot_comp
         FAMILIES["llama"].config_from_hf(hf | {"partial_rotary_factor": 0.5})
 
 
-# Of their own functions: the GELU of BLOOM and MPT, the clamped SwiGLU of gpt-oss, the SiLU of Qwen 1.
-FIXED_ACTIVATION = ("bloom", "gpt_oss", "mpt", "qwen")
+# Of their own functions: the GELU of BLOOM and MPT, the clamped SwiGLU of gpt-oss, the SiLU of LFM2 and Qwen 1.
+FIXED_ACTIVATION = ("bloom", "gpt_oss", "lfm2", "lfm2_moe", "mpt", "qwen")
 ACTIVATION_FIELDS = {
     **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",
+    "nemotron_h": "mlp_hidden_act",
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), "hidden_activation"),
 }
 

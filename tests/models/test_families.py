@@ -28,6 +28,8 @@ from tests.models.parity import DOCUMENT, Runs, error, expected, folder, load, r
 TOLERANCE = 1e-4
 # 8 significant bits in weights and activations, two to four layers with weights of standard deviation 0.3.
 BFLOAT16_MEAN_TOLERANCE = 0.02
+# Rounding changes which experts tokens choose, and a state remembers it.
+WITH_STATES_AND_EXPERTS = {"qwen3_next": 0.08, "granitemoehybrid": 0.04}
 WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]
@@ -35,6 +37,8 @@ OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if na
 IN_SLOW_TESTS = (
     *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
     *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt", "llava", "mllama"),
+    # With states, as in tests/engine/test_states.py.
+    *("lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5"),
 )
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
@@ -94,7 +98,7 @@ def test_bfloat16_stays_near_float32(family, variant):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     tokens, want, prompt = expected(family, variant)
     got = Runs(half, config, len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
-    assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
+    assert np.abs(got - want).mean() < WITH_STATES_AND_EXPERTS.get(family, BFLOAT16_MEAN_TOLERANCE) * np.abs(want).max()
 
 
 QUICK = {("llama", "default"), ("opt", "post_norm"), ("deepseek_v2", "lite")}
@@ -118,7 +122,7 @@ def test_prepared_narrow_weights_stay_near_float32(family, variant, formats):
     tokens, want, prompt = expected(family, variant)
     runs = Runs(prepare_params(params, config, resolved), config, len(tokens), activation_dtype=resolved.activation_dtype)
     got = runs.logits(tokens, random_cut(len(tokens), seed=3), prompt_length=prompt)
-    assert np.abs(got - want).mean() < BFLOAT16_MEAN_TOLERANCE * np.abs(want).max()
+    assert np.abs(got - want).mean() < WITH_STATES_AND_EXPERTS.get(family, BFLOAT16_MEAN_TOLERANCE) * np.abs(want).max()
 
 
 def test_scanned_layers_that_differ_look_up_their_own_settings():

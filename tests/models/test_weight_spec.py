@@ -53,7 +53,9 @@ def test_each_declaration_is_complete_and_agrees_with_itself(family, variant):
         assert path == spec.path == (f"layers.{spec.name}" if spec.per_layer else spec.name)
         assert len(spec.shape) == len(spec.axes), path
         assert sum(spec.parts) in (0, spec.shape[-1]), path
-        assert (spec.initial is None) == (spec.is_product or spec.kind is Kind.TABLE), "random weights have a fan-in"
+        assert (spec.initial is None) == (spec.is_product or spec.kind in (Kind.TABLE, Kind.CONV)), (
+            "random weights have a fan-in"
+        )
         assert spec.is_product or spec.never_quantized is None, "only matrices can be quantized at all"
         assert (spec.kind is Kind.BIAS) == (spec.bias_of is not None)
         assert spec.owner_path in specs or spec.owner_path == "lm_head", "a bias belongs to a weight of the model"

@@ -453,6 +453,9 @@ def randomise(model: torch.nn.Module) -> None:
             if is_norm_weight and float(parameter.detach().mean()) != 0.0:  # Gemma's start at 0 and count from 1
                 noise += 1.0
             parameter.copy_(noise.bfloat16().float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_((torch.randn_like(buffer) * 0.2).bfloat16().float())
 
 
 def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
@@ -469,11 +472,11 @@ def compute(model: Any, prompt: torch.Tensor) -> dict[str, np.ndarray]:
     return {"token_ids": np.array(tokens), "logits": torch.cat(rows).float().numpy()}
 
 
-def main() -> None:
+def main(families: dict[str, tuple[str, dict[str, dict[str, Any]]]] = FAMILIES) -> None:
     """Writes the variants of the families named on the command line, or of all families."""
     home = Path(__file__).parent / "families"
-    for family in sys.argv[1:] or FAMILIES:
-        model_type, variants = FAMILIES[family]
+    for family in sys.argv[1:] or families:
+        model_type, variants = families[family]
         for variant, fields in variants.items():
             if (home / family / variant).exists():
                 continue

@@ -70,6 +70,13 @@ _NAMES = (
     "qwen3_vl_moe",
     "mllama",
     "llava",
+    "lfm2",
+    "lfm2_moe",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5",
+    "falcon_h1",
+    "nemotron_h",
 )
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}

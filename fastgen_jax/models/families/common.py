@@ -14,6 +14,7 @@ from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import Activation, ModelConfig
 from fastgen_jax.models.families.fields import Fields
 from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Kind
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -30,11 +31,17 @@ def refuse_unsupported(hf: JsonFields, supported: Mapping[str, tuple[object, ...
             )
 
 
-def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int] = MappingProxyType({})) -> ModelFields:
+def sizes(
+    hf: Fields,
+    *,
+    head_dim: int | None = None,
+    mlp_dim: int | None = None,
+    assumed: Mapping[str, int] = MappingProxyType({}),
+) -> ModelFields:
     """The fields that most families name as Llama does, as keyword arguments of `ModelConfig`.
 
     `head_dim` is the family's default; None: the width of the model divided by the number of heads. `assumed` holds defaults
-    of further fields, by their names in config.json.
+    of further fields, by their names in config.json. `mlp_dim` is given by families that name it in another way.
     """
     num_heads = _given(hf, "num_attention_heads", assumed)
     return {
@@ -44,7 +51,7 @@ def sizes(hf: Fields, *, head_dim: int | None = None, assumed: Mapping[str, int]
         "num_heads": num_heads,
         "num_kv_heads": hf.get("num_key_value_heads", assumed.get("num_key_value_heads")) or num_heads,
         "head_dim": hf.get("head_dim") or head_dim or hf["hidden_size"] // num_heads,
-        "mlp_dim": hf["intermediate_size"],
+        "mlp_dim": hf["intermediate_size"] if mlp_dim is None else mlp_dim,
         **special_tokens(hf),
     }
 
@@ -132,7 +139,7 @@ class Source:
 
     They are transposed from [out, in] if `transpose`, and concatenated along the output axis (the last one). If `stacked`,
     the names of row 0 of the first axis come first, then those of row 1, and so on. `rearrange` reorders the output axis of
-    the result. If `is_row`, a vector [n] is stored as [1, n].
+    the result. If `is_row`, a vector [n] is stored as [1, n], and if `is_conv`, a kernel [tokens, n] as [n, 1, tokens].
     """
 
     names: tuple[str, ...]
@@ -140,6 +147,7 @@ class Source:
     transpose: bool = False
     stacked: bool = False
     is_row: bool = False
+    is_conv: bool = False
     rearrange: Callable[[np.ndarray], np.ndarray] | None = None
     keeps_values: bool = True
     """False if `rearrange` computes other values, once: it leaves its own results as they are, up to rounding."""
@@ -191,6 +199,7 @@ def sources_from(
             tuple(f"{module}.{'weight' if spec.bias_of is None else 'bias'}" for module in modules),
             transpose=spec.is_product and path not in conv1d,
             stacked=spec.is_stack and len(modules) > 1,
+            is_conv=spec.kind is Kind.CONV,
             rearrange=(rearrange or {}).get(owner),
         )
     return found
