@@ -26,6 +26,15 @@ COMPILE_WITHOUT_DEVICE = (0, 10, 2)
 AMPERE_KERNEL = (0, 12)
 """The kernel for Ampere needs mma and cp.async (0.10), and stores from any layout of registers (0.11)."""
 
+MERGE_KERNEL = (0, 12)
+"""As the kernel for Ampere, the one that merges the results of attention stores from registers to memory."""
+
+HOPPER_PRODUCT = (0, 12)
+"""The product with weights in place has been compiled and tested from here on."""
+
+AUTOTUNING_KEPT = (0, 12)
+"""From here on, the folder of XLA's autotuning results is not part of the keys of JAX's compilation cache."""
+
 
 def too_old(version: tuple[int, ...]) -> str | None:
     """What is missing if this jax is older than `version`, with the remedy, as the end of a sentence; otherwise None."""

@@ -21,6 +21,7 @@ from fastgen_jax import paths
 from fastgen_jax.engine.mirror import Mirror
 from pallas_kernels.buckets import Bucket
 from pallas_kernels.folders import Folder
+from pallas_kernels.jax_versions import AUTOTUNING_KEPT, too_old
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,12 @@ def use(named: str | None, group: str) -> Folder | None:
     jax.config.update("jax_compilation_cache_dir", str(programs.path))
     # The default skips programs that compile within a second; here each one delays the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # No XLA caches next to the entries: their path would be part of every key, and XLA fails if it cannot write them.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    # Of XLA's own caches, next to the entries, the one of the algorithms that were measured to be fastest on a GPU, so that
+    # other programs with the same products need not measure again. Before jax 0.12 its path is part of every key, and XLA
+    # fails if it cannot write it.
+    tuned = jax.default_backend() == "gpu" and programs.writable and too_old(AUTOTUNING_KEPT) is None
+    kept = "xla_gpu_per_fusion_autotune_cache_dir" if tuned else "none"
+    jax.config.update("jax_persistent_cache_enable_xla_caches", kept)
     if not programs.writable:
         _write_no_more()
     return folder

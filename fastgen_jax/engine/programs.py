@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,14 +19,17 @@ from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
-from fastgen_jax.models.sharding import TENSOR, partition_kv_cache, shardings
+from fastgen_jax.models.params import head_spec
+from fastgen_jax.models.sharding import TENSOR, in_place, partition_kv_cache, shardings
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
+from pallas_kernels.jax_versions import HOPPER_PRODUCT, too_old
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
@@ -42,7 +45,7 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
 }
 # XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
 # can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
-# written to memory as 16 bits and read again.
+# written to memory as 16 bits and read again. Where the kernel for Hopper does not read them, Triton products remain.
 _GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -55,6 +58,8 @@ class StepOutput:
     """f32[R, V]: raw logits; only the research interface reads them."""
     hidden: jax.Array
     """[R, E]: the inputs of the head, in the dtype of the activations; also only for the research interface."""
+    last_tokens: jax.Array | None
+    """i32[R]: the token before the one that each row predicts; None without a logits processor."""
 
 
 class Program(NamedTuple):
@@ -133,11 +138,8 @@ class Programs:
     def compile(self, budget: int, work: Work = "any") -> Program:
         """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
         bucket, name = self.bucket(budget), self.saved_name(budget, work)
-        if self.folder is None or name is None:
-            return Program(bucket, self.lower(bucket, work).compile(), work)
-        saved = saved_in(self.folder)
-        program = executables.load(saved, name, devices=devices_of(self.config))
-        return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work), saved, name), work)
+        run = load_or_compile(self.folder, name, self.config, lambda: self.lower(bucket, work))
+        return Program(bucket, run, work)
 
     def saved_name(self, budget: int, work: Work = "any") -> str | None:
         """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
@@ -148,6 +150,17 @@ class Programs:
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
         return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+
+def load_or_compile(
+    folder: Folder | None, name: str | None, config: ResolvedConfig, lower: Callable[[], jax.stages.Lowered]
+) -> jax.stages.Compiled:
+    """The program called `name` from the cache folder; else what `lower` returns, compiled and, with both, saved there."""
+    if folder is None or name is None:
+        return lower().compile()
+    saved = saved_in(folder)
+    program = executables.load(saved, name, devices=devices_of(config))
+    return program or executables.compile_and_save(lower(), saved, name)
 
 
 def has_int8(params: Any) -> bool:
@@ -226,8 +239,8 @@ def step_program(
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    options = _COMPILER_OPTIONS.get(device.device_kind)
-    if device.platform == "gpu" and not has_int8_weights:
+    options = compiler_options(device)
+    if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
         options = _GPU_OPTIONS
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
@@ -235,6 +248,16 @@ def step_program(
     whole = NamedSharding(mesh, PartitionSpec())
     cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     return jit(step, out_shardings=(whole, cache, whole))
+
+
+def _reads_int8_in_place(device: Any) -> bool:
+    """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper`."""
+    return getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
+
+
+def compiler_options(device: Any) -> dict[str, bool | str] | None:
+    """Options of XLA for all programs on a device."""
+    return _COMPILER_OPTIONS.get(device.device_kind)
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
@@ -268,14 +291,29 @@ def _step(
         config=config,
         execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
     )
+    if "lm_head" in params and (lm_head := in_place(head_spec(config), params["lm_head"], hidden.dtype, mesh)) is not None:
+        params = {**params, "lm_head": lm_head}
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
         logits = logits[:, : config.vocab_size]
+    last_tokens = None if logits_processor is None else jnp.take(batch.token_ids, batch.sample_rows)
+    sampled, state = sample_rows(logits, last_tokens, state, sampling, logits_processor=logits_processor, work=work)
+    return StepOutput(sampled=sampled, logits=logits, hidden=hidden, last_tokens=last_tokens), kv_cache, state
+
+
+def sample_rows(
+    logits: jax.Array,
+    last_tokens: jax.Array | None,
+    state: SamplerState,
+    batch: SamplingBatch,
+    *,
+    logits_processor: LogitsProcessor | None,
+    work: Work,
+) -> tuple[SampleOutput, SamplerState]:
+    """`sample` of the logits of a step, after the engine's logits processor, which needs `last_tokens`."""
     process = None
-    if logits_processor is not None:
-        last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
-        rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
+    if logits_processor is not None and last_tokens is not None:
+        rows = LogitsRows(positions=batch.positions, last_tokens=last_tokens, seeds=batch.seeds)
         process = lambda logits: logits_processor(logits, rows)  # noqa: E731
-    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process, work=work)
-    return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state
+    return sample(logits, state, batch, max_logprobs=MAX_LOGPROBS, process=process, work=work)

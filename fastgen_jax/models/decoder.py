@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -28,9 +29,11 @@ from fastgen_jax.models.division import divided
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
-from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params
+from fastgen_jax.models.sharding import DIVIDED_AXES, in_place
+from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
+from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import PackedWeight, linear
+from pallas_kernels.matmul import Int8Weight, PackedWeight, linear
 from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
@@ -80,7 +83,9 @@ def hidden_rows(
     if execution.wrap_layer is not None:
         layer = execution.wrap_layer(layer)
     x = _embed(params, batch, config, execution.activation_dtype)
-    rows, kv_cache = run_layers(layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config)
+    rows, kv_cache = run_layers(
+        layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
+    )
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
     if config.embed_proj_dim is not None:
@@ -96,6 +101,7 @@ def run_layers(
     *,
     rows: Int[Array, " R"],
     config: ModelConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "R E"], KVCache]:
     """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
@@ -118,25 +124,28 @@ def run_layers(
             x, kv_cache = layer(x, kv_cache, weights, call)
         return x, kv_cache
 
+    specs = param_specs(config)["layers"]
     # Experts are passed as one stack: a slice would be a copy, because a grouped matmul is opaque to XLA.
     experts = {
         name: jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers[name])
-        for name, spec in param_specs(config)["layers"].items()
+        for name, spec in specs.items()
         if spec.kind is Kind.EXPERTS
     }
     having = layers_with(config)
+    held = _held_stacks(layers, specs, having, x.dtype, mesh)
     if not experts and all(len(rows) == config.num_layers for rows in having.values()):
 
         def body(
             carry: tuple[jax.Array, KVCache, jax.Array], weights: LayerWeights
         ) -> tuple[tuple[jax.Array, KVCache, jax.Array], None]:
             x, cache, index = carry
-            x, cache = layer(x, cache, weights, LayerCall(index=index))
+            x, cache = layer(x, cache, {**weights, **held.at(0, index)}, LayerCall(index=index))
             return (x, cache, index + 1), None
 
         # The counter is carried: XLA makes one of it and the loop's own, and products on a GPU read their weights in place
         # only if it is the index. An array of layer numbers would be sliced in every layer.
-        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), layers)
+        sliced = {name: leaf for name, leaf in layers.items() if name not in held.names}
+        (x, kv_cache, _), _ = jax.lax.scan(body, (x, kv_cache, jnp.int32(0)), sliced, length=config.num_layers)
         return jnp.take(x, rows, axis=0), kv_cache
 
     for start, stop in _runs(having, config.num_layers):
@@ -153,8 +162,9 @@ def run_layers(
                     lambda leaf, row=row: jax.lax.dynamic_index_in_dim(leaf, row + i, keepdims=False), layers[name]
                 )
                 for name, row in first_row.items()
-                if name not in experts
+                if name not in experts and name not in held.names
             }
+            weights |= held.at(start, i)
             first_expert = None
             if expert_row is not None:
                 assert config.moe is not None, "only a model with experts has layers with experts"
@@ -165,6 +175,65 @@ def run_layers(
 
         (x, kv_cache, _), _ = jax.lax.scan(some, (x, kv_cache, jnp.int32(0)), length=stop - start)
     return jnp.take(x, rows, axis=0), kv_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldStacks:
+    """Weights of all layers that a loop over layers does not slice one by one."""
+
+    in_place: Mapping[str, Int8Weight]
+    """Weights that products read where they are."""
+    vectors: Sequence[tuple[jax.Array, Mapping[str, tuple[int, int]]]]
+    """Norms and biases side by side [L, all of them], and where each begins and ends."""
+    having: Mapping[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.in_place, *(name for _, places in self.vectors for name in places)}
+
+    def at(self, start: int, i: jax.Array) -> dict[str, Leaf]:
+        """Those of layer `start + i`, in a run of similar layers that begins with layer `start`."""
+
+        def row(name: str) -> jax.Array:
+            return self.having[name].index(start) + i
+
+        weights: dict[str, Leaf] = {
+            name: leaf.at_layer(row(name)) for name, leaf in self.in_place.items() if start in self.having[name]
+        }
+        for stack, places in self.vectors:
+            first = next(iter(places))
+            if start in self.having[first]:
+                vector = jax.lax.dynamic_index_in_dim(stack, row(first), keepdims=False)
+                weights |= {name: vector[begin:end] for name, (begin, end) in places.items()}
+        return weights
+
+
+def _held_stacks(
+    layers: LayerWeights,
+    specs: Mapping[str, WeightSpec],
+    having: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+) -> _HeldStacks:
+    # Shared experts are divided with the others, in a shard_map that gets the weights of one layer.
+    matrices = [
+        name for name, spec in specs.items() if spec.kind is Kind.MATRIX and not (mesh and name.startswith("shared_"))
+    ]
+    found = {name: in_place(specs[name], layers[name], dtype, mesh) for name in matrices if name in layers}
+    kept = {name: leaf for name, leaf in found.items() if leaf is not None}
+    if not gpu_target.is_gpu():  # whose compiler launches a kernel for each slice
+        return _HeldStacks(in_place=kept, vectors=(), having=having)
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, spec in specs.items():
+        whole = mesh is None or DIVIDED_AXES.isdisjoint(spec.axes)
+        if len(spec.shape) == 1 and whole and name in layers:
+            alike.setdefault((str(layers[name].dtype), having[name]), []).append(name)
+    vectors = []
+    for names in alike.values():
+        ends = np.cumsum([layers[name].shape[-1] for name in names]).tolist()
+        places = dict(zip(names, zip([0, *ends[:-1]], ends, strict=True), strict=True))
+        vectors.append((jnp.concatenate([layers[name] for name in names], axis=1), places))
+    return _HeldStacks(in_place=kept, vectors=vectors, having=having)
 
 
 def _run_packed(

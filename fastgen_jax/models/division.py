@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
+_TILE = 64
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heads:
     """The heads of a divided model, in the order of the devices: numbers of heads of the model, None for padding."""
@@ -80,8 +83,21 @@ def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
         mlp_dim=wide(config.mlp_dim),
         vocab_size=wide(config.vocab_size),
         alibi_slopes=slopes,
-        moe=moe and dataclasses.replace(moe, expert_dim=wide(moe.expert_dim), shared_dim=wide(moe.shared_dim)),
+        moe=moe
+        and dataclasses.replace(moe, expert_dim=_expert_width(moe.expert_dim, num_devices), shared_dim=wide(moe.shared_dim)),
     )
+
+
+def _expert_width(size: int, num_devices: int) -> int:
+    """The width of the experts of a divided model.
+
+    On several devices each share of 64 and more is a multiple of 64, so that the kernels of accelerators read the experts
+    where they are; otherwise each step would copy them: 2,880 on eight devices are 360 each, and become 384.
+    """
+    share = -(-size // num_devices)
+    if num_devices > 1 and share > _TILE:
+        share = -(-share // _TILE) * _TILE
+    return share * num_devices
 
 
 def row_norm_heads(config: ModelConfig, num_devices: int) -> tuple[int, int]:
@@ -130,7 +146,9 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int)
     parts = spec.parts if axis == -1 and len(spec.parts) > 1 else (size,)
     starts = np.cumsum((0, *parts[:-1]))
     if letter in ("F", "V"):
-        wide = [np.arange(-(-part // num_devices) * num_devices) for part in parts]
+        is_expert = letter == "F" and spec.axes[0] == "X"
+        widths = [_expert_width(part, num_devices) if is_expert else -(-part // num_devices) * num_devices for part in parts]
+        wide = [np.arange(width) for width in widths]
         return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
     if letter not in ("HD", "H", "KD", "K"):
         return [np.arange(size)]

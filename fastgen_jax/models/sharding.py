@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
 from fastgen_jax.models.columns import deal_columns
@@ -23,7 +24,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Division, Int8Weight, reads_in_place
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
@@ -54,8 +55,17 @@ def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
 
     if isinstance(leaf, Int8Weight):
         of_columns = partition((*axes[:-2], axes[-1]), leaf.scales.ndim)
-        return jax.tree.unflatten(jax.tree.structure(leaf), [partition(axes, leaf.values.ndim), of_columns])
+        selected = [] if leaf.layer is None else [PartitionSpec()]
+        return jax.tree.unflatten(jax.tree.structure(leaf), [partition(axes, leaf.values.ndim), of_columns, *selected])
     return partition(axes, leaf.ndim)
+
+
+def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> Int8Weight | None:
+    """`leaf` in the form in which `linear` reads it where it is, for activations of `dtype`; None if it does not."""
+    division = None
+    if mesh is not None and mesh.size > 1 and spec.kind is Kind.MATRIX and not DIVIDED_AXES.isdisjoint(spec.axes):
+        division = Division(mesh=mesh, axis=TENSOR, of_inputs=spec.axes[-1] not in DIVIDED_AXES)
+    return dataclasses.replace(leaf, division=division) if reads_in_place(leaf, dtype, division) else None
 
 
 def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -> Leaf:

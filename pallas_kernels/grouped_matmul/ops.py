@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul import cpu, tpu_support
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Int8Weight, hopper_support
 from pallas_kernels.matmul.ops import gated
 
 if TYPE_CHECKING:
@@ -27,11 +27,19 @@ def _grouped_matmul_tpu(*arguments: Any) -> jax.Array:
     return grouped_matmul_tpu(*arguments)
 
 
+def _grouped_matmul_gpu(*arguments: Any) -> jax.Array:
+    """`grouped_matmul_gpu`, imported on first use: it loads Pallas."""
+    from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
+
+    return grouped_matmul_gpu(*arguments)
+
+
 IMPLEMENTATIONS = {
     "reference": grouped_matmul_reference,
     "ragged_dot": grouped_matmul_ragged_dot,
     "tiles": grouped_matmul_tiles,
     "tpu": _grouped_matmul_tpu,
+    "gpu": _grouped_matmul_gpu,
 }
 
 
@@ -60,8 +68,8 @@ def grouped_matmul(
       out_dtype: dtype of the result; None means the dtype of x.
       implementation: a key of `IMPLEMENTATIONS`. None picks the fastest for the platform that the program is lowered
         for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles and the program is for
-        one device or inside a shard_map; elsewhere it is a loop over tiles of rows. `PackedGroups` have a single
-        implementation.
+        one device or inside a shard_map; on GPUs of compute capability 9.0 it is ours if w consists of whole tiles;
+        elsewhere it is a loop over tiles of rows. `PackedGroups` have a single implementation.
 
     Raises:
       ValueError: a shape or dtype is invalid, or the implementation is unknown.
@@ -123,7 +131,9 @@ def _plain_product(
     on_tpu = grouped_matmul_ragged_dot
     if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
         on_tpu = _grouped_matmul_tpu
-    return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=grouped_matmul_tiles)
+    stored = w.values.dtype if isinstance(w, Int8Weight) else w.dtype
+    kernels = {"cuda": _grouped_matmul_gpu} if hopper_support.supported(w.shape, stored, x.dtype) else {}
+    return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, **kernels, default=grouped_matmul_tiles)
 
 
 @_plain_product.defjvp

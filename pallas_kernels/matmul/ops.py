@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from pallas_kernels.matmul import cpu
+from pallas_kernels import gpu_target
+from pallas_kernels.matmul import cpu, hopper_support
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Int8Weight, PackedWeight, Weight
+from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -48,6 +51,12 @@ def linear(
         return _packed(x, w, residual, num_rows).astype(out_dtype)
     if isinstance(w, PairedWeight):
         return _paired(x, w, residual, num_rows).astype(out_dtype)
+    if gpu_target.is_gpu() and not isinstance(w, Int8Weight) and x.dtype == out_dtype and x.dtype.itemsize == 2:
+        # A GPU's library sums in float32, adds the residual, and rounds once. XLA would have it write float32, and launch
+        # kernels that convert the residual before and the result after it. Without the barrier XLA would also have it add a
+        # bias and apply an activation, and then copy the layer's weight out of the stack for it.
+        y = _dot(x, w, out_dtype)
+        return jax.lax.optimization_barrier(y if residual is None else y + residual)
     y = _product(x, w)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
@@ -75,6 +84,22 @@ def swiglu(
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
+def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[Int8Weight]:
+    """Whether `linear` reads this weight [K, N], or one layer of this stack [L, K, N], where it is; see `at_layer`.
+
+    If not, a slice of the layer is the better operand: XLA may fuse it. `dtype` is that of the activations; `division` is
+    how the weight is divided, if the program is one of several devices.
+    """
+    if not isinstance(w, Int8Weight):
+        return False
+    if division is None:
+        return hopper_support.supported(w.shape, w.values.dtype, dtype)
+    *layers, inputs, outputs = w.shape
+    share = division.mesh.size
+    shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
+    return hopper_support.supported(shape, w.values.dtype, dtype, divided=True)
+
+
 def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
     """silu(gate) * up, [..., F], of y [..., 2F], which is `shards` pairs [gate | up] of equal width, side by side."""
     if shards < 1 or y.shape[-1] % (2 * shards):
@@ -93,10 +118,57 @@ def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
 
 def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     """float32[..., N]"""
-    matrix = w.values.astype(x.dtype) if isinstance(w, Int8Weight) else w
+    if not isinstance(w, Int8Weight):
+        return _dot(x, w)
+    if w.division is not None:
+        return _divided_product(x, w, w.division)
+    if not hopper_support.supported(w.shape, w.values.dtype, x.dtype):
+        return _int8_product(x, w)
+    return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_int8_product)
+
+
+def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     contract_last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(x, matrix, contract_last_with_first, preferred_element_type=jnp.float32)
-    return y * jnp.expand_dims(w.scales, range(x.ndim - 1)) if isinstance(w, Int8Weight) else y
+    return jax.lax.dot_general(x, w, contract_last_with_first, preferred_element_type=dtype)
+
+
+def _int8_product(x: jax.Array, w: Int8Weight) -> jax.Array:
+    values, scales = w.values, w.scales
+    if w.layer is not None:
+        values, scales = (jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False) for part in (values, scales))
+    return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
+
+
+def _divided_product(x: jax.Array, w: Int8Weight, division: Division) -> jax.Array:
+    mesh, axis, of_inputs = division
+    lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
+    parts = Int8Weight(
+        values=PartitionSpec(*layers, *((axis, None) if of_inputs else (None, axis))),  # pyright: ignore[reportArgumentType]
+        scales=PartitionSpec(*layers, None if of_inputs else axis),  # pyright: ignore[reportArgumentType]
+        layer=None if w.layer is None else PartitionSpec(),  # pyright: ignore[reportArgumentType]
+    )
+
+    def local(x: jax.Array, w: Int8Weight) -> jax.Array:
+        y = _product(x, w)
+        return jax.lax.psum(y, axis) if of_inputs else y
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*lead, axis if of_inputs else None), parts),
+        out_specs=PartitionSpec(*lead, None if of_inputs else axis),
+        check_vma=False,
+    )
+    return run(x, replace(w, division=None))
+
+
+def _product_in_place(x: jax.Array, w: Int8Weight) -> jax.Array:
+    """On a Hopper GPU, by a kernel that is imported on first use: it loads Pallas."""
+    from pallas_kernels.matmul.hopper import multiply
+
+    if w.layer is None:
+        w = Int8Weight(values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
+    return multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
 
 def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None) -> jax.Array:

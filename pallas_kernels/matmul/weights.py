@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul import blocks, cpu
@@ -21,23 +22,40 @@ if TYPE_CHECKING:
 _LARGEST = 127
 
 
+class Division(NamedTuple):
+    """How a weight is divided over the devices of a mesh: each has a share of its inputs or of its outputs."""
+
+    mesh: Mesh
+    axis: str
+    of_inputs: bool
+
+
 @pytree
 class Int8Weight:
     """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
 
-    Both arrays may have a leading layer axis, which `lax.scan` or indexing removes.
+    Both arrays may have a leading layer axis, which `lax.scan` or indexing removes, by a copy on a GPU; see `at_layer`.
 
     Attributes:
       values: int8[..., K, N] in [-127, 127].
       scales: float32[..., N], positive.
+      layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
+      division: over which devices `linear` runs a kernel, which XLA cannot divide; None: it does not have to.
     """
 
     values: Int8[Array, "*layers K N"]
     scales: Float32[Array, "*layers N"]
+    layer: Int[Array, ""] | None = None
+    division: Division | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        """(K, N) of a layer, or (L, K, N) of all layers."""
+        return self.values.shape if self.layer is None else self.values.shape[1:]
+
+    def at_layer(self, layer: int | jax.Array) -> Int8Weight:
+        """The weight [K, N] of one layer, in the same memory, for `linear` and `swiglu` where `reads_in_place` holds."""
+        return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
 @pytree

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import contract
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, Plans, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.cpu import call as cpu
@@ -195,7 +196,7 @@ def _runs_on_tpu(k_cache: Cache, index: RaggedIndex) -> bool:
 
 def _runs_on_gpu(k_cache: Cache, num_heads: int) -> bool:
     """Whether the program may be lowered for a GPU, and its kernel supports the cache; the log says why not."""
-    generation = gpu_support.generation()
+    generation = gpu_target.generation()
     if generation is None:
         return False
     reason = gpu_support.unsupported(k_cache, num_heads, generation)

@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import measured_tiles
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu import tile_sizes as gpu_tiles
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 from pallas_kernels.ragged_attention.measured_tiles import Shape, T
@@ -119,7 +119,7 @@ def tune(shape: Shape, *, context: int, path: Path | str | None = None) -> Tiles
 
         kind = tile_sizes.device_kind() or jax.devices()[0].device_kind
         choices: Iterable[Tiles] | Iterable[GpuTiles] = candidates(shape, kind)
-    elif backend == "gpu" and (generation := gpu_support.generation()):
+    elif backend == "gpu" and (generation := gpu_target.generation()):
         from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu as attention
 
         kind = jax.devices()[0].device_kind
@@ -128,7 +128,7 @@ def tune(shape: Shape, *, context: int, path: Path | str | None = None) -> Tiles
                 shape.head_dim,
                 shape.num_heads // shape.num_kv_heads,
                 generation,
-                multiprocessors=gpu_support.multiprocessors(),
+                multiprocessors=gpu_target.multiprocessors(),
             )
         )
     else:

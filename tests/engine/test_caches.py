@@ -75,6 +75,21 @@ def answer(engine: Engine) -> list[int]:
     return tokens_of(drain(engine)[request_id])
 
 
+@pytest.mark.parametrize(
+    ("backend", "version", "kept"),
+    [
+        ("gpu", (0, 12), "xla_gpu_per_fusion_autotune_cache_dir"),
+        ("gpu", (0, 11, 2), "none"),
+        ("cpu", (0, 12), "none"),
+    ],
+)
+def test_what_xla_measured_on_a_gpu_is_kept_beside_the_programs(fresh, monkeypatch, backend, version, kept) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    startup.compile_cache.use(str(fresh / "cache"), "any")
+    assert getattr(jax.config, "jax_persistent_cache_enable_xla_caches") == kept  # noqa: B009 (defined at run time)
+
+
 def entries(folder: Path, name: str = "") -> dict[str, int]:
     """Sizes of the compiled programs in a folder, by file name."""
     return {path.name: path.stat().st_size for path in folder.rglob(f"{name}*-cache")}

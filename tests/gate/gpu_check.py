@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 from pallas_kernels.ragged_attention.quantized import is_quantized
@@ -251,7 +251,7 @@ def main() -> int:
         compile_once()
         kernels = Kernels(generation=options.generation, interpret=InterpretGPUParams())
     else:
-        generation = gpu_support.generation()
+        generation = gpu_target.generation()
         if generation is None:
             print(f"gpu-check needs compute capability 9.0 or 8 (H100, A100); JAX's first device is {device.device_kind}")
             return 2

@@ -26,8 +26,11 @@ from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call
 MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results per tile; the cache has 500 MiB or more
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
-LAUNCHES_PER_LAYER = 22  # of kernels in a layer of a Llama, which has four products, two norms and two kernels of attention
-LAUNCHES_PER_LAYER_WITH_EXPERTS = 46
+LAUNCHES_PER_LAYER = (
+    16  # of kernels in a layer of a Llama, which has four products, two norms and three kernels of attention
+)
+LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
+LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # maximum for a thread block on an H100
@@ -141,13 +144,9 @@ def check_step(
     work: str = "any",
     quantize: str | None = None,
     launches: int = LAUNCHES_PER_LAYER,
-    may_copy: int = 0,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
-    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
-
-    `may_copy`: MiB of weights that today's step still copies, so that they do not become more.
-    """
+    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is."""
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
 
@@ -171,11 +170,11 @@ def check_step(
     if not words and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
     words = words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
-    if not words and copied > may_copy * MIB:
+    if not words and copied:
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits and work != "any" and model.moe is None:
+    if not words and program.waits and work != "any":
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
 
@@ -244,18 +243,23 @@ def main() -> int:
     for work in ("greedy", "sampled"):
         checks[f"H100 step of 64: Llama-3-8B, {work}"] = functools.partial(step, LLAMA_3_8B, h100, tokens=64, work=work)
     checks["H100 step of 64: Llama-3-8B, int8"] = functools.partial(
-        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int8", launches=27, may_copy=6656
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int8", launches=18
     )
-    checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=26)
+    checks["H100 step of 64: Llama-3-8B on 8, int8"] = functools.partial(
+        step, LLAMA_3_8B, eight_h100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_ON_SEVERAL
+    )
+    checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=LAUNCHES_ON_SEVERAL)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
-        step, MIXTRAL_8X7B, eight_h100, launches=LAUNCHES_PER_LAYER_WITH_EXPERTS, may_copy=2636
+        step, MIXTRAL_8X7B, eight_h100, work="greedy", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
     )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
-        checks["A100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_a100, launches=26)
+        checks["A100 step: Llama-3-70B on 8"] = functools.partial(
+            step, LLAMA_3_70B, eight_a100, launches=LAUNCHES_ON_SEVERAL
+        )
     else:
         print(f"A100 and compute capability 8.9 SKIPPED: the kernel {too_old}")
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.config import ModelConfig, QueryGrowth, RopeConfig
 from fastgen_jax.models.division import (
     Heads,
     check_num_devices,
@@ -86,12 +86,29 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "chunks": (
+        dataclasses.replace(
+            EXPERTS,
+            num_heads=6,
+            num_kv_heads=3,
+            qk_norm="unit",
+            layer_ropes=(RopeConfig(), None),
+            layer_windows=(4, None),
+            window_chunks=True,
+            query_growth=QueryGrowth(weight=0.5, length=4, first=1, unrotated_only=True),
+            moe=dataclasses.replace(
+                MOE, scores="sigmoid_of_chosen", weigh_inputs=True, expert_bias=False, swiglu_limit=None, shared_gate=False
+            ),
+        ),
+        4,
+        None,
+    ),
     "norms after the rotation": (
         dataclasses.replace(
             UNEVEN,
             qk_norm="head",
             qk_norm_rotated=True,
-            query_growth=(0.5, 8),
+            query_growth=QueryGrowth(weight=0.5, length=8),
             norm="layer",
             norm_bias=True,
             norm_offset=1.0,
@@ -141,9 +158,12 @@ def test_every_query_head_is_on_the_device_of_its_kv_head(num_kv_heads: int, num
         assert head is None or heads.kv[place // share] == head // group
 
 
-@pytest.mark.parametrize("name", MODELS)
+WIDE_EXPERTS = dataclasses.replace(EXPERTS, moe=dataclasses.replace(MOE, expert_dim=130))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "wide experts"])
 def test_divided_weights_have_the_shapes_of_the_divided_model(name: str) -> None:
-    config, num_devices, _ = MODELS[name]
+    config, num_devices, _ = MODELS.get(name, (WIDE_EXPERTS, 2, None))
     wide = all_specs(divided(config, num_devices))
     for path, spec in all_specs(config).items():
         assert divided_shape(spec, config, num_devices) == wide[path].shape
@@ -157,6 +177,15 @@ def test_a_model_that_devices_divide_as_it_is_stays_the_same() -> None:
     assert divided(EXPERTS, 2) == EXPERTS
     array = np.arange(32 * 64.0).reshape(32, 64)
     assert divided_array(layer_specs(TINY, 0)["qkv"], array, TINY, 2, axes=(-2, -1), fill=0) is array
+
+
+def test_shares_of_wide_experts_are_filled_up_to_whole_tiles() -> None:
+    widths = {}
+    for num_devices in (1, 2, 4):
+        moe = divided(WIDE_EXPERTS, num_devices).moe
+        assert moe is not None
+        widths[num_devices] = moe.expert_dim
+    assert widths == {1: 130, 2: 2 * 128, 4: 4 * 33}
 
 
 def test_scales_of_8_bit_weights_are_filled_up_with_ones() -> None:

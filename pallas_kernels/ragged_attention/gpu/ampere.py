@@ -27,7 +27,6 @@ from pallas_kernels.pallas_types import Layout, Ref, Scratch
 from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     ROW,
-    SEQUENCE,
     Rows,
     Spec,
     Tile,
@@ -35,6 +34,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     dequantize,
     for_each_tile,
     over_steps,
+    rows_of_query,
 )
 from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
 
@@ -48,7 +48,7 @@ def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, in
     if partial:
         # Four warps divide D among them in units of 8 columns, two warps in units of 16.
         fewest = 16 if head_dim % 32 == 0 else 32
-        rows = next(rows for rows in (16, 32, 64, 128) if rows >= max(group, fewest))
+        rows = next(rows for rows in (16, 32, 64, 128) if rows >= max(rows_of_query(group), fewest))
         return max(rows, QUERY_ROWS), rows, rows
     rows = 64 if group <= AMPERE_SHORT else 128
     return rows, rows, rows
@@ -121,10 +121,7 @@ class _Block:
 
     def compute(self, tile: Tile, steps_before: jax.Array) -> None:
         spec, refs = self.spec, self.refs
-        if spec.partial:
-            source = refs["q"].at[tile.columns[SEQUENCE], tile.head]
-        else:
-            source = refs["q"].at[tile.head, pl.ds(tile.columns[ROW] - tile.skipped, spec.rows)]
+        source = refs["q"].at[tile.head, pl.ds(tile.columns[ROW] - tile.skipped, spec.rows_in)]
         self.copy(source, refs["q_buffer"], "q_full")
         for ahead in range(spec.stages - 1):
             pl.when(ahead < tile.num_steps)(lambda ahead=ahead: self.fetch(tile, jnp.int32(ahead), steps_before))

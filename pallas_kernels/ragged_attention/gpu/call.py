@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_target
 from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.gpu import ampere, hopper, support
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, merge, support
 from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
@@ -71,7 +72,6 @@ def ragged_attention_gpu(
     group, dtype = call.group, call.pieces.dtype
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
-    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype)
     operands = {"tables": index.block_tables, "layer": jnp.asarray(layer.number, jnp.int32).reshape(1)}
     for name, cache in (("k", k_cache), ("v", v_cache)):
         if isinstance(cache, QuantizedCache):
@@ -83,17 +83,22 @@ def ragged_attention_gpu(
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
         return launch(call.body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
 
-    rows = queries[jnp.minimum(index.query_starts[:-1], num_tokens - 1)]  # [S, K, G, D]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, call.pieces.rows_in - group), (0, 0)))
-    partial, lse = launch_tiles(plan.pieces, rows, call.pieces)
+    # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
+    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
+    queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
+    past = max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
+    queries = jnp.pad(queries, ((0, 0), (0, past), (0, 0)))
+    partial, lse = launch_tiles(plan.pieces, queries, call.pieces)
+    rows = None if plan.chunks is None else launch_tiles(plan.chunks, queries, call.chunks)[0]  # [tiles, K, R, D]
+    if merge.supports(group, head_dim, interpreted=bool(interpret)):
+        blocks = call.tiles.blocks * merge.BLOCKS
+        out = merge.merge(partial, lse, rows, plan.merge, group=group, dtype=q.dtype, blocks=blocks, interpret=interpret)
+        return out.reshape(q.shape), k_cache, v_cache
     most = most_pieces(index.block_tables.shape[0], num_kv_heads, call.tiles)
-    single = combine(partial[:, :, :group], lse[:, :, :group], plan.first_piece, plan.num_pieces, most=most)
+    first_row = index.query_starts[:-1] * group % GRANULE
+    single = combine(partial, lse, plan.first_piece, plan.num_pieces, first_row, group=group, most=most)
     out = single[plan.sequence].astype(q.dtype)  # [T, K, G, D]
-    if plan.chunks is not None and plan.tile is not None and plan.row is not None:
-        # Rows of the G heads of a KV head are adjacent; the last tile extends past T.
-        rows = queries.swapaxes(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
-        rows = jnp.pad(rows, ((0, 0), (0, call.chunks.rows + -(num_tokens * group) % GRANULE), (0, 0)))
-        (rows,) = launch_tiles(plan.chunks, rows, call.chunks)  # [tiles, K, R, D]
+    if rows is not None and plan.tile is not None and plan.row is not None:
         head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
         first = (plan.tile[:, None] * num_kv_heads + head) * call.chunks.rows + plan.row[:, None]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)[None, None, :]  # [T, K, G]
@@ -142,7 +147,7 @@ class _Call:
     ) -> _Call:
         """Raises ValueError if `support.unsupported` returns a reason."""
         _, num_kv_heads, block_size, head_dim = k_cache.shape
-        generation = generation or support.generation() or "hopper"
+        generation = generation or gpu_target.generation() or "hopper"
         reason = support.unsupported(k_cache, num_heads, generation, interpreted=interpreted)
         if reason:
             raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")

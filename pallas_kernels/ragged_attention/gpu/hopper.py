@@ -20,7 +20,6 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     DEQUANTIZED_ROWS,
     GRANULE,
     ROW,
-    SEQUENCE,
     Rows,
     Spec,
     Tile,
@@ -28,6 +27,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     dequantize,
     for_each_tile,
     over_steps,
+    rows_of_query,
 )
 
 WARPGROUP_ROWS = 64  # rows of one WGMMA
@@ -37,9 +37,8 @@ COMPUTE_REGISTERS, COPY_REGISTERS = (232, 208), (40, 88)
 
 def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, int]:
     """The numbers of rows of a tile that are read, computed and stored, for every D."""
-    if partial and group <= WARPGROUP_ROWS:
-        with_heads = -(-group // GRANULE) * GRANULE
-        return with_heads, WARPGROUP_ROWS, with_heads
+    if partial and (of_query := rows_of_query(group)) <= WARPGROUP_ROWS:
+        return of_query, WARPGROUP_ROWS, of_query
     return 2 * WARPGROUP_ROWS, 2 * WARPGROUP_ROWS, 2 * WARPGROUP_ROWS
 
 
@@ -206,16 +205,10 @@ class _Block:
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
         first = warpgroup * WARPGROUP_ROWS
         q_buffer, q_full = refs["q_buffer"].at[warpgroup], refs["q_full"].at[warpgroup]
-        if spec.partial:
-            source, target = refs["q"].at[tile.columns[SEQUENCE], tile.head], q_buffer
-            if spec.rows_out < WARPGROUP_ROWS:  # the other rows are left unchanged
-                target = q_buffer.at[pl.ds(0, spec.rows_out)]
-            else:
-                source = source.at[pl.ds(first, WARPGROUP_ROWS)]
-        else:
-            granule = tile.columns[ROW] - tile.skipped
-            source = refs["q"].at[tile.head, pl.ds(granule + first, WARPGROUP_ROWS)]
-            target = q_buffer
+        granule, num_rows = tile.columns[ROW] - tile.skipped, min(spec.rows_in, WARPGROUP_ROWS)
+        source = refs["q"].at[tile.head, pl.ds(granule + first, num_rows)]
+        # Of a single tile the other rows are left unchanged.
+        target = q_buffer if num_rows == WARPGROUP_ROWS else q_buffer.at[pl.ds(0, num_rows)]
         plgpu.copy_gmem_to_smem(source, target, q_full)
 
         rows = Rows(tile, refs, spec, first=first, count=WARPGROUP_ROWS, layout=plgpu.Layout.WGMMA)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
+# Columns of `GpuPlan.merge`: where the result of a token is, its first tile, its number of tiles, and the row of its first
+# head in them.
+PLACE, TILE, TILES, FIRST_HEAD = range(4)
+UNUSED, SINGLE, CHUNK = range(3)
+
+
 @pytree
 class GpuPlan:
     """The tiles of both kernels, and where the result of each token is."""
@@ -29,6 +35,8 @@ class GpuPlan:
     tile: Int[Array, " T"] | None
     """The chunk tile of each token, and the row of its first head in it."""
     row: Int[Array, " T"] | None
+    merge: Int[Array, "T columns"]
+    """Where `merge` finds the result of each token."""
     sequence: Int[Array, " T"]
     is_single: Bool[Array, " T"]
     """Whether the token is the only one of its chunk."""
@@ -59,6 +67,13 @@ def plan_step(
         chunks, tile, row = plan_chunks(
             query_starts, context_lens, window, num_tokens=num_tokens, sequence=sequence, spec=specs[1]
         )
+    is_single = lengths[sequence] == 1
+    is_used = (token >= query_starts[0]) & (token < query_starts[-1])
+    single = [first_piece[sequence], num_pieces[sequence], token * specs[0].group % GRANULE]
+    places = jnp.stack([jnp.full_like(token, SINGLE), *single], axis=1)
+    if tile is not None and row is not None:
+        chunk = jnp.stack([jnp.full_like(token, CHUNK), tile, jnp.ones_like(tile), row], axis=1)
+        places = jnp.where(is_single[:, None], places, chunk)
     return GpuPlan(
         pieces=pieces,
         first_piece=first_piece,
@@ -66,9 +81,10 @@ def plan_step(
         chunks=chunks,
         tile=tile,
         row=row,
+        merge=jnp.where(is_used[:, None], places, UNUSED),
         sequence=sequence,
-        is_single=lengths[sequence] == 1,
-        is_used=(token >= query_starts[0]) & (token < query_starts[-1]),
+        is_single=is_single,
+        is_used=is_used,
     )
 
 
@@ -191,29 +207,35 @@ def plan_chunks(
 
 
 def combine(
-    partial: Float[Array, "tiles K G D"],
-    lse: Float[Array, "tiles K G"],
+    partial: Float[Array, "tiles K R D"],
+    lse: Float[Array, "tiles K R"],
     starts: Int[Array, " S"],
     pieces: Int[Array, " S"],
+    rows: Int[Array, " S"],
     *,
+    group: int,
     most: int,
 ) -> Float[Array, "S K G D"]:
     """Softmax-weighted sums over the pieces of each sequence, f32[S, K, G, D]; 0 for sequences without pieces.
 
     Args:
-      partial: f32[tiles, K, G, D], each normalized over its own keys.
-      lse: f32[tiles, K, G], log2 of the sum of exp2 of each tile's scores.
+      partial: f32[tiles, K, R, D], each normalized over its own keys.
+      lse: f32[tiles, K, R], log2 of the sum of exp2 of each tile's scores.
       starts, pieces: i32[S], the first piece of each sequence and its number of pieces, at most `most`.
+      rows: i32[S], the row of the first of the `group` heads, the same in all pieces of a sequence.
     """
     j = jnp.arange(most, dtype=jnp.int32)[None, :]
     exists = (j < pieces[:, None])[:, :, None, None]  # [S, J, 1, 1]
     at = jnp.minimum(starts[:, None] + jnp.minimum(j, pieces[:, None] - 1), partial.shape[0] - 1)
     at = jnp.maximum(at, 0)
-    scores = jnp.where(exists, lse[at], -jnp.inf)  # [S, J, K, G]
+    head = jnp.arange(partial.shape[1], dtype=jnp.int32)[None, None, :, None]
+    row = rows[:, None, None, None] + jnp.arange(group, dtype=jnp.int32)[None, None, None, :]
+    at = at[:, :, None, None]
+    scores = jnp.where(exists, lse[at, head, row], -jnp.inf)  # [S, J, K, G]
     top = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.where(exists, jnp.exp2(scores - top), 0.0)
     total = jnp.sum(weights, axis=1)
     # Select, because memory that no tile has written may hold NaN.
-    values = jnp.where(exists[..., None], partial[at], 0.0)
+    values = jnp.where(exists[..., None], partial[at, head, row], 0.0)
     result = jnp.sum(weights[..., None] * values, axis=1)
     return result / jnp.where(total == 0.0, 1.0, total)[..., None]

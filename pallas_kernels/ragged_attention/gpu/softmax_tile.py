@@ -37,6 +37,12 @@ NUM_COLUMNS = 7
 State = TypeVar("State")
 
 
+def rows_of_query(group: int) -> int:
+    """Rows from a granule boundary to the last head of a query, in whole granules: the first head may come later."""
+    aligned = GRANULE % group == 0 or group % GRANULE == 0
+    return -(-(group if aligned else group + GRANULE - 1) // GRANULE) * GRANULE
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """The static properties of a kernel."""
@@ -46,7 +52,7 @@ class Spec:
     block_size: int  # B, a power of two
     rows: int  # rows of a tile
     rows_in: int  # rows of queries that are read, at least `rows` or `rows_out`
-    rows_out: int  # rows that are stored; for a single tile, at least the rows that hold a head
+    rows_out: int  # rows that are stored; for a single tile, at least those of a query
     keys: int  # keys per step, a power of two
     stages: int  # steps whose keys and values are in shared memory at the same time
     blocks: int  # thread blocks that share the tiles
@@ -86,8 +92,8 @@ class Tile:
         self.first_block = refs["layer"][0] * spec.num_blocks
         self.first, self.end = self.columns[FIRST], self.columns[END]
         self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
-        # A chunk tile begins at a granule boundary, so its own first row may come later.
-        self.skipped = jnp.int32(0) if spec.partial else lax.rem(self.columns[ROW], jnp.int32(GRANULE))
+        # A tile begins at a granule boundary, so its own first row may come later.
+        self.skipped = lax.rem(self.columns[ROW], jnp.int32(GRANULE))
 
 
 def for_each_tile(refs: dict[str, Ref], spec: Spec, work: Callable[[Tile, jax.Array], None]) -> jax.Array:

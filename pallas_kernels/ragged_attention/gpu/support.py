@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import jax_versions
-from pallas_kernels.jax_versions import platform_of
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
@@ -16,48 +14,6 @@ MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads per KV head, otherwise 128
 # If D is above 128, the float32 results of 128 rows exceed Hopper's shared memory and Ampere's registers.
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
-
-
-def generation() -> str | None:
-    """The kernel for the GPU that the program is lowered for: "hopper" or "ampere" (which includes Ada Lovelace).
-
-    The GPU is that of the abstract mesh, or this machine's if there is no such mesh. None without a GPU, and for GPUs
-    without a kernel (T4, B200). To export a program from another machine, pass implementation="gpu".
-    """
-    capability = compute_capability()
-    if capability == "9.0":
-        return "hopper"
-    return "ampere" if capability is not None and capability.startswith("8.") else None
-
-
-def compute_capability() -> str | None:
-    """Compute capability of the GPU that the program is lowered for, such as "9.0"; None without a GPU or if unknown."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        if platform_of(device) != "gpu":
-            return None
-        known = getattr(device, "compute_capability", None)  # if the device is a description without hardware
-        if known is not None:
-            return known
-        if jax.default_backend() != "gpu" or jax.devices()[0].device_kind != device.device_kind:
-            return None
-    return getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
-
-
-def device_kind() -> str | None:
-    """Name of the GPU that the program is lowered for, such as "NVIDIA A100-SXM4-80GB"; None without a GPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind if platform_of(device) == "gpu" else None
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
-
-
-def multiprocessors() -> int | None:
-    """Number of multiprocessors of that GPU; None if unknown."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.num_cores if platform_of(device) == "gpu" else None
-    return getattr(jax.devices()[0], "core_count", None) if jax.default_backend() == "gpu" else None
 
 
 def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
@@ -90,17 +46,16 @@ def beyond_limits(k_cache: Cache, num_heads: int, generation: str) -> str | None
     if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
         needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
-    most = MAX_GROUP_WIDE[generation] if head_dim > 128 else MAX_GROUP
-    if num_heads // num_kv_heads > most:
-        return (
-            f"supports up to {most} query heads per KV head where D is {head_dim} but there are {num_heads // num_kv_heads}"
-        )
+    group = num_heads // num_kv_heads
+    most = _most_wide(group, generation) if head_dim > 128 else MAX_GROUP
+    if group > most:
+        return f"supports up to {most} query heads per KV head where D is {head_dim} but there are {group}"
     return None
 
 
 def _quantized_unsupported(k_cache: Cache, group: int, generation: str) -> str | None:
     _, _, block_size, head_dim = k_cache.shape
-    most_heads = MAX_GROUP_WIDE[generation]  # the same limits as for D above 128
+    most_heads = _most_wide(group, generation)  # the same limits as for D above 128
     if head_dim % 32 or head_dim > 128:
         return f"supports 8-bit caches if D is a multiple of 32 up to 128 but D is {head_dim}; store bfloat16"
     if block_size < QUANTIZED_BLOCK:
@@ -112,6 +67,12 @@ def _quantized_unsupported(k_cache: Cache, group: int, generation: str) -> str |
     if generation == "ampere" and k_cache.dtype == jnp.float8_e4m3fn:
         return "of GPUs of compute capability 8 supports int8 caches but not float8_e4m3fn; store int8"
     return None
+
+
+def _most_wide(group: int, generation: str) -> int:
+    """The most query heads per KV head where D is above 128. A tile begins at a granule, up to 7 rows before its first."""
+    most = MAX_GROUP_WIDE[generation]
+    return most - 7 if generation == "hopper" and group % 8 and group <= most else most
 
 
 def copied_bytes(rows: int, head_dim: int, itemsize: int) -> int | None:

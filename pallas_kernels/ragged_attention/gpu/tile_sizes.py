@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from pallas_kernels.ragged_attention.gpu import support
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT
 from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
 from pallas_kernels.ragged_attention.quantized import is_quantized
@@ -42,7 +42,7 @@ GENERATIONS = {
 
 def choose(shape: Shape, generation: str) -> GpuTiles:
     """The tiles measured for the target GPU and this class of shapes, or modeled tiles if there are none."""
-    kind = support.device_kind()
+    kind = gpu_target.device_kind()
     group = shape.num_heads // shape.num_kv_heads
     found = measured(shape, kind, GpuTiles) if kind else None
     return found or modeled(
@@ -50,7 +50,7 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
         group,
         generation,
         quantized=is_quantized(shape.dtype),
-        multiprocessors=support.multiprocessors(),
+        multiprocessors=gpu_target.multiprocessors(),
     )
 
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import native
+from pallas_kernels import jax_versions, native
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, PackedGroups, grouped_matmul, grouped_swiglu, prepare
 from pallas_kernels.matmul import Int8Weight
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
+TOO_OLD = jax_versions.too_old(jax_versions.GPU_KERNELS)
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 # More than a tile of rows, depths and widths that no vector length divides.
@@ -69,7 +70,9 @@ def test_packed_groups_equal_numpy(sizes: list[int], storage: str):
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "tpu"])  # see test_tpu.py
+@pytest.mark.parametrize(
+    "implementation", [name for name in IMPLEMENTATIONS if name not in ("tpu", "gpu")]
+)  # see test_tpu.py, test_hopper.py
 def test_every_implementation_equals_numpy(implementation: str, storage: str):
     x, w = _normal(_T, _K), _normal(_G, _K, _N, seed=1)
     plain = _weights(w, storage, platform="tpu")
@@ -250,3 +253,12 @@ def test_a_call_copies_no_weight(dtype: jnp.dtype, layers: tuple[int, ...]):
         jax.ShapeDtypeStruct((groups,), jnp.int32),
     )
     assert "copy" not in lowered.compile().as_text()
+
+
+@pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel {TOO_OLD}")
+def test_the_gpu_kernel_refuses_weights_that_are_not_whole_tiles():
+    x, w = jnp.ones((8, 360), jnp.bfloat16), jnp.ones((2, 360, 128), jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"E and F multiples of 64 .*, but x is bfloat16 and w bfloat16\[2, 360, 128\]; pad w"
+    ):
+        grouped_matmul(x, w, jnp.asarray([4, 4], jnp.int32), implementation="gpu")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax._src import core
 from jax._src.pallas.mosaic.interpret import thread_map
@@ -132,7 +132,8 @@ def check_case(case: Case, *, examples: int) -> None:
     max_blocks = -(-MAX_CONTEXT // case.block_size)
     windows = st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]) if case.window else st.none()
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    # Without the phase that explains failures, whose tracing of every line slows the tracing of programs.
+    @settings(max_examples=examples, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
     @given(chunks=ragged_chunks(), window=windows, layer=st.integers(0, 2))
     def check(chunks: list[tuple[int, int]], window: int | None, layer: int) -> None:
         dtype = jnp.dtype(case.dtype)

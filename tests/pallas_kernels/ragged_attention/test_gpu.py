@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import jax_versions
+from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels import ragged_attention as ragged_attention_room
 from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
@@ -202,8 +202,11 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
         partial[1 + i, 0] = weights @ values[keys] / weights.sum(1, keepdims=True)
         lse[1 + i, 0] = np.log2(weights.sum(1))
     starts, pieces = jnp.asarray([1, 1, 4], jnp.int32), jnp.asarray([0, 3, 0], jnp.int32)
-    out = jax.jit(functools.partial(combine, most=4))(partial, lse, starts, pieces)
+    rows = jnp.zeros(3, jnp.int32)
+    out = jax.jit(functools.partial(combine, group=3, most=4))(partial, lse, starts, pieces, rows)
     np.testing.assert_allclose(out[1, 0], expected, atol=1e-5)
+    later = (jnp.roll(partial, 2, axis=2), jnp.roll(lse, 2, axis=2), starts, pieces, rows + 2)
+    np.testing.assert_array_equal(jax.jit(functools.partial(combine, group=1, most=4))(*later)[:, :, 0], out[:, :, 0])
     np.testing.assert_array_equal(out[0], 0.0)
     np.testing.assert_array_equal(out[2], 0.0)
 
@@ -244,6 +247,7 @@ def test_ampere_refuses_blocks_that_four_warps_cannot_copy(head_dim: int, block_
         ("hopper", "int8", 80, 64, 4, "a multiple of 32 up to 128 but D is 80"),
         ("ampere", "int8", 256, 64, 4, "a multiple of 32 up to 128 but D is 256"),
         ("hopper", "int8", 128, 32, 4, "blocks of at least 64 tokens but they have 32"),
+        ("hopper", "int8", 128, 64, 60, "up to 57 query heads per KV head with an 8-bit cache but there are 60"),
         ("hopper", "int8", 128, 64, 71, "up to 64 query heads per KV head with an 8-bit cache but there are 71"),
         ("ampere", "int8", 128, 64, 71, "up to 48 query heads per KV head with an 8-bit cache but there are 71"),
         ("ampere", "float8_e4m3fn", 128, 64, 4, "supports int8 caches but not float8_e4m3fn; store int8"),
@@ -296,7 +300,7 @@ def test_modeled_tiles_of_8_bits_fit_in_shared_memory(head_dim: int, group: int)
 def test_the_compute_capability_chooses_the_kernel(capability: str, expected: str | None) -> None:
     device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability=capability)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert gpu_support.generation() == expected
+        assert gpu_target.generation() == expected
 
 
 def test_tiles_measured_on_a_gpu_are_used_on_that_kind_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,8 +354,8 @@ def test_autotune_measures_a_valid_call() -> None:
 def test_a_gpu_of_unknown_capability_and_a_cpu_have_no_kernel() -> None:
     device = AbstractGpu(device_kind="another GPU", num_cores=1)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert gpu_support.generation() is None
-    assert gpu_support.generation() is None
+        assert gpu_target.generation() is None
+    assert gpu_target.generation() is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,342 @@
+"""Products of tiles of rows with matrices of a stack, on GPUs of compute capability 9.0 (Hopper).
+
+The matrices are read where they are: a matrix of a layer, or of an expert of a layer, is one of the stack, and its number is
+data. Numbers of 8 bits are converted on their way from memory to the tensor cores.
+
+A thread block computes some columns of a tile for some of the inputs. One warpgroup copies (TMA), two compute (WGMMA), each
+its own columns, with a ring of buffers between them that is not drained between tiles:
+
+  copy      | x0 w0 | x1 w1 | x2 w2 | x3 w3 | ...       waits until the buffer to overwrite has been read
+  compute   |       | x0 w0 | x1 w1 | x2 w2 | ...       waits until the buffer is full
+
+WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of 8 bits into one
+of two further buffers while the tensor cores multiply those in the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.matmul.hopper_support import DEPTH, GRANULE, Tiles, modeled
+from pallas_kernels.matmul.weights import Int8Weight
+from pallas_kernels.pallas_types import Ref, Scratch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
+
+WARPGROUPS = 2  # that compute
+WARPGROUP_ROWS = 64  # rows of one WGMMA
+# Registers per thread when two warpgroups compute and one copies, 504 in total.
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
+STORED = 64  # columns that a warpgroup writes to memory at a time
+
+MATRIX, ROW, GRANULES = range(3)
+NUM_COLUMNS = 3
+"""Columns of a work list, i32[tiles + 1, NUM_COLUMNS]: the matrix of a tile, its first row (a multiple of 8), and how many
+times 8 rows of its result are stored. The last row holds the number of tiles that have work."""
+
+
+def multiply(x: Float[Array, "T K"], w: Int8Weight, *, tiles: Tiles | None = None, interpret: object = False) -> jax.Array:
+    """float32[T, N]: x times the matrix of `w` that its layer selects. If `tiles` is None, they are modeled."""
+    assert w.layer is not None, "a stack without a selected layer is no matrix"
+    num_rows = x.shape[0]
+    if tiles is None:
+        rows = 64 if num_rows <= 64 else 128
+        tiles = modeled(num_rows, -(-num_rows // rows), w.values.shape, w.values.dtype, rows=rows)
+    unit = GRANULE if num_rows <= tiles.rows else tiles.rows
+    x = jnp.pad(x, ((0, -num_rows % unit), (0, 0)))
+    first_row = np.arange(0, x.shape[0], tiles.rows)
+    granules = np.minimum(x.shape[0] - first_row, tiles.rows) // GRANULE
+    tile = np.stack([np.zeros_like(first_row), first_row, granules], axis=1)
+    work = jnp.asarray(np.concatenate([tile, np.full((1, NUM_COLUMNS), len(tile))]), jnp.int32)
+    y = multiply_tiles(x, w, work, w.layer, tiles=tiles, interpret=interpret)
+    return sum_of_splits(y)[:num_rows]
+
+
+def sum_of_splits(y: Float[Array, "splits P N"]) -> Float[Array, "P N"]:
+    """The sum of the splits, in a form that XLA computes where the result is used, without a kernel of its own."""
+    return functools.reduce(jnp.add, [y[split] for split in range(y.shape[0])])
+
+
+def multiply_tiles(
+    x: Float[Array, "P K"],
+    w: Float[Array, "G K N"] | Int8Weight,
+    work: Int[Array, "tiles columns"],
+    first: Int[Array, ""],
+    *,
+    tiles: Tiles,
+    interpret: object = False,
+) -> Float[Array, "splits P N"]:
+    """float32: for every tile of `work`, its rows of x times its matrix. Rows that no tile stores are uninitialized.
+
+    Args:
+      x: [P, K], P a multiple of 8; each tile has `min(tiles.rows, P)` rows of it.
+      w: [G, K, N] in the dtype of x, or 8 bits.
+      work: see NUM_COLUMNS.
+      first: i32, the matrix that `work` calls 0.
+      tiles: how the work is divided. The results of its splits are to be added up.
+      interpret: passed to `plgpu.kernel`.
+    """
+    values, operands = w, {}
+    if isinstance(w, Int8Weight):
+        values, operands = w.values, {"scales": w.scales}
+    num_rows, depth = x.shape
+    most_items = (work.shape[0] - 1) * tiles.splits * -(-values.shape[2] // (WARPGROUPS * tiles.columns))
+    spec = _Spec(
+        tiles=tiles,
+        rows_in=min(tiles.rows, num_rows),
+        blocks=min(tiles.blocks, most_items),
+        steps=depth // DEPTH,
+        num_columns=values.shape[2],
+        dtype=np.dtype(x.dtype),
+        stored=np.dtype(values.dtype),
+        interpreted=bool(interpret),
+    )
+    operands = {"work": work, "first": first.reshape(1), "x": x, "w": values, **operands}
+
+    def kernel(*refs: Ref) -> None:
+        _multiply(dict(zip([*operands, "out"], refs, strict=True)), spec)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((tiles.splits, num_rows, spec.num_columns), jnp.float32),
+        grid=(spec.blocks,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret or None,
+        kernel_name="multiply_tiles",
+    )(*operands.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Spec:
+    """The static properties of a kernel."""
+
+    tiles: Tiles
+    rows_in: int  # rows of x that are read for a tile; the others are left unchanged
+    blocks: int  # thread blocks
+    steps: int  # of DEPTH inputs
+    num_columns: int  # N
+    dtype: np.dtype  # of the operands of products
+    stored: np.dtype  # `dtype`, or 8 bits
+    interpreted: bool  # runs in the Pallas interpreter, which lacks some constructs
+
+    @property
+    def converted(self) -> bool:
+        return self.stored != self.dtype
+
+    @property
+    def steps_per_split(self) -> int:
+        return -(-self.steps // self.tiles.splits)
+
+    @property
+    def items_per_tile(self) -> int:
+        return -(-self.num_columns // (WARPGROUPS * self.tiles.columns)) * self.tiles.splits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Item:
+    """Some columns and inputs of one tile."""
+
+    matrix: jax.Array
+    row: jax.Array
+    granules: jax.Array
+    column: jax.Array  # the first of the block
+    split: jax.Array
+    first_step: jax.Array
+    num_steps: jax.Array
+
+
+def _multiply(refs: dict[str, Ref], spec: _Spec) -> None:
+    """Runs in every warpgroup of the block."""
+    tiles = spec.tiles
+    ring = (tiles.stages, WARPGROUPS, DEPTH, tiles.columns)
+    scratch: dict[str, Scratch] = {
+        "x_buffer": plgpu.SMEM((tiles.stages, tiles.rows, DEPTH), spec.dtype, transforms=_tiled(DEPTH, 2)),
+        "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=_tiled(math.gcd(64, spec.num_columns), spec.stored.itemsize)),
+        "out_buffer": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, STORED), jnp.float32, transforms=_tiled(STORED, 4)),
+        "full": plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=tiles.stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+    }
+    if spec.converted:
+        scratch["operand"] = plgpu.SMEM((WARPGROUPS, 2, *ring[2:]), spec.dtype, transforms=_tiled(tiles.columns, 2))
+
+    def body(*allocated: Ref) -> None:
+        block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec)
+
+        @pl.when(block.warpgroup < WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            block.for_each_item(block.compute)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(block.warpgroup == WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            block.await_last_reads(block.for_each_item(block.copy))
+
+    pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
+
+
+def _tiled(columns: int, itemsize: int) -> tuple[Any, Any]:
+    """The shared-memory layout of rows of a multiple of that many numbers, with the widest swizzle that divides them."""
+    swizzle = next(width for width in (128, 64, 32) if (itemsize * columns) % width == 0)
+    return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+class _Block:
+    """The work of one thread block."""
+
+    def __init__(self, refs: dict[str, Ref], spec: _Spec) -> None:
+        self.refs, self.spec = refs, spec
+        self.warpgroup = lax.axis_index("warpgroup")
+
+    def for_each_item(self, work: Callable[[_Item, jax.Array], None]) -> jax.Array:
+        """Calls `work` with every item of this block and the number of steps before it; returns that of all steps.
+
+        Blocks that run at the same time have the same columns and other rows, so that they read the same weights.
+        """
+        spec, refs = self.spec, self.refs
+        block, blocks = lax.axis_index("block"), spec.blocks
+        num_tiles = refs["work"][refs["work"].shape[0] - 1, 0]
+        num_items = num_tiles * spec.items_per_tile
+        per_split = jnp.int32(spec.steps_per_split)
+
+        def item(i: jax.Array, steps_before: jax.Array) -> jax.Array:
+            ordinal = block + i * blocks
+            part = lax.div(ordinal, num_tiles)
+            tile = ordinal - part * num_tiles
+            column = lax.div(part, jnp.int32(spec.tiles.splits))
+            split = part - column * spec.tiles.splits
+            matrix, row, granules = (refs["work"][tile, number] for number in (MATRIX, ROW, GRANULES))
+            first_step = split * per_split
+            made = _Item(
+                matrix=refs["first"][0] + matrix,
+                row=row,
+                granules=granules,
+                column=column * (WARPGROUPS * spec.tiles.columns),
+                split=split,
+                first_step=first_step,
+                num_steps=jnp.minimum(per_split, spec.steps - first_step),
+            )
+            work(made, steps_before)
+            return steps_before + made.num_steps
+
+        mine = lax.div(num_items - block + (blocks - 1), jnp.int32(blocks))
+        return lax.fori_loop(0, mine, item, jnp.int32(0))
+
+    def first_column(self, item: _Item, warpgroup: jax.Array | int) -> jax.Array:
+        """The first column of a warpgroup. Beyond the last column there are others, which are computed twice."""
+        columns = self.spec.tiles.columns
+        return jnp.minimum(item.column + warpgroup * columns, self.spec.num_columns - columns)
+
+    # The copying warpgroup. Steps are counted over all items of the block: step n uses buffer n % stages.
+
+    def slot(self, n: jax.Array) -> jax.Array:
+        return lax.rem(n, jnp.int32(self.spec.tiles.stages))
+
+    def copy(self, item: _Item, steps_before: jax.Array) -> None:
+        spec, refs = self.spec, self.refs
+
+        def step(i: jax.Array, _: None) -> None:
+            n = steps_before + i
+            slot = self.slot(n)
+            pl.when(n >= spec.tiles.stages)(lambda: plgpu.barrier_wait(refs["free"].at[slot]))
+            inputs = pl.ds((item.first_step + i) * DEPTH, DEPTH)
+            full, target = refs["full"].at[slot], refs["x_buffer"].at[slot]
+            if spec.rows_in < spec.tiles.rows:
+                target = target.at[pl.ds(0, spec.rows_in)]
+            plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(item.row, spec.rows_in), inputs], target, full)
+            for warpgroup in range(WARPGROUPS):
+                columns = pl.ds(self.first_column(item, warpgroup), spec.tiles.columns)
+                source = refs["w"].at[item.matrix, inputs, columns]
+                plgpu.copy_gmem_to_smem(source, refs["w_buffer"].at[slot, warpgroup], full)
+
+        lax.fori_loop(0, item.num_steps, step, None)
+
+    def await_last_reads(self, num_steps: jax.Array) -> None:
+        def step(n: jax.Array, _: None) -> None:
+            plgpu.barrier_wait(self.refs["free"].at[self.slot(n)])
+
+        lax.fori_loop(jnp.maximum(num_steps - self.spec.tiles.stages, 0), num_steps, step, None)
+
+    # The computing warpgroups.
+
+    def compute(self, item: _Item, steps_before: jax.Array) -> None:
+        spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
+
+        def multiply(acc: Ref) -> jax.Array:
+            def step(i: jax.Array, _: None) -> None:
+                n = steps_before + i
+                slot = self.slot(n)
+                plgpu.barrier_wait(refs["full"].at[slot])
+                w = refs["w_buffer"].at[slot, warpgroup]
+                if spec.converted:
+                    operand = refs["operand"].at[warpgroup, lax.rem(n, jnp.int32(2))]
+                    self.convert(w, operand)
+                    w = operand
+                plgpu.wgmma(acc, refs["x_buffer"].at[slot], w)
+                # The product before this one has been computed.
+                plgpu.wgmma_wait(1)
+                pl.when(i > 0)(lambda: plgpu.barrier_arrive(refs["free"].at[self.slot(n - 1)]))
+
+            lax.fori_loop(0, item.num_steps, step, None)
+            return acc[...]
+
+        result = pl.run_scoped(multiply, plgpu.ACC((spec.tiles.rows, spec.tiles.columns), jnp.float32))
+        plgpu.barrier_arrive(refs["free"].at[self.slot(steps_before + item.num_steps - 1)])
+        self.store(item, result)
+
+    def convert(self, source: Ref, target: Ref) -> None:
+        """Writes the numbers of 8 bits [DEPTH, columns] as those of the products; they are the same in 16 bits."""
+        dtype = self.spec.dtype
+        if self.spec.interpreted:
+            target[...] = source[...].astype(dtype)
+        else:
+            numbers = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            numbers = numbers.astype(jnp.bfloat16)
+            target[...] = numbers if dtype == jnp.bfloat16 else numbers.astype(jnp.float32).astype(dtype)
+        plgpu.commit_smem()
+
+    def store(self, item: _Item, result: jax.Array) -> None:
+        spec, refs = self.spec, self.refs
+        column = self.first_column(item, self.warpgroup)
+        if spec.converted:
+            scales = refs["scales"].at[item.matrix, pl.ds(column, spec.tiles.columns)]
+            if spec.interpreted:
+                result = result * scales[...][None, :]
+            else:
+                layout = plgpu.Layout.WGMMA
+                factors = plgpu.load(scales, layout=layout.reduce(0), optimized=False)
+                result = result * plgpu.layout_cast(lax.broadcast_in_dim(factors, result.shape, [1]), layout)
+        is_own = item.column + self.warpgroup * spec.tiles.columns < spec.num_columns
+        buffer = refs["out_buffer"].at[self.warpgroup]
+        for row in range(0, spec.tiles.rows, WARPGROUP_ROWS):
+            for part in range(0, spec.tiles.columns, STORED):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                buffer[...] = result[row : row + WARPGROUP_ROWS, part : part + STORED]
+                plgpu.commit_smem()
+                for first in range(0, WARPGROUP_ROWS, GRANULE):
+
+                    @pl.when(is_own & ((row + first) // GRANULE < item.granules))
+                    def _(first: int = first, row: int = row, part: int = part) -> None:
+                        rows = pl.ds(item.row + row + first, GRANULE)
+                        target = refs["out"].at[item.split, rows, pl.ds(column + part, STORED)]
+                        plgpu.copy_smem_to_gmem(buffer.at[pl.ds(first, GRANULE)], target)

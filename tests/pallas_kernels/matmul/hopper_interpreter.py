@@ -1,0 +1,101 @@
+"""Compares the Hopper product, run in the Pallas Mosaic-GPU interpreter, with plain products, in a separate process:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.matmul.hopper_interpreter quick
+
+As in `ragged_attention.gpu_interpreter`, which says why it is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
+from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.matmul import Int8Weight, quantize_int8
+from pallas_kernels.matmul.hopper import multiply
+from pallas_kernels.matmul.hopper_support import Tiles
+from tests.pallas_kernels.ragged_attention.gpu_interpreter import compile_once
+
+LAYERS, LAYER = 3, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    groups: tuple[int, ...] = ()
+    """Rows of each group; none: a product of all rows with one matrix."""
+    num_rows: int = 20
+    depth: int = 256
+    num_columns: int = 192
+    int8: bool = True
+    dtype: str = "bfloat16"
+    rows: int = 64
+    columns: int = 64
+    splits: int = 1
+    stages: int = 2
+    blocks: int = 3
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(rows=self.rows, columns=self.columns, splits=self.splits, stages=self.stages, blocks=self.blocks)
+
+
+QUICK = [Case(splits=3, depth=320), Case(groups=(5, 0, 70, 9), num_rows=90, int8=False, num_columns=128)]
+ALL = [
+    *QUICK,
+    Case(num_rows=200, rows=128, columns=128, num_columns=384, dtype="float16"),
+    Case(num_rows=64, splits=4, blocks=20),
+    Case(num_rows=1, blocks=1, stages=3, num_columns=160),
+    Case(groups=(0, 130, 1), num_rows=131, rows=128, columns=128, num_columns=256, blocks=5),
+    Case(groups=(0, 0, 0), num_rows=9),
+    Case(groups=(1,) * 20, num_rows=24, depth=64, int8=False, stages=4),
+]
+
+
+@functools.cache
+def compiled(case: Case, grouped: bool):
+    interpret = InterpretGPUParams(detect_races=True)
+    function = grouped_matmul_gpu if grouped else multiply
+    return jax.jit(functools.partial(function, tiles=case.tiles, interpret=interpret))
+
+
+def check_case(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    dtype = jnp.dtype(case.dtype)
+    x = jnp.asarray(rng.normal(size=(case.num_rows, case.depth)), dtype)
+    num_groups = max(1, len(case.groups))
+    plain = rng.normal(size=(LAYERS * num_groups, case.depth, case.num_columns)).astype(np.float32)
+    w = jnp.asarray(plain, dtype)
+    if case.int8:
+        values, scales = quantize_int8(plain)
+        w = Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    if case.groups:
+        arguments = (x, w, jnp.asarray(case.groups, jnp.int32), jnp.int32(LAYER * num_groups))
+        result, expected = compiled(case, True)(*arguments), grouped_matmul_reference(*arguments)
+    else:
+        assert isinstance(w, Int8Weight), "without groups, weights are int8"
+        result = compiled(case, False)(x, w.at_layer(LAYER))
+        expected = x.astype(jnp.float32) @ (w.values[LAYER].astype(jnp.float32) * w.scales[LAYER][None, :])
+    assert not interpret_pallas_call.get_races().races_found
+    # Both sum in float32, in different orders.
+    np.testing.assert_allclose(np.asarray(result), np.asarray(expected), atol=2e-4, rtol=1e-5)
+
+
+def main(which: str) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    compile_once()
+    for case in QUICK if which == "quick" else ALL if which == "all" else [ALL[int(which)]]:
+        check_case(case)
+        print(f"equal: {case}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
