@@ -69,9 +69,9 @@ def generate(engine: Engine) -> list[list[int]]:
         ("gemma3", "default", (None, 16, 16, 16), {"num_blocks": 76, "token_budget": 7, "overlap": False}),
         pytest.param("gpt_oss", "default", (None, 16, 16), {"num_blocks": 90}, marks=pytest.mark.slow),
         ("mistral", "window", (16,), {"num_blocks": 18}),
-        pytest.param("gemma2", "default", (None, 16), {"stack_layers": True}, marks=pytest.mark.slow),
+        pytest.param("gemma2", "default", (None, 16, 16), {"stack_layers": True}, marks=pytest.mark.slow),
         pytest.param("gemma3", "default", (None, 16, 16, 16), {"attention": "xla", "block_size": 8}, marks=pytest.mark.slow),
-        pytest.param("qwen2", "upper_window", (None, 16), {"kv_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("qwen2", "upper_window", (None, 16, 16), {"kv_dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_equal_those_of_a_model_without_cache(family, variant, windows, options) -> None:
