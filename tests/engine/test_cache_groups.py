@@ -40,6 +40,7 @@ def naive(family: str, variant: str) -> list[list[int]]:
     return [row[n - NEW_TOKENS : n].tolist() for row, n in zip(tokens, lengths, strict=True)]
 
 
+@cache
 def make(family: str, variant: str = "default", **options) -> Engine:
     params, config = load(family, variant)
     settings = {"token_budget": 32, "budget_ladder": (), "max_num_seqs": 6, "block_size": 4, "num_blocks": 200}
@@ -66,11 +67,11 @@ def generate(engine: Engine) -> list[list[int]]:
     [
         ("gemma3", "default", (None, 16, 16, 16), {}),
         ("gemma3", "default", (None, 16, 16, 16), {"num_blocks": 76, "token_budget": 7, "overlap": False}),
-        ("gpt_oss", "default", (None, 16, 16), {"num_blocks": 90}),
+        pytest.param("gpt_oss", "default", (None, 16, 16), {"num_blocks": 90}, marks=pytest.mark.slow),
         ("mistral", "window", (16,), {"num_blocks": 18}),
-        pytest.param("gemma2", "default", (None, 16), {"stack_layers": True}, marks=pytest.mark.slow),
+        pytest.param("gemma2", "default", (None, 16, 16), {"stack_layers": True}, marks=pytest.mark.slow),
         pytest.param("gemma3", "default", (None, 16, 16, 16), {"attention": "xla", "block_size": 8}, marks=pytest.mark.slow),
-        pytest.param("qwen2", "upper_window", (None, 16), {"kv_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("qwen2", "upper_window", (None, 16, 16), {"kv_dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_equal_those_of_a_model_without_cache(family, variant, windows, options) -> None:
@@ -85,7 +86,7 @@ def test_tokens_equal_those_of_a_model_without_cache(family, variant, windows, o
 
 
 def test_sequences_that_the_caller_controls_can_be_forked_and_cut_back() -> None:
-    engine = make("gemma3", num_blocks=200)
+    engine = make("gemma3")
     params, config = load("gemma3", "default", stack_layers=True)
     tokens = [*PROMPTS[5], *SHARED[:21]]
 
@@ -102,7 +103,21 @@ def test_sequences_that_the_caller_controls_can_be_forked_and_cut_back() -> None
     assert research.query("b").num_blocks == 4 * -(-(len(tokens) - 49) // 4)
     research.flush("a")
     research.flush("b")
-    assert engine.scheduler.num_free_blocks == 200
+    assert engine.scheduler.num_free_blocks == engine.config.num_blocks
+
+
+def test_four_times_as_many_sequences_fit_into_the_same_memory() -> None:
+    engine = make("gemma3")
+    assert engine.runner.kv_cache.k.shape[0] == 200, "as much as 50 blocks of all four layers: one sequence of 112 tokens"
+    before = engine.scheduler.stats.num_preemptions
+    ids = [engine.add([3 + i] * (LENGTH - NEW_TOKENS), greedy(NEW_TOKENS)) for i in range(4)]
+    num_tokens = 0
+    while engine.has_work:
+        engine.step()
+        num_tokens = max(num_tokens, sum(sequence.num_computed for sequence in engine.scheduler._state.running))
+    assert num_tokens > 2 * 200
+    assert engine.scheduler.num_free_blocks == 200, f"{len(ids)} sequences ended"
+    assert engine.scheduler.stats.num_preemptions == before
 
 
 def test_layers_are_divided_so_that_long_sequences_take_little_memory() -> None:

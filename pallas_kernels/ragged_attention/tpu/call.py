@@ -99,6 +99,7 @@ def plan_tpu(
     k_cache: Cache,
     index: RaggedIndex,
     first: TpuPlan | None = None,
+    /,
     *,
     num_tokens: int,
     num_heads: int,
