@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all compat soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all compat tunix-check soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -37,6 +37,19 @@ $(COLAB_VENV)/.installed: tests/environments/colab.txt
 	rm -rf $(COLAB_VENV)
 	$(COLAB_PYTHON) -m venv $(COLAB_VENV)
 	$(COLAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/environments/colab.txt
+	touch $@
+
+# tunix' own learner over our rollouts. It requires a jax that is not the newest.
+TUNIX_VENV ?= .venv-tunix
+tunix-check:
+	@if $(MAKE) --silent $(TUNIX_VENV)/.installed; \
+	then $(TUNIX_VENV)/bin/python -m pytest --run-slow -W default tests/training/test_tunix.py; \
+	else echo 'tunix-check SKIPPED: tunix cannot be installed here'; fi
+
+$(TUNIX_VENV)/.installed: pyproject.toml
+	test -x $(TUNIX_VENV)/bin/python || $(PYTHON) -m venv $(TUNIX_VENV)
+	$(TUNIX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tunix]' \
+	  'pytest>=8' 'jaxtyping>=0.3' 'beartype>=0.20'
 	touch $@
 
 # A server under 200 clients, well-behaved and not, for a few minutes.
@@ -147,4 +160,4 @@ $(WHEELS_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TPU_DIR) $(GPU_VENV) $(COLAB_VENV) $(WHEELS_VENV) build dist site
+	rm -rf $(VENV) $(TUNIX_VENV) $(TPU_DIR) $(GPU_VENV) $(COLAB_VENV) $(WHEELS_VENV) build dist site

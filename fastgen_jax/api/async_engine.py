@@ -236,13 +236,14 @@ class AsyncEngine:
         RequestFailedError if the request fails or is not finished after `timeout` seconds.
         """
 
-        def checked() -> Request:
+        def checked() -> tuple[Request, GrammarMatcher | None]:
+            matcher = None if grammar is None else self.intake.matcher(grammar)
             token_ids = self.intake.encode(prompt)
-            return self.intake.request(token_ids, params, priority=priority, awaits_each_token=grammar is not None)
+            return self.intake.request(token_ids, params, priority=priority, awaits_each_token=matcher is not None), matcher
 
-        request = await asyncio.to_thread(checked)
+        request, matcher = await asyncio.to_thread(checked)
         deadline = None if timeout is None else time.monotonic() + timeout
-        stream = self.submit(request, grammar=grammar, deadline=deadline)
+        stream = self.submit(request, matcher=matcher, deadline=deadline)
         try:
             async for output in stream:
                 yield output

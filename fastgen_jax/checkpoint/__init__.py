@@ -2,7 +2,10 @@
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.built_in import BUILT_IN
+from fastgen_jax.checkpoint.export import export_checkpoint, export_params
+from fastgen_jax.checkpoint.gemma_library import open_gemma
 from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
+from fastgen_jax.checkpoint.maxtext import open_maxtext
 from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.resolve import resolve_model
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint, save_snapshot
@@ -12,9 +15,13 @@ __all__ = [
     "Checkpoint",
     "SnapshotCheckpoint",
     "check_tensors",
+    "export_checkpoint",
+    "export_params",
     "kept_in_blocks",
     "load_params",
     "open_checkpoint",
+    "open_gemma",
+    "open_maxtext",
     "resolve_model",
     "save_snapshot",
 ]

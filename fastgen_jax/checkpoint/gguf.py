@@ -45,8 +45,9 @@ _SAMPLING = {
 class Place:
     """Where a Hugging Face tensor is stored: in one tensor of the file, in one entry of a stack, or in several tensors."""
 
-    names: tuple[str, ...]  # in the file; several are concatenated along the second axis, after that of the experts
+    names: tuple[str, ...]  # in the file; several are concatenated along the axis after that of the experts
     entry: int | None = None  # of the first axis, if a stack in the file holds separate tensors of Hugging Face
+    number: float | None = None  # the only number of a tensor that is in the metadata; it has no names then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +121,12 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         place = self._place(name)
-        shapes = [self._stored_shape(stored) for stored in place.names]
-        shape = shapes[0] if len(shapes) == 1 else (shapes[0][0], sum(each[1] for each in shapes), *shapes[0][2:])
+        if place.number is not None:
+            return (1,)
+        shapes, axis = [self._stored_shape(stored) for stored in place.names], self._joined_axis
+        shape = shapes[0]
+        if len(shapes) > 1:
+            shape = (*shape[:axis], sum(each[axis] for each in shapes), *shape[axis + 1 :])
         shape = shape if place.entry is None else shape[1:]
         if self._is_flattened(name):
             return (math.prod(shape[:-1]), shape[-1])
@@ -130,6 +135,8 @@ class GGUFCheckpoint:
     def dtype(self, name: str) -> str:
         import gguf
 
+        if self._place(name).number is not None:
+            return "float32"
         kind = gguf.GGMLQuantizationType(self.file.tensors[self._place(name).names[0]].type_id).name
         return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind)
 
@@ -144,6 +151,8 @@ class GGUFCheckpoint:
         assert kind is not None, "it has a block_kind"
         entry = entry if place.entry is None else place.entry
         whole = side_by_side([self._blocks(stored, entry) for stored in place.names], kind)
+        if len(place.names) > 1 and self._regroup is not None:
+            return whole.columns(self._regroup(np.arange(whole.shape[1])))
         if len(place.names) == 1 or not self.architecture.alternating:
             return whole
         return whole.columns(np.arange(whole.shape[1]).reshape(len(place.names), -1).T.reshape(-1))
@@ -155,13 +164,16 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         place = self._place(name)
+        if place.number is not None:
+            return np.full(1, place.number, np.float32)
         values = [self._values(stored, place.entry) for stored in place.names]
         if len(values) == 1:
             (whole,) = values
         elif self.architecture.alternating:
             whole = np.stack(values, axis=2).reshape(len(values[0]), -1, *values[0].shape[2:])
         else:
-            whole = np.concatenate(values, axis=1)
+            whole = np.concatenate(values, axis=self._joined_axis)
+            whole = whole if self._regroup is None else self._regroup(whole)
         if self._is_flattened(name):
             return whole.reshape(-1, whole.shape[-1])
         return whole.swapaxes(-1, -2) if self._is_transposed(name) else whole
@@ -187,9 +199,19 @@ class GGUFCheckpoint:
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(stored.split(".")[-2], 0)
         if heads and self.architecture.halves_interleaved:
             return functools.partial(undo_permutation, num_heads=heads)
-        if ".attn_qkv." in stored and self.architecture.qkv_by_kind:
-            return functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-        return None
+        return self._regroup if ".attn_qkv." in stored else None
+
+    @property
+    def _regroup(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """The function that puts the rows of q, k and v into the order of Hugging Face; None: they are."""
+        if not self.architecture.qkv_by_kind:
+            return None
+        config = self.config
+        return functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+
+    @property
+    def _joined_axis(self) -> int:
+        return 0 if self.architecture.joined_rows else 1
 
     def _place(self, name: str) -> Place:
         if name not in self.places:
@@ -238,6 +260,9 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
         )  # attention sinks have no ".weight" in their names
 
     def place(name: str) -> Place | None:
+        for ending, key in ARCHITECTURES[kind].of_metadata.items():
+            if name.endswith(ending) and (values := file.metadata.get(key)):
+                return Place(names=(), number=float(values[int(name.split(".layers.")[1].split(".")[0])]))
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # has the suffix ".bias" in GGUF
         for ending, parts in joined.items():
             if name.endswith(ending):

@@ -6,25 +6,34 @@ out is the same in every release.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fastgen_jax.checkpoint.gguf_experts import deepseek2, experts, glm4moe, gpt_oss, qwen2moe, qwen3moe
+from fastgen_jax.checkpoint import gguf_own_fields as own
+from fastgen_jax.checkpoint.gguf_experts import (
+    deepseek2,
+    ernie4_5_moe,
+    experts,
+    glm4moe,
+    gpt_oss,
+    llama4,
+    minimax_m2,
+    phimoe,
+    qwen2moe,
+    qwen3moe,
+)
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
 from fastgen_jax.checkpoint.gguf_metadata import (
-    LONG_FACTORS,
-    SHORT_FACTORS,
     Metadata,
-    factors,
     llama_like,
+    longrope,
     partial_rope,
     rope_parameters,
 )
 from fastgen_jax.json_types import JsonObject
 
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # the attention scale of the 27B differs, and only the depth identifies it
-_NEOX_20B_LAYERS = 44  # the 20B has the approximate GELU; Pythia, Dolly and the others have the exact one
-_QWEN_TRAINED_LEN = 2048  # the shortest of any release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,10 @@ class Architecture:
     joined: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # suffix of a module -> the tensors that are concatenated to it
+    joined_rows: bool = False  # joined tensors are matrices, whose rows are concatenated, instead of stacks of them
     alternating: bool = False  # the rows of concatenated tensors are interleaved
-    qkv_by_kind: bool = False  # rows of a fused attn_qkv are all q, all k, all v, not head by head
+    of_metadata: Mapping[str, str] = field(default_factory=dict)  # suffix of a tensor -> array in the metadata, by layer
+    qkv_by_kind: bool = False  # rows of q, k and v, fused or to be joined, are all q, all k, all v, not head by head
     swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes are swapped, before they are concatenated
     flattened: tuple[str, ...] = ()  # suffixes of the modules whose leading axes are merged, after concatenation
 
@@ -93,21 +104,6 @@ def _gemma_scale(m: Metadata) -> float:
     return m.get("attention.key_length", m.get("embedding_length") // heads)
 
 
-def _gpt2(m: Metadata) -> JsonObject:
-    width = m.get("embedding_length")
-    return {
-        "n_embd": width,
-        "n_layer": m.get("block_count"),
-        "n_head": m.get("attention.head_count"),
-        "n_positions": m.get("context_length"),
-        "n_inner": m.get("feed_forward_length"),
-        "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
-        "activation_function": "gelu_new",
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
 def _cohere(m: Metadata) -> JsonObject:
     return {"logit_scale": m.get("logit_scale"), "use_qk_norm": m.has("blk.0.attn_q_norm.weight")}
 
@@ -129,45 +125,6 @@ def _stablelm(m: Metadata) -> JsonObject:
 
 def _phi2(m: Metadata) -> JsonObject:
     return {"intermediate_size": m.file.tensors["blk.0.ffn_up.weight"].shape[0], "rope_parameters": partial_rope(m)}
-
-
-def _falcon(m: Metadata) -> JsonObject:
-    width, heads, kv_heads = m.get("embedding_length"), m.get("attention.head_count"), m.get("attention.head_count_kv")
-    grouped = m.has("blk.0.attn_norm_2.weight")
-    if m.has("blk.0.attn_qkv.bias") or (kv_heads > 1 and not grouped):
-        raise m.refusal(
-            "this is not Falcon 7B, 40B or 180B; the ALiBi of Falcon-RW and the rotary base of Falcon 11B are "
-            "not recorded in GGUF, use the Hugging Face checkpoint"
-        )
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": m.get("block_count"),
-        "num_attention_heads": heads,
-        "num_kv_heads": kv_heads,
-        "new_decoder_architecture": grouped,
-        "multi_query": True,
-        "parallel_attn": True,
-        "ffn_hidden_size": m.get("feed_forward_length"),
-        "max_position_embeddings": m.get("context_length"),
-        "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
-def _bloom(m: Metadata) -> JsonObject:
-    heads = m.get("attention.head_count")
-    m.only("attention.head_count_kv", heads)
-    return {
-        "hidden_size": m.get("embedding_length"),
-        "n_layer": m.get("block_count"),
-        "n_head": heads,
-        "n_inner": m.get("feed_forward_length"),
-        "seq_length": m.get("context_length"),
-        "layer_norm_epsilon": m.get("attention.layer_norm_epsilon"),
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
 
 
 def _granite(m: Metadata) -> JsonObject:
@@ -193,20 +150,60 @@ def _smollm3(m: Metadata) -> JsonObject:
 
 def _phi3(m: Metadata) -> JsonObject:
     heads, width = m.get("attention.head_count"), m.get("embedding_length")
-    window, original = m.get("attention.sliding_window", 0), m.get("rope.scaling.original_context_length", 0)
-    rope: JsonObject = {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0))}
-    if m.has(LONG_FACTORS):
-        rope |= {
-            "rope_type": "longrope",
-            "long_factor": factors(m, LONG_FACTORS),
-            "short_factor": factors(m, SHORT_FACTORS),
-            "attention_factor": m.get("rope.scaling.attn_factor", 1.0),
-        }
-    return {
-        "sliding_window": window or None,
+    return longrope(m) | {
+        "sliding_window": m.get("attention.sliding_window", 0) or None,
         "partial_rotary_factor": m.get("rope.dimension_count", width // heads) / (width // heads),
-        "original_max_position_embeddings": original or m.get("context_length"),
-        "rope_parameters": rope,
+    }
+
+
+def _minicpm(m: Metadata) -> JsonObject:
+    # The first files lack the multipliers, which were the same in all releases then.
+    depth, width = m.get("block_count"), m.get("embedding_length")
+    m.only("rope.dimension_count", width // m.get("attention.head_count"))
+    return longrope(m) | {
+        "scale_emb": m.get("embedding_scale", 12.0),
+        "scale_depth": round(m.get("residual_scale", 1.4 / math.sqrt(depth)) * math.sqrt(depth), 5),  # stored in float32
+        "dim_model_base": round(width / m.get("logit_scale", width / 256), 3),
+    }
+
+
+def _apertus(m: Metadata) -> JsonObject:
+    for key, constant in (("xielu.beta", 0.5), ("xielu.eps", -1e-6)):
+        if any(abs(value - constant) > 1e-9 for value in m.file.metadata.get(key, ())):  # stored in float32
+            raise m.refusal(f"{key} is {m.file.metadata[key]}; only {constant} is supported")
+    return {"attention_bias": m.has("blk.0.attn_output.bias")}
+
+
+def _olmo(m: Metadata) -> JsonObject:
+    m.only("attention.layer_norm_epsilon", 1e-5)
+    return {"layer_norm_eps": None, "clip_qkv": m.get("attention.clamp_kqv", 0.0) or None}
+
+
+def _nemotron(m: Metadata) -> JsonObject:
+    m.only("rope.scaling.type", "none")
+    m.get("attention.layer_norm_rms_epsilon", 0.0)  # a copy
+    return {
+        "layer_norm_eps": None,
+        "norm_eps": m.get("attention.layer_norm_epsilon"),
+        "attention_bias": m.has("blk.0.attn_output.bias"),
+        "mlp_bias": m.has("blk.0.ffn_down.bias"),
+        "rope_parameters": partial_rope(m),
+    }
+
+
+def _mistral3(m: Metadata) -> JsonObject:
+    """Ministral 3 and Devstral 2, which scale queries by position, and earlier models with this name, which do not."""
+    m.only("attention.sliding_window", 0)
+    m.only("rope.dimension_count", m.get("attention.key_length"))
+    rope = rope_parameters(m, further=("scaling.yarn_log_multiplier",))
+    growth = m.get("attention.temperature_scale", 0.0)
+    if rope["rope_type"] == "yarn":  # mscale is not recorded; in every release it equals mscale_all_dim
+        mscale = m.get("rope.scaling.yarn_log_multiplier", 0.0)
+        rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
+    return {
+        "architectures": ["Ministral3ForCausalLM" if growth else "MistralForCausalLM"],
+        "sliding_window": 0,
+        "rope_parameters": rope | ({"llama_4_scaling_beta": growth} if growth else {}),
     }
 
 
@@ -254,58 +251,8 @@ def _starcoder2(m: Metadata) -> JsonObject:
     }
 
 
-def _gptneox(m: Metadata) -> JsonObject:
-    heads, width = m.get("attention.head_count"), m.get("embedding_length")
-    turned = m.get("rope.dimension_count")
-    approximate = m.get("block_count") == _NEOX_20B_LAYERS
-    return {
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": width,
-        "num_hidden_layers": m.get("block_count"),
-        "num_attention_heads": heads,
-        "intermediate_size": m.get("feed_forward_length"),
-        "max_position_embeddings": m.get("context_length"),
-        "layer_norm_eps": m.get("attention.layer_norm_epsilon"),
-        "use_parallel_residual": m.get("use_parallel_residual"),
-        "attention_bias": m.has("blk.0.attn_output.bias"),
-        "hidden_act": "gelu_fast" if approximate else "gelu",
-        # The rotary base is not recorded, and the same in every release.
-        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)),
-        "rotary_pct": turned / (width // heads),
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
-def _qwen(m: Metadata) -> JsonObject:
-    # Beyond its trained length the model scales queries and its rotary base. That length is not recorded and differs
-    # between releases; up to the shortest, all of them compute the same.
-    heads, width = m.get("attention.head_count"), m.get("embedding_length")
-    m.only("attention.head_count_kv", heads)
-    m.only("rope.dimension_count", width // heads)
-    context = min(m.get("context_length"), _QWEN_TRAINED_LEN)
-    eps = (
-        "attention.layer_norm_rms_epsilon"
-        if "attention.layer_norm_rms_epsilon" in m.fields
-        else ("attention.layer_norm_epsilon")
-    )  # depends on the version of the converter
-    return {
-        "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": width,
-        "num_hidden_layers": m.get("block_count"),
-        "num_attention_heads": heads,
-        "kv_channels": width // heads,
-        "intermediate_size": m.get("feed_forward_length"),
-        "layer_norm_epsilon": m.get(eps),
-        "rotary_emb_base": float(m.get("rope.freq_base", 10_000.0)),
-        "seq_length": context,
-        "max_position_embeddings": context,
-        "use_dynamic_ntk": False,
-        "use_logn_attn": False,
-        "tie_word_embeddings": not m.has("output.weight"),
-    }
-
-
 _LATENT = ("attn_k_b.weight", "attn_v_b.weight")
+_QKV = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
 _GPT_OSS_EXPERTS = {
     "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     "experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
@@ -319,7 +266,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(name="GemmaForCausalLM", fields=_gemma, stored_norm_offset=1.0),
     "gemma2": Architecture(name="Gemma2ForCausalLM", fields=_gemma2, stored_norm_offset=1.0),
     "gemma3": Architecture(name="Gemma3ForCausalLM", fields=_gemma3, stored_norm_offset=1.0),
-    "gpt2": Architecture(name="GPT2LMHeadModel", fields=_gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
+    "gpt2": Architecture(name="GPT2LMHeadModel", fields=own.gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
     "granite": Architecture(name="GraniteForCausalLM", fields=_granite, halves_interleaved=True),
     "smollm3": Architecture(name="SmolLM3ForCausalLM", fields=_smollm3, halves_interleaved=True),
     "olmo2": Architecture(name="Olmo2ForCausalLM", fields=_olmo2),
@@ -328,8 +275,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture(name="StableLmForCausalLM", fields=_stablelm, layer_norm=True, partial_rotary=True),
     "command-r": Architecture(name="CohereForCausalLM", fields=_cohere, layer_norm=True),
     "cohere2": Architecture(name="Cohere2ForCausalLM", fields=_cohere2, layer_norm=True),
-    "falcon": Architecture(name="FalconForCausalLM", fields=_falcon, own_fields=True, qkv_by_kind=True),
-    "bloom": Architecture(name="BloomForCausalLM", fields=_bloom, own_fields=True, qkv_by_kind=True),
+    "falcon": Architecture(name="FalconForCausalLM", fields=own.falcon, own_fields=True, qkv_by_kind=True),
+    "bloom": Architecture(name="BloomForCausalLM", fields=own.bloom, own_fields=True, qkv_by_kind=True),
     "qwen2moe": Architecture(name="Qwen2MoeForCausalLM", fields=qwen2moe),
     "qwen3moe": Architecture(name="Qwen3MoeForCausalLM", fields=qwen3moe),
     "olmoe": Architecture(name="OlmoeForCausalLM", fields=lambda m: experts(m, "num_experts") | {"norm_topk_prob": False}),
@@ -355,9 +302,58 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": Architecture(name="Ernie4_5ForCausalLM", fields=lambda m: {"use_bias": m.has("blk.0.attn_output.bias")}),
     "exaone4": Architecture(name="Exaone4ForCausalLM", fields=_exaone4),
     "starcoder2": Architecture(name="Starcoder2ForCausalLM", fields=_starcoder2, layer_norm=True),
-    "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=_gptneox, own_fields=True, qkv_by_kind=True),
-    "qwen": Architecture(name="QWenLMHeadModel", fields=_qwen, own_fields=True),
+    "gptneox": Architecture(name="GPTNeoXForCausalLM", fields=own.gptneox, own_fields=True, qkv_by_kind=True),
+    "qwen": Architecture(name="QWenLMHeadModel", fields=own.qwen, own_fields=True),
     "glm4moe": Architecture(name="Glm4MoeForCausalLM", partial_rotary=True, fields=glm4moe),
+    "arcee": Architecture(
+        name="ArceeForCausalLM",
+        halves_interleaved=True,
+        fields=lambda m: {"attention_bias": m.has("blk.0.attn_output.bias"), "mlp_bias": m.has("blk.0.ffn_down.bias")},
+    ),
+    "apertus": Architecture(
+        name="ApertusForCausalLM",
+        fields=_apertus,
+        of_metadata={"act_fn.alpha_p": "xielu.alpha_p", "act_fn.alpha_n": "xielu.alpha_n"},
+    ),
+    "baichuan": Architecture(
+        name="BaichuanForCausalLM",
+        halves_interleaved=True,
+        fields=own.baichuan,
+        own_fields=True,
+        joined={"W_pack.weight": _QKV},
+        joined_rows=True,
+    ),
+    "hunyuan-dense": Architecture(
+        name="HunYuanDenseV1ForCausalLM", fields=lambda m: {"attention_bias": m.has("blk.0.attn_output.bias")}
+    ),
+    "internlm2": Architecture(
+        name="InternLM2ForCausalLM",
+        halves_interleaved=True,
+        fields=lambda m: {"bias": m.has("blk.0.attn_output.bias")},
+        joined={"attention.wqkv.weight": _QKV},
+        joined_rows=True,
+        qkv_by_kind=True,
+    ),
+    "minicpm": Architecture(name="MiniCPMForCausalLM", halves_interleaved=True, partial_rotary=True, fields=_minicpm),
+    "mistral3": Architecture(name="Ministral3ForCausalLM", halves_interleaved=True, partial_rotary=True, fields=_mistral3),
+    "mpt": Architecture(name="MptForCausalLM", fields=own.mpt, own_fields=True),
+    "nemotron": Architecture(
+        name="NemotronForCausalLM", fields=_nemotron, stored_norm_offset=1.0, layer_norm=True, partial_rotary=True
+    ),
+    "olmo": Architecture(name="OlmoForCausalLM", fields=_olmo, halves_interleaved=True, layer_norm=True),
+    "starcoder": Architecture(name="GPTBigCodeForCausalLM", fields=own.starcoder, own_fields=True),
+    "ernie4_5-moe": Architecture(name="Ernie4_5_MoeForCausalLM", fields=ernie4_5_moe),
+    "llama4": Architecture(
+        name="Llama4ForCausalLM",
+        fields=llama4,
+        joined={
+            "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "experts.down_proj": ("ffn_down_exps.weight",),
+        },
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "minimax-m2": Architecture(name="MiniMaxM2ForCausalLM", partial_rotary=True, fields=minimax_m2),
+    "phimoe": Architecture(name="PhiMoEForCausalLM", partial_rotary=True, fields=phimoe),
     "deepseek2": Architecture(
         name="DeepseekV3ForCausalLM",
         fields=deepseek2,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fastgen_jax.checkpoint.gguf_metadata import Metadata, partial_rope, rope_parameters
+from fastgen_jax.checkpoint.gguf_metadata import Metadata, longrope, partial_rope, rope_parameters
 from fastgen_jax.json_types import JsonObject
 
 _SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
+_MAVERICK_EXPERTS = 128
+_PHIMOE_MSCALE = 1.243163121016122
 # (groups, groups that a token may choose from) by the number of experts; files from before autumn 2025 leave them out.
 _DEEPSEEK_GROUPS = {64: (1, 1), 160: (8, 3), 256: (8, 4)}
 
@@ -69,7 +71,7 @@ def deepseek2(m: Metadata) -> JsonObject:
         "architectures": ["DeepseekV3ForCausalLM"] if v3 else ["DeepseekV2ForCausalLM"],
         "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
         "hidden_size": m.get("embedding_length"),
-        "num_hidden_layers": m.get("block_count"),
+        "num_hidden_layers": m.get("block_count") - m.get("nextn_predict_layers", 0),
         "num_attention_heads": m.get("attention.head_count"),
         "intermediate_size": m.get("feed_forward_length"),
         "max_position_embeddings": m.get("context_length"),
@@ -122,3 +124,56 @@ def glm4moe(m: Metadata) -> JsonObject:
         "n_group": m.get("expert_group_count", 1),
         "topk_group": m.get("expert_group_used_count", 1),
     }
+
+
+def ernie4_5_moe(m: Metadata) -> JsonObject:
+    m.get("expert_shared_feed_forward_length", 0)  # the converter's guess; the tensors have the size
+    return {
+        "use_bias": m.has("blk.0.attn_output.bias"),
+        "moe_num_experts": m.get("expert_count"),
+        "moe_k": m.get("expert_used_count"),
+        "moe_intermediate_size": m.get("expert_feed_forward_length"),
+        "moe_num_shared_experts": m.get("expert_shared_count"),
+        "moe_layer_start_index": m.get("leading_dense_block_count"),
+        "moe_layer_interval": m.get("interleave_moe_layer_step"),
+    }
+
+
+def llama4(m: Metadata) -> JsonObject:
+    # Chunks, scaled queries and the layers without positions are not recorded, and the same in both releases. Maverick,
+    # which has 128 experts, has no norms on queries and keys.
+    m.only("attention.sliding_window", 8192)
+    return experts(m, "num_local_experts") | {
+        "intermediate_size": m.get("expert_feed_forward_length"),
+        "intermediate_size_mlp": m.get("feed_forward_length"),
+        "interleave_moe_layer_step": m.get("interleave_moe_layer_step"),
+        "use_qk_norm": m.get("expert_count") != _MAVERICK_EXPERTS,
+        "attention_bias": m.has("blk.0.attn_output.bias"),
+    }
+
+
+def minimax_m2(m: Metadata) -> JsonObject:
+    m.only("expert_gating_func", _SIGMOID)
+    return experts(m, "num_local_experts") | {
+        "intermediate_size": m.get("expert_feed_forward_length"),
+        "rope_parameters": partial_rope(m),
+    }
+
+
+def phimoe(m: Metadata) -> JsonObject:
+    # The tolerance of the choice of experts is not recorded, and the default in the release. The scale of cosines and sines
+    # that the converter records follows from the lengths, and is not that of the release.
+    head_dim = m.get("embedding_length") // m.get("attention.head_count")
+    m.only("rope.dimension_count", head_dim)
+    positions = longrope(m)
+    if positions["rope_parameters"]["rope_type"] == "longrope":
+        positions["rope_parameters"]["attention_factor"] = _PHIMOE_MSCALE
+    return (
+        positions
+        | experts(m, "num_local_experts")
+        | {
+            "sliding_window": m.get("attention.sliding_window", 0) or None,
+            "attention_bias": m.has("blk.0.attn_output.bias"),
+            "lm_head_bias": m.has("output.bias"),
+        }
+    )

@@ -14,6 +14,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = frozenset({_ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS})
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA4_ROPE = _LLAMA3_ROPE | {"high_freq_factor": 1.0}
 _YARN_KEYS = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
@@ -145,6 +146,21 @@ def rope_parameters(m: Metadata, *, further: tuple[str, ...] = ()) -> JsonObject
     return {"rope_type": scaling, "rope_theta": theta, "factor": factor, **rope}
 
 
+def longrope(m: Metadata) -> JsonObject:
+    """`rope_parameters` with LongRoPE if the file has its tables of factors, and the trained length."""
+    rope: JsonObject = {"rope_type": "default", "rope_theta": float(m.get("rope.freq_base", 10_000.0))}
+    m.get("rope.scaling.type", "none")  # the tables identify it
+    if m.has(LONG_FACTORS):
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": factors(m, LONG_FACTORS),
+            "short_factor": factors(m, SHORT_FACTORS),
+            "attention_factor": m.get("rope.scaling.attn_factor", 1.0),
+        }
+    original = m.get("rope.scaling.original_context_length", 0) or m.get("context_length")
+    return {"rope_parameters": rope, "original_max_position_embeddings": original}
+
+
 def factors(m: Metadata, name: str) -> list[float]:
     tensor = m.file.tensors[name]
     return [float(x) for x in dequantize(m.file.rows(name), tensor.type_id, tensor.shape)]
@@ -155,9 +171,10 @@ def _llama3_rope(m: Metadata, *, theta: float) -> JsonObject:
     head_dim = m.get("attention.key_length", m.get("embedding_length") // m.get("attention.head_count"))
     stored = np.array(factors(m, _ROPE_FACTORS))
     if stored.shape == (head_dim // 2,) and np.all(stored > 0):
-        rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(stored.max()), **_LLAMA3_ROPE}
-        if np.allclose(stored, llama3_factors(head_dim=head_dim, rope=rope), rtol=1e-4):  # stored in float32
-            return rope
+        for settings in (_LLAMA3_ROPE, _LLAMA4_ROPE):
+            rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(stored.max()), **settings}
+            if np.allclose(stored, llama3_factors(head_dim=head_dim, rope=rope), rtol=1e-4):  # stored in float32
+                return rope
     raise m.refusal(
         f"the rotary factors in {_ROPE_FACTORS!r} (shape {stored.shape}) are not those of Llama 3 "
         f"({_LLAMA3_ROPE}, factor = their largest); use the Hugging Face checkpoint, whose config.json has the settings"
@@ -169,5 +186,6 @@ def llama3_factors(*, head_dim: int, rope: JsonFields) -> np.ndarray:
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] / wavelength
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # fraction of the frequency that is not scaled
+    # The fraction of the frequency that is not scaled.
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else np.where(turns > low, 1.0, 0.0)
     return 1.0 / (kept + (1.0 - kept) / rope["factor"])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fastgen_jax.checkpoint.gguf_file import PART
 
 # In the top folder. The JSON files are config, generation config, index, and those of the tokenizer.
-_BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _BELOW = ("additional_chat_templates/*.jinja",)
 _NOT_OF_THE_MODEL = ("adapter_*", "consolidated*", "training_args*", "optimizer*", "trainer_state*", "params.json")
 WEIGHT_FILES = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")  # the first of these that there are
@@ -35,7 +35,7 @@ def files_of_model(names: Sequence[str], *, variant: str | None = None) -> list[
         raise ValueError("it has neither a config.json nor a GGUF file")
     for pattern in WEIGHT_FILES:
         if weights := [name for name in top if fnmatch.fnmatchcase(name, pattern)]:
-            beside = [name for name in top if _matches(name, _BESIDE_WEIGHTS)]
+            beside = [name for name in top if _matches(name, BESIDE_WEIGHTS)]
             return sorted({*weights, *beside, *(name for name in names if _matches(name, _BELOW))})
     if ggufs:
         return _gguf_of(ggufs, variant)

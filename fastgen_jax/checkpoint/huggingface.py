@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -32,6 +33,12 @@ _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 T = TypeVar("T")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
+# Parts of multimodal models beside their text model.
+_VISION = (
+    *("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "mm_projector.", "connector."),
+    "image_newline",
+)
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,21 +173,38 @@ def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> Mode
 def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfig) -> dict[str, T]:
     """The tensors of a checkpoint that belong to its text model, under the names that they have there.
 
-    The others are those of the vision part and of multi-token prediction, which is not used.
+    The others are those of the vision part, of multi-token prediction, which is not used, and of the indexer of DeepSeek
+    V3.2, which has no effect on the contexts that are supported.
     """
     if is_multimodal(hf):
         tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name)) is not None}
+        tensors = _without_layers(tensors, hf.get("text_config", {}).get("cross_attention_layers") or ())
+    if "index_topk" in hf:
+        tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn.indexer." not in name}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
     predictors = ("model.mtp_layers.", *(f"model.layers.{layer}." for layer in extra))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(predictors)}
 
 
+def _without_layers(tensors: Mapping[str, T], left_out: Collection[int]) -> dict[str, T]:
+    """The tensors without those of some layers; the others are numbered as if these did not exist."""
+    kept: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        layer = _LAYER.match(name)
+        number = int(layer.group(1)) if layer else -1
+        if number in left_out:
+            continue
+        smaller = sum(other < number for other in left_out)
+        kept[f"model.layers.{number - smaller}.{name[layer.end() :]}" if layer else name] = tensor
+    return kept
+
+
 def text_name(name: str) -> str | None:
     """The name in the text model of a tensor of a multimodal model; None if it belongs to the vision part."""
     name = name.removeprefix("model.")  # since transformers 4.52 all parts except the head are in "model."
-    if name.startswith(("vision_tower.", "multi_modal_projector.", "visual.")):
+    if name.startswith(_VISION):
         return None
-    inner = name.removeprefix("language_model.")
+    inner = name.removeprefix("language_model.").removeprefix("text_model.")
     return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"
 
 

@@ -18,6 +18,7 @@ from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind
 from fastgen_jax.checkpoint.kept_blocks import read_kept
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.snapshot import SnapshotCheckpoint
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, model_specs
 from fastgen_jax.models.weight_spec import DType, Kind, Leaf, Params, WeightSpec
@@ -37,17 +38,23 @@ _AHEAD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Weight:
-    """One array to load: that of layer number `layer` if the weight is per layer."""
+class Weight:
+    """One array of a model, that of layer number `layer` if the weight is per layer, and the tensors that make it."""
 
     spec: WeightSpec
     layer: int | None
     source: Source
-    omitted: str  # prefix of tensor names that the checkpoint leaves out
+    omitted: str = ""
+    """Prefix of tensor names that the checkpoint leaves out."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name.format(layer=self.layer).removeprefix(self.omitted) for name in self.source.names)
+
+    @property
+    def constants(self) -> tuple[tuple[str, float], ...]:
+        """The scalars that are stored beside it, by name."""
+        return tuple((name.format(layer=self.layer), value) for name, value in self.source.constants)
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +84,7 @@ def load_params(
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
-    weights = list(_weights(checkpoint))
+    weights = list(stored_weights(checkpoint))
     check_tensors(checkpoint)
     make = prepare or functools.partial(_plain, dtype=dtype)
     kept = kept_in_blocks(checkpoint) if keep_blocks else {}
@@ -90,7 +97,7 @@ def load_params(
     if "lm_head" in kept and checkpoint.config.tie_embeddings:
         weights.insert(0, _tied_head(checkpoint, weights))
 
-    def load(weight: _Weight) -> Leaf:
+    def load(weight: Weight) -> Leaf:
         return make(weight.spec, _read(checkpoint, weight, kept=kept, dtype=dtype, sharding=sharding))
 
     progressing = shown(log, "loading weights", total=len(weights), unit="weight", bar=progress)
@@ -113,7 +120,7 @@ def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
     if not isinstance(checkpoint, HoldsBlocks):
         return {}
     kinds: dict[str, set[BlockKind | None]] = {}
-    for weight in _weights(checkpoint):
+    for weight in stored_weights(checkpoint):
         if weight.spec.kind in (Kind.MATRIX, Kind.EXPERTS):
             kinds.setdefault(weight.spec.path, set()).update(map(checkpoint.block_kind, weight.names))
     if checkpoint.config.tie_embeddings:
@@ -121,7 +128,7 @@ def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
     return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
 
 
-def _tied_head(checkpoint: Checkpoint, weights: Sequence[_Weight]) -> _Weight:
+def _tied_head(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Weight:
     embed = next(weight for weight in weights if weight.spec.name == "embed")
     return replace(embed, spec=head_spec(checkpoint.config))
 
@@ -174,8 +181,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 def required_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors that the config of a checkpoint requires; reads none of them."""
     required: dict[str, tuple[int, ...]] = {}
-    for weight in _weights(checkpoint):
-        required |= dict(zip(weight.names, _stored_shapes(weight), strict=True))
+    for weight in stored_weights(checkpoint):
+        required |= dict(zip(weight.names, stored_shapes(weight), strict=True))
     return required
 
 
@@ -189,20 +196,25 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         )
 
 
-def _weights(checkpoint: Checkpoint) -> Iterator[_Weight]:
+def stored_weights(checkpoint: Checkpoint) -> Iterator[Weight]:
     """Every array of the model, layer by layer, the usual order in files."""
     config, sources = checkpoint.config, checkpoint.sources
     # Checkpoints of the bare model, such as those of GPT-2 and BLOOM, leave out the prefix of the model.
     model = sources["embed"].names[0].split(".")[0] + "."
     omitted = "" if any(name.startswith(model) for name in checkpoint.tensor_names) else model
+    return weights_of(config, sources, omitted=omitted)
+
+
+def weights_of(config: ModelConfig, sources: Mapping[str, Source], *, omitted: str = "") -> Iterator[Weight]:
+    """Every array of a model, layer by layer."""
     for spec in model_specs(config).values():
-        yield _Weight(spec=spec, layer=None, source=sources[spec.path], omitted=omitted)
+        yield Weight(spec=spec, layer=None, source=sources[spec.path], omitted=omitted)
     for layer in range(config.num_layers):
         for spec in layer_specs(config, layer).values():
-            yield _Weight(spec=spec, layer=layer, source=sources[spec.path], omitted=omitted)
+            yield Weight(spec=spec, layer=layer, source=sources[spec.path], omitted=omitted)
 
 
-def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
+def stored_shapes(weight: Weight) -> list[tuple[int, ...]]:
     """The shape of each tensor of a weight: that of the spec, or of its parts if they are separate tensors."""
     shape, source = weight.spec.shape, weight.source
     if source.stacked:
@@ -216,10 +228,10 @@ def _stored_shapes(weight: _Weight) -> list[tuple[int, ...]]:
 
 
 def _loaded(
-    load: Callable[[_Weight], Leaf], weights: Sequence[_Weight], pool: ThreadPoolExecutor
-) -> Iterator[tuple[_Weight, Leaf]]:
+    load: Callable[[Weight], Leaf], weights: Sequence[Weight], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Weight, Leaf]]:
     """The weights in order, each with its leaf; the pool works ahead."""
-    pending: deque[tuple[_Weight, Future[Leaf]]] = deque()
+    pending: deque[tuple[Weight, Future[Leaf]]] = deque()
     upcoming = deque(weights)
     ahead = 0  # bytes of all pending weights but the oldest
     while pending or upcoming:
@@ -234,7 +246,7 @@ def _loaded(
 
 def _read(
     checkpoint: Checkpoint,
-    weight: _Weight,
+    weight: Weight,
     *,
     kept: Mapping[str, BlockKind],
     dtype: DType | None,
@@ -246,13 +258,13 @@ def _read(
     if weight.spec.path in kept and isinstance(checkpoint, HoldsBlocks):
         return read_kept(checkpoint, weight.spec, weight.source, weight.names, kept[weight.spec.path])
     if sharding is None:
-        array = _assemble(checkpoint, weight)
+        array = assemble(checkpoint, weight)
         return _in_memory(array) if isinstance(array, np.memmap) else array
     place = sharding(weight.spec)
     if isinstance(checkpoint, SnapshotCheckpoint):
         (name,) = weight.names
         return checkpoint.restore(name, dtype=dtype, sharding=place)
-    whole = _assemble(checkpoint, weight)
+    whole = assemble(checkpoint, weight)
     return jax.make_array_from_callback(whole.shape, place, lambda index: np.asarray(whole[index], dtype))
 
 
@@ -262,8 +274,11 @@ def _in_memory(mapped: np.ndarray) -> np.ndarray:
     return array
 
 
-def _assemble(checkpoint: Checkpoint, weight: _Weight) -> np.ndarray:
-    """One weight in the shape of its spec: tensors stacked and concatenated, and matrices transposed to [in, out]."""
+def assemble(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+    """One weight in the shape of its spec: tensors stacked and concatenated, and matrices transposed to [in, out].
+
+    `export.take_apart` is the inverse.
+    """
     source, shape = weight.source, weight.spec.shape
     if len(weight.names) == 1 and not source.transpose and source.rearrange is None:
         stored = checkpoint.read(weight.names[0])

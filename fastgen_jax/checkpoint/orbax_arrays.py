@@ -7,6 +7,7 @@ that the cost of an array is that of reading its bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
     from tensorstore import TensorStore
 
-_METADATA_KEY = "/.zarray"  # every array of zarr 2 has one
+_DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the last part of the key of the metadata that every array has
 _CONTEXT = {
     "cache_pool": {"total_bytes_limit": 0},  # every array is read once
     "file_io_mode": {"mode": "memmap"},  # local files are copied once, into the array
@@ -33,16 +34,24 @@ def open_arrays(folder: str) -> Mapping[str, TensorStore]:
     import tensorstore
 
     context = tensorstore.Context(_CONTEXT)
-    store = {"driver": "ocdbt", "base": folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}}
+    base = folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}
+    # Snapshots are always OCDBT; other programs may store one folder for each array.
+    is_ocdbt = "://" in folder or Path(folder, "manifest.ocdbt").exists()
+    store: Any = {"driver": "ocdbt", "base": base} if is_ocdbt else base
     keys = (key.decode() for key in tensorstore.KvStore.open(store, context=context).result().list().result())
-    names = sorted(key.removesuffix(_METADATA_KEY) for key in keys if key.endswith(_METADATA_KEY))
-    if not names:
+    drivers = {
+        key.removesuffix(end): driver for key in sorted(keys) for end, driver in _DRIVERS.items() if key.endswith(end)
+    }
+    if not drivers:
         raise ValueError("it holds no arrays")
     opened = {
         name: tensorstore.open(
-            {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, context=context, open=True, read=True
+            {"driver": driver, "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}},
+            context=context,
+            open=True,
+            read=True,
         )
-        for name in names
+        for name, driver in drivers.items()
     }
     return {name: array.result() for name, array in opened.items()}
 

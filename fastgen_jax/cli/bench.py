@@ -6,6 +6,7 @@ import argparse
 
 from fastgen_jax.bench import (
     compare,
+    grammars,
     host,
     kv_blocks,
     loading,
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "compare": compare,
     "report": report,
     "server": server,
+    "grammars": grammars,
     "host": host,
     "kv-blocks": kv_blocks,
     "loading": loading,

@@ -44,7 +44,11 @@ def _compile_here(model: str, choices: Any, out: str | None) -> int:
     from fastgen_jax import Engine
 
     engine = Engine.from_pretrained(model, replace(choices, compile_cache_dir=out, background_compile=False), progress=True)
-    print(f"{len(engine.config.budget_ladder)} programs are ready for starts with the same options: {engine.describe()}")
+    samplers = engine.runner.samplers  # for grammars, which a server compiles when the first one comes
+    for num_rows, work in samplers.wanted():
+        samplers.compile(num_rows, work)
+    count = len(engine.config.budget_ladder) + len(samplers.wanted())
+    print(f"{count} programs are ready for starts with the same options: {engine.describe()}")
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fastgen_jax.engine import compile_cache
 from fastgen_jax.engine.programs import Program, Programs
+from fastgen_jax.engine.samplers import Sampler, SamplerPrograms
 from fastgen_jax.engine.sampling.sampler import Work
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ class BackgroundCompiler:
 
     def __init__(
         self,
-        programs: Programs,
+        programs: Programs | SamplerPrograms,
         missing: Sequence[tuple[int, Work]],
-        add: Callable[[Program], bool],
+        add: Callable[[Program | Sampler], bool],
         *,
         otherwise: str = "the engine goes on with its larger programs, smaller steps take longer. To see the failure at the "
         "start, set background_compile=False",
@@ -46,8 +47,9 @@ class BackgroundCompiler:
         )
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the thread, if nothing has started it before."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     @property
     def is_done(self) -> bool:
@@ -65,16 +67,16 @@ class BackgroundCompiler:
 
     def _run(
         self,
-        programs: Programs,
+        programs: Programs | SamplerPrograms,
         missing: Sequence[tuple[int, Work]],
-        add: weakref.WeakMethod[Callable[[Program], bool]],
+        add: weakref.WeakMethod[Callable[[Program | Sampler], bool]],
     ) -> None:
         start = time.monotonic()
-        for done, (budget, work) in enumerate(missing):
+        for done, (size, work) in enumerate(missing):
             if self._stopping.is_set() or not threading.main_thread().is_alive():
                 return
             try:
-                program = programs.compile(budget, work)
+                program = programs.compile(size, work)
                 use = add()
                 if use is None or self._stopping.is_set() or not use(program):
                     return
@@ -82,8 +84,8 @@ class BackgroundCompiler:
             except Exception as error:
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(
-                    "compiling the program for steps of %d tokens failed (%s); %s",
-                    budget,
+                    "compiling the program for %s failed (%s); %s",
+                    f"{size} rows of logits" if isinstance(programs, SamplerPrograms) else f"steps of {size} tokens",
                     self.failure,
                     self._otherwise,
                 )

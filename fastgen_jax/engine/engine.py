@@ -23,6 +23,7 @@ from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
 from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.prompts import Prompt, TokenIds, TokenIdsInput
 from fastgen_jax.engine.refinement import PAUSE
+from fastgen_jax.engine.samplers import Sampler
 from fastgen_jax.engine.scoring import Scores, scores_of, scoring_requests
 from fastgen_jax.engine.sleep import Sleep, WeightsPlace
 from fastgen_jax.engine.stepper import Stepper
@@ -109,6 +110,11 @@ class Engine:
         self._compiler = BackgroundCompiler(self.runner.programs, missing, self._add_program)
         if missing:
             self._compiler.start()
+        # For grammars, started by the first request that has one.
+        samplers = self.runner.samplers
+        self._sampler_compiler = BackgroundCompiler(
+            samplers, samplers.wanted(), self._add_program, otherwise="steps with a grammar wait for the tokens before"
+        )
 
     @classmethod
     def from_pretrained(
@@ -188,6 +194,8 @@ class Engine:
                 self.metrics.requests += 1
                 self.metrics.prompt_tokens += len(request.prompt_token_ids)
                 journal.is_open = False
+                if request.awaits_each_token:
+                    self._sampler_compiler.start()
         except BaseException:
             if state is not None and journal.states.get(request_id) is state:
                 self.abort(request_id)  # the caller does not know its id yet
@@ -298,7 +306,7 @@ class Engine:
             if self._refinement is None or journal.is_destroyed:
                 return None
             is_idle = not (journal.is_open or journal.is_busy or len(self.manual_sequences) or self.is_asleep)
-            if not (is_idle and self._compiler.is_done):
+            if not (is_idle and self._compiler.is_done and self._sampler_compiler.is_done):
                 return PAUSE
             pause = None
             try:
@@ -313,7 +321,7 @@ class Engine:
 
     # Between steps
 
-    def _add_program(self, program: Program) -> bool:
+    def _add_program(self, program: Program | Sampler) -> bool:
         """Makes a program that another thread compiled available to the next step; False if the engine is destroyed."""
         journal = self._journal
         with journal.turn, journal.lock:
@@ -329,6 +337,7 @@ class Engine:
     def wait_until_compiled(self) -> None:
         """Returns when no program is being compiled in the background; a failure is in the log."""
         self._compiler.wait()
+        self._sampler_compiler.wait()
 
     def exclusive(self, operation: Callable[[], T]) -> T:
         """Runs `operation` between two steps and returns its result; it may change `manual_sequences` and use `runner`.
@@ -475,8 +484,9 @@ class Engine:
         completed, which this waits for, and dropped.
         """
         self._compiler.stop()
+        self._sampler_compiler.stop()
         self._journal.destroy()
-        self._compiler.wait()
+        self.wait_until_compiled()
         if self._refinement is not None:
             self._refinement.close()
         self._sleep.forget()

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from fastgen_jax.engine.metrics import Metrics, StepTimer, StepTimes
 from fastgen_jax.engine.outputs import Outbox, RequestOutput, RequestState
-from fastgen_jax.engine.programs import StepOutput
 from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.sampling.sampler import SampleOutput
 from fastgen_jax.scheduling import Scheduler, Step
 from fastgen_jax.scheduling.manual import ManualSequences
 
@@ -21,12 +21,14 @@ class InFlight(NamedTuple):
     """A step that was dispatched and whose results the host has not read."""
 
     step: Step
-    output: StepOutput
+    sampled: SampleOutput
     timer: StepTimer
     times: StepTimes
     """Times up to the dispatch."""
     weight_version: int
     """Of the weights that it computes with."""
+    is_masked: bool
+    """Whether a token depends on a mask, and the masks of the next step on that token."""
 
 
 class Journal:

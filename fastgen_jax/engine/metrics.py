@@ -123,6 +123,10 @@ class Metrics:
     aborted: int = 0
     refused: int = 0
     """Requests that policy "sla" could not serve in time."""
+    masks: int = 0
+    """Masks of the tokens that a grammar allows next, one for each token."""
+    mask_seconds: float = 0.0
+    """Time in which they were computed."""
     compiles_while_serving: int = 0
     """Compilations that `Engine.step` waited for: each is a bug. Those of other threads do not count."""
     steps_by_budget: dict[int, int] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +60,12 @@ class Layout:
                 flat = jax.lax.bitcast_convert_type(flat, field.dtype)
             arrays[name] = flat.reshape(field.shape)
         return arrays
+
+
+@functools.cache
+def sampling_layout(num_rows: int) -> Layout:
+    """The fields of `SamplingBatch` for so many rows, by their own names."""
+    return Layout([Field(name, shape, dtype) for name, shape, dtype in sampling_fields(num_rows)])
 
 
 class Bucket:
@@ -122,6 +129,16 @@ class Bucket:
         """
         buffer = self._empty.copy()
         return buffer, self.layout.views(buffer)
+
+    def take_sampling(self, packed: np.ndarray) -> np.ndarray:
+        """Takes the sampling parameters out of a packed step, which then samples nothing, in the order of `sampling_layout`.
+
+        It still computes the logits of its rows.
+        """
+        start = self.layout.size - sampling_layout(self.num_seqs).size  # they come last
+        sampling = packed[start:].copy()
+        packed[start:] = self._empty[start:]
+        return sampling
 
     def work_of(self, packed: np.ndarray) -> Work:
         """The least that a program must be able to do for a packed step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
+from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
@@ -57,6 +58,8 @@ class StepOutput:
     """f32[R, V]: raw logits; only the research interface reads them."""
     hidden: jax.Array
     """[R, E]: the inputs of the head, in the dtype of the activations; also only for the research interface."""
+    last_tokens: jax.Array | None
+    """i32[R]: the token before the one that each row predicts; None without a logits processor."""
 
 
 class Program(NamedTuple):
@@ -135,11 +138,8 @@ class Programs:
     def compile(self, budget: int, work: Work = "any") -> Program:
         """A program for steps of `budget` tokens: loaded if an earlier start saved it, else compiled and saved."""
         bucket, name = self.bucket(budget), self.saved_name(budget, work)
-        if self.folder is None or name is None:
-            return Program(bucket, self.lower(bucket, work).compile(), work)
-        saved = saved_in(self.folder)
-        program = executables.load(saved, name, devices=devices_of(self.config))
-        return Program(bucket, program or executables.compile_and_save(self.lower(bucket, work), saved, name), work)
+        run = load_or_compile(self.folder, name, self.config, lambda: self.lower(bucket, work))
+        return Program(bucket, run, work)
 
     def saved_name(self, budget: int, work: Work = "any") -> str | None:
         """The name under which a program for steps of `budget` tokens is saved; None if it is not."""
@@ -150,6 +150,17 @@ class Programs:
 
     def _arguments(self, bucket: Bucket) -> tuple[Any, KVCache, SamplerState, jax.ShapeDtypeStruct]:
         return self.params, *self.memory(), jax.ShapeDtypeStruct((bucket.layout.size,), jnp.int32)
+
+
+def load_or_compile(
+    folder: Folder | None, name: str | None, config: ResolvedConfig, lower: Callable[[], jax.stages.Lowered]
+) -> jax.stages.Compiled:
+    """The program called `name` from the cache folder; else what `lower` returns, compiled and, with both, saved there."""
+    if folder is None or name is None:
+        return lower().compile()
+    saved = saved_in(folder)
+    program = executables.load(saved, name, devices=devices_of(config))
+    return program or executables.compile_and_save(lower(), saved, name)
 
 
 def has_int8(params: Any) -> bool:
@@ -228,7 +239,7 @@ def step_program(
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    options = _COMPILER_OPTIONS.get(device.device_kind)
+    options = compiler_options(device)
     if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
         options = _GPU_OPTIONS
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
@@ -242,6 +253,11 @@ def step_program(
 def _reads_int8_in_place(device: Any) -> bool:
     """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper`."""
     return getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
+
+
+def compiler_options(device: Any) -> dict[str, bool | str] | None:
+    """Options of XLA for all programs on a device."""
+    return _COMPILER_OPTIONS.get(device.device_kind)
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:
@@ -281,10 +297,23 @@ def _step(
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
         logits = logits[:, : config.vocab_size]
+    last_tokens = None if logits_processor is None else jnp.take(batch.token_ids, batch.sample_rows)
+    sampled, state = sample_rows(logits, last_tokens, state, sampling, logits_processor=logits_processor, work=work)
+    return StepOutput(sampled=sampled, logits=logits, hidden=hidden, last_tokens=last_tokens), kv_cache, state
+
+
+def sample_rows(
+    logits: jax.Array,
+    last_tokens: jax.Array | None,
+    state: SamplerState,
+    batch: SamplingBatch,
+    *,
+    logits_processor: LogitsProcessor | None,
+    work: Work,
+) -> tuple[SampleOutput, SamplerState]:
+    """`sample` of the logits of a step, after the engine's logits processor, which needs `last_tokens`."""
     process = None
-    if logits_processor is not None:
-        last_tokens = jnp.take(batch.token_ids, batch.sample_rows)
-        rows = LogitsRows(positions=sampling.positions, last_tokens=last_tokens, seeds=sampling.seeds)
+    if logits_processor is not None and last_tokens is not None:
+        rows = LogitsRows(positions=batch.positions, last_tokens=last_tokens, seeds=batch.seeds)
         process = lambda logits: logits_processor(logits, rows)  # noqa: E731
-    sampled, state = sample(logits, state, sampling, max_logprobs=MAX_LOGPROBS, process=process, work=work)
-    return StepOutput(sampled=sampled, logits=logits, hidden=hidden), kv_cache, state
+    return sample(logits, state, batch, max_logprobs=MAX_LOGPROBS, process=process, work=work)

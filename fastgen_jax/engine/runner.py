@@ -16,7 +16,8 @@ from fastgen_jax.engine.huge_pages import use_huge_pages
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import Program, Programs, StepOutput, abstract, memory_shardings
 from fastgen_jax.engine.resolve import ResolvedConfig
-from fastgen_jax.engine.sampling.sampler import Work
+from fastgen_jax.engine.samplers import Sampler, SamplerPrograms, work_of
+from fastgen_jax.engine.sampling.sampler import SampleOutput, Work
 from fastgen_jax.engine.sampling.state import SamplerState, reset_slot, set_masks
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import tensor_mesh
@@ -39,6 +40,8 @@ class Runner:
         self.programs = Programs(model=model, config=config, mesh=self.mesh, params=abstract(params), folder=folder)
         self._compiled: dict[int, Program] = {}  # replaced, never changed: another thread may add a program during a step
         self._narrow: dict[tuple[int, Work], Program] = {}  # as `_compiled`: programs that suffice for some steps
+        self.samplers = SamplerPrograms(programs=self.programs)
+        self._samplers: dict[tuple[int, Work], Sampler] = {}  # as `_compiled`
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
@@ -86,7 +89,7 @@ class Runner:
 
     def destroy(self) -> None:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
-        self._compiled, self._narrow = {}, {}
+        self._compiled, self._narrow, self._samplers = {}, {}, {}
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state)), *made])
         self.params = {}
@@ -131,8 +134,15 @@ class Runner:
             self.add(self.programs.compile(budget, work))
             on_done()
 
-    def add(self, program: Program, *, warm: bool = True) -> None:
+    def add(self, program: Program | Sampler, *, warm: bool = True) -> None:
         """Makes a program available to the next step; with `warm` after one empty run, so that its first step is fast."""
+        if isinstance(program, Sampler):
+            if warm:
+                *arguments, packed = self.samplers.empty(program.num_rows)
+                _, self.state = program.run(*arguments, self.state, packed)
+                jax.block_until_ready(self.state)
+            self._samplers = {**self._samplers, (program.num_rows, program.work): program}
+            return
         if warm:
             self._run(program, program.bucket.new_buffer()[0])
             jax.block_until_ready(self.kv_cache)
@@ -153,6 +163,21 @@ class Runner:
         if self._narrow:
             program = self._narrow.get((budget, bucket.work_of(packed)))
         return self._run(program or self._compiled[budget], packed)
+
+    @property
+    def samples_later(self) -> bool:
+        """Whether every step can sample in a program of its own: `run` without sampling, then `sample`."""
+        samplers = self._samplers
+        return bool(samplers) and all((p.bucket.num_seqs, "any") in samplers for p in self._compiled.values())
+
+    def sample(self, output: StepOutput, sampling: np.ndarray, bucket: Bucket) -> SampleOutput:
+        """Dispatches the sampling of a step whose parameters were taken out of its packed array; see `samples_later`."""
+        num_rows, program = bucket.num_seqs, None
+        if (num_rows, "masked") in self._samplers:
+            program = self._samplers.get((num_rows, work_of(sampling, num_rows)))
+        program = program or self._samplers[num_rows, "any"]
+        sampled, self.state = program.run(output.logits, output.last_tokens, self.state, sampling)
+        return sampled
 
     def _run(self, program: Program, packed: np.ndarray) -> StepOutput:
         output, self.kv_cache, self.state = program.run(self.params, self.kv_cache, self.state, packed)

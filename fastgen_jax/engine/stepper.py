@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.sampling.tables import SamplingTables
 from fastgen_jax.scheduling import Scheduler, Sequence, Step
-from fastgen_jax.text.filters import Matcher
+from fastgen_jax.text.filters import Matcher, fill_masks
 
 
 class Stepper:
@@ -34,17 +35,12 @@ class Stepper:
     def step(self) -> None:
         """Plans, packs and dispatches a step; then commits the one before it, whose tokens have arrived in the meantime."""
         journal, timer, compiles = self._journal, StepTimer(), compile_count()
+        if journal.in_flight and journal.in_flight[-1].is_masked and not self._runner.samples_later:
+            self.drain()  # the next masks depend on its tokens
         with timer("plan"):
             step = journal.dispatching = self._scheduler.schedule()
         if step is not None:
-            with timer("pack"):
-                bucket = self._runner.bucket(step.num_tokens)
-                packed = self._pack(step, bucket)
-            with timer("dispatch"):
-                output = self._runner.run(packed, bucket)
-            journal.in_flight.append(
-                InFlight(step, output, timer, self._count(step, bucket, timer), self._runner.weight_version)
-            )
+            journal.in_flight.append(self._dispatch(step, timer))
             journal.dispatching = None
         self._end_refused()
         # With overlap one step stays in flight while the host works, unless no step was dispatched after it.
@@ -60,12 +56,33 @@ class Stepper:
             self._commit(self._journal.in_flight[0])
             self._journal.in_flight.popleft()
 
-    def _pack(self, step: Step, bucket: Bucket) -> np.ndarray:
-        for sequence in step.admitted:
-            self._admit(sequence)
-        if any(sequence.awaits_each_token for sequence in step.sampled):
-            self._set_masks(step)
-        return self._packer.pack(step, bucket)
+    def _dispatch(self, step: Step, timer: StepTimer) -> InFlight:
+        """Packs and dispatches a step.
+
+        If some of its tokens depend on masks, which depend on the tokens of the step before, then the layers are dispatched
+        first. While they run, those tokens are read and the masks computed; then the sampling is dispatched.
+        """
+        runner = self._runner
+        masked = [(sequence, sequence.slot) for sequence in step.sampled if sequence.awaits_each_token]
+        sampling = None
+        with timer("pack"):
+            bucket = runner.bucket(step.num_tokens)
+            for sequence in step.admitted:
+                self._admit(sequence)
+            packed = self._packer.pack(step, bucket)
+            if masked and runner.samples_later:
+                sampling = bucket.take_sampling(packed)
+            elif masked:  # none of them has a token in flight
+                self._set_masks(masked)
+        with timer("dispatch"):
+            output = runner.run(packed, bucket)
+        times = self._count(step, bucket, timer)
+        sampled = output.sampled
+        if sampling is not None:
+            self.drain()
+            self._set_masks(masked)
+            sampled = runner.sample(output, sampling, bucket)
+        return InFlight(step, sampled, timer, times, runner.weight_version, bool(masked))
 
     def _admit(self, sequence: Sequence) -> None:
         """Writes the sampling parameters of a sequence to its slot."""
@@ -92,20 +109,26 @@ class Stepper:
                 logit_bias=request.params.logit_bias,
             )
 
-    def _set_masks(self, step: Step) -> None:
-        """Sends the device masks of the tokens that the grammars allow next."""
-        slots, matchers = [], []
-        for sequence in step.sampled:
-            matcher = self._journal.states[sequence.request_id].matcher
-            if matcher is not None and not matcher.is_static:
-                slots.append(sequence.slot)
-                matchers.append(matcher)
-        self._runner.set_masks(slots, self._masks(matchers))
+    def _set_masks(self, masked: abc.Iterable[tuple[Sequence, int | None]]) -> None:
+        """Sends the device masks of the tokens that the matchers of some sequences, in their slots, allow next."""
+        slots: list[int] = []
+        matchers: list[Matcher] = []
+        for sequence, slot in masked:
+            state = self._journal.states.get(sequence.request_id)
+            if state is None or state.sequence is not sequence:
+                continue  # the step before was its last one, and this token will be dropped
+            if slot is not None and state.matcher is not None and not state.matcher.is_static:
+                slots.append(slot)
+                matchers.append(state.matcher)
+        start = time.perf_counter()
+        masks = self._masks(matchers)
+        self._metrics.masks += len(matchers)
+        self._metrics.mask_seconds += time.perf_counter() - start
+        self._runner.set_masks(slots, masks)
 
     def _masks(self, matchers: abc.Sequence[Matcher]) -> np.ndarray:
         masks = np.zeros((len(matchers), -(-self._runner.model.vocab_size // 32)), np.int32)
-        for row, matcher in zip(masks, matchers, strict=True):
-            matcher.fill_mask(row)
+        fill_masks(matchers, masks)
         return masks
 
     def _count(self, step: Step, bucket: Bucket, timer: StepTimer) -> StepTimes:
@@ -125,9 +148,9 @@ class Stepper:
             self._journal.publish(state.advance([], []), state)
 
     def _commit(self, entry: InFlight) -> None:
-        step, output, timer, times, weight_version = entry
+        step, sampled, timer, times, weight_version, _ = entry
         with timer("wait"):
-            rows = SampledRows(step, output.sampled)
+            rows = SampledRows(step, sampled)
         with timer("commit"):
             advanced = self._scheduler.commit(step, rows.new_tokens)
         with timer("output"):

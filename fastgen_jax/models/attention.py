@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.cache_groups import cache_groups
+from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, RopeConfig, same_for_all
 from fastgen_jax.models.division import divided, row_norm_heads
@@ -22,6 +23,7 @@ from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.weight_spec import LayerWeights
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring, plan_layers, ragged_attention
 from pallas_kernels.rotary import rotary, rotate
 
@@ -85,8 +87,8 @@ def prepare_step(
         length = (batch.positions + 1).astype(jnp.float32)
         scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
     if config.query_growth is not None:
-        weight, trained = config.query_growth
-        growth = 1.0 + weight * jnp.log1p((batch.positions // trained).astype(jnp.float32))
+        rule = config.query_growth
+        growth = 1.0 + rule.weight * jnp.log1p(((batch.positions + rule.first) // rule.length).astype(jnp.float32))
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     indices = [batch.index, *batch.windowed]
@@ -98,6 +100,9 @@ def prepare_step(
         of_layers = config.layer_windows or (None,) * config.num_layers
         windows = tuple(dict.fromkeys(of_layers))
         indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
+    if config.window_chunks:
+        indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
+        windows = (None,) * len(windows)  # the indices say where chunks begin
     if not callable(implementation):
         indices = plan_layers(
             indices,
@@ -125,6 +130,38 @@ def prepare_step(
     )
 
 
+def _in_chunks(
+    batch: RaggedBatch,
+    kv_cache: KVCache,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    implementation: str | Attention | None,
+) -> list[RaggedIndex]:
+    """`indices` with a row for each chunk that tokens are in, all of the same shape; a window is the size of a chunk.
+
+    They are returned as they are if no context can be longer than a chunk.
+    """
+    sizes = [size for size in windows if size is not None]
+    if not sizes:
+        return indices
+    num_tokens, block_size = batch.positions.shape[0], kv_cache.k.shape[2]
+    if callable(implementation):
+        if num_tokens > min(sizes):
+            raise ValueError(
+                f"this model attends within chunks of {min(sizes)} tokens, which is not supported without a KV cache for "
+                f"more tokens than that in a batch; got {num_tokens}"
+            )
+        return indices
+    if batch.index.block_tables.shape[1] * block_size <= min(sizes):
+        return indices
+    rows = num_chunk_rows(batch.index.context_lens.shape[0], num_tokens, min(sizes))
+    everything = _NO_WINDOW // block_size * block_size
+    return [
+        in_chunks(index, batch.positions, everything if size is None else size, block_size=block_size, num_rows=rows)
+        for index, size in zip(indices, windows, strict=True)
+    ]
+
+
 def attention(
     x: Float[Array, "T E"],
     w: LayerWeights,
@@ -141,8 +178,13 @@ def attention(
     """
     d, index, rows = config.head_dim, call.index, call.rows
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
+    if config.qk_norm == "unit":
+        q, key = _unit_norms(q, key, step, config, index)
     if step.query_scale is not None:
-        q = (q.astype(jnp.float32) * step.query_scale[:, None, None]).astype(q.dtype)
+        scale = step.query_scale
+        if config.query_growth is not None and config.query_growth.unrotated_only:
+            scale = jnp.where(_rotates(config, index), 1.0, scale)
+        q = (q.astype(jnp.float32) * scale[:, None, None]).astype(q.dtype)
     if config.attention_scale_by_layer:
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
@@ -175,7 +217,7 @@ def _heads(
         if step.mesh is not None:  # every device has a copy
             latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
         return q, latent, latent
-    norm_first = config.qk_norm is not None and not config.qk_norm_rotated
+    norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
     qkv = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D]
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
         q, key, value = (
@@ -218,6 +260,28 @@ def _row_norm(x: jax.Array, scale: jax.Array, num_heads: int, config: ModelConfi
     mean = jnp.sum(jnp.square(x32), axis=(1, 2), keepdims=True) / (num_heads * config.head_dim)
     scale = scale.reshape(1, *x.shape[1:]).astype(jnp.float32) + config.norm_offset
     return (x32 * jax.lax.rsqrt(mean + config.norm_eps) * scale).astype(x.dtype)
+
+
+def _unit_norms(
+    q: jax.Array, key: jax.Array, step: Step, config: ModelConfig, index: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys divided by their root mean square in each head, in the layers with a rotary embedding."""
+    rotates = _rotates(config, index)
+    if rotates is False:
+        return q, key
+    ones = jnp.ones(config.head_dim, q.dtype)
+    normed = [rms_norm(part, ones, eps=config.norm_eps, num_rows=step.num_tokens) for part in (q, key)]
+    if rotates is True:
+        return normed[0], normed[1]
+    return jnp.where(rotates, normed[0], q), jnp.where(rotates, normed[1], key)
+
+
+def _rotates(config: ModelConfig, index: Int[Array, ""] | int) -> bool | jax.Array:
+    """Whether a layer has a rotary embedding."""
+    rotates = [rope is not None for rope in config.layer_ropes or (config.rope,)]
+    if same_for_all(rotates):
+        return rotates[0]
+    return rotates[index] if isinstance(index, int) else jnp.asarray(rotates)[index]
 
 
 def _clipped(x: jax.Array, config: ModelConfig) -> jax.Array:
@@ -271,7 +335,7 @@ def _row_of(step: Step, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:
     """Size of the sliding window of a layer, in tokens; None: no window."""
-    windows = config.layer_windows
+    windows = () if config.window_chunks else config.layer_windows
     if not windows or same_for_all(windows):
         return windows[0] if windows else None
     if isinstance(index, int):

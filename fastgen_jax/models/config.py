@@ -51,6 +51,16 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries at position p are scaled by 1 + weight * log(1 + (p + first) // length)."""
+
+    weight: float
+    length: int  # tokens
+    first: int = 0  # number of the first position: 0 or 1
+    unrotated_only: bool = False  # only in layers without rotary embedding
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of a decoder-only model: what the checkpoint fixes, and nothing that an operator chooses.
 
@@ -85,6 +95,7 @@ class ModelConfig:
     learned_positions: int = 0  # rows of the table of position embeddings; 0: no table
     position_offset: int = 0  # row of position 0 in that table
     tie_embeddings: bool = False
+    not_predicted: int = 0  # rows of the embedding after those of the vocabulary, for tokens without logits
     head_bias: bool = False
     logits_multiplier: float = 1.0
     logits_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
@@ -94,7 +105,8 @@ class ModelConfig:
     # attention
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["head", "per_head", "row"] | None = None  # scale [D] shared by heads; [H, D]; over all heads [H*D]
+    # scale [D] shared by heads; [H, D]; over all heads [H*D]; no scale, after the rotation and only in layers that rotate
+    qk_norm: Literal["head", "per_head", "row", "unit"] | None = None
     qk_norm_bias: bool = False
     qk_norm_rotated: bool = False  # these norms follow the rotary embedding
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
@@ -105,9 +117,10 @@ class ModelConfig:
     rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: no rotary embedding
     layer_ropes: tuple[RopeConfig | None, ...] = ()  # one per layer if layers differ; (): `rope` for all
     layer_windows: tuple[int | None, ...] = ()  # sliding window per layer, in tokens; (): no windows
+    window_chunks: bool = False  # windows of w tokens do not slide: position p sees [p // w * w, p]
     mla: MLAConfig | None = None  # multi-head latent attention instead of q, k and v
     attention_sinks: bool = False  # one learned logit per head that receives probability but has no value
-    query_growth: tuple[float, int] | None = None  # (b, n): queries at position p are scaled by 1 + b log(1 + p // n)
+    query_growth: QueryGrowth | None = None  # queries are scaled by position
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
 
     # MLP

@@ -68,9 +68,11 @@ def route(
     if config.router_bias:
         logits = logits + w["router_bias"].astype(jnp.float32)[None, :]
     k = config.experts_per_token
-    if config.scores == "softmax_of_chosen":
+    if config.scores in ("softmax_of_chosen", "sigmoid_of_chosen"):
         best, chosen = jax.lax.top_k(logits, k)
-        weights = _softmax(best)
+        weights = _softmax(best) if config.scores == "softmax_of_chosen" else jax.nn.sigmoid(best)
+    elif config.scores == "sparse_mixer":
+        weights, chosen = sparse_mixer(logits, k, tolerance=config.mixer_tolerance)
     else:
         scores = _softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
         merits = scores + w["choice_bias"].astype(jnp.float32)[None, :] if config.choice_bias else scores
@@ -79,6 +81,22 @@ def route(
     if config.normalize:
         weights = weights / (_sum(weights)[:, None] + 1e-20)
     return weights * config.scale, chosen
+
+
+def sparse_mixer(logits: Float[Array, "T X"], k: int, *, tolerance: float) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """The weights and numbers of the k best experts, chosen one after another.
+
+    The weight of each is its softmax over the experts that are not chosen yet and whose logit is at most 2 * `tolerance`
+    smaller, relative to the larger of the best logit and the absolute value of theirs. Source: GRIN (arXiv:2409.12136).
+    """
+    weights, chosen, rest = [], [], logits
+    for _ in range(k):
+        best, expert = jnp.max(rest, axis=-1, keepdims=True), jnp.argmax(rest, axis=-1).astype(jnp.int32)
+        is_near = (best - logits) / jnp.maximum(jnp.abs(logits), best) <= 2.0 * tolerance
+        weights.append(1.0 / _sum(jnp.where(is_near, jnp.exp(rest - best), 0.0)))
+        chosen.append(expert)
+        rest = jnp.where(jnp.arange(logits.shape[1])[None, :] == expert[:, None], -jnp.inf, rest)
+    return jnp.stack(weights, axis=-1), jnp.stack(chosen, axis=-1)
 
 
 def _softmax(x: Float[Array, "T n"]) -> Float[Array, "T n"]:
@@ -128,6 +146,9 @@ def _weighted_experts(
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts)[None, :], axis=0, dtype=jnp.int32)
     rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
+    if config.weigh_inputs:
+        rows = (rows.astype(jnp.float32) * jnp.take(weights.reshape(-1), order)[:, None]).astype(x.dtype)
+        weights = jnp.ones_like(weights)
     rows = _experts(rows, w, sizes, jnp.take(expert, order), first, config=config)
     # A gather restores the order of the tokens: a scatter-add would be slow on accelerators, and its order of summation
     # is not defined.

@@ -35,9 +35,12 @@ class MoEConfig:
     experts_per_token: int  # top k
     expert_dim: int  # F of an expert
     layers: tuple[int, ...]  # the layers that have experts; the others have an MLP of width `mlp_dim`
-    scores: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"  # over all experts, or over the chosen
+    # over all experts, over the chosen, or of each choice over the experts with a similar logit (see `moe.sparse_mixer`)
+    scores: Literal["softmax", "sigmoid", "softmax_of_chosen", "sigmoid_of_chosen", "sparse_mixer"] = "softmax"
     normalize: bool = False  # divide the weights of the chosen experts by their sum
     scale: float = 1.0  # factor of the weights, after that
+    weigh_inputs: bool = False  # the weight of an expert multiplies its input instead of its output
+    mixer_tolerance: float = 0.0  # sparse_mixer: relative distance of logits that count as similar
     router_bias: bool = False  # added to the logits, before softmax or sigmoid
     choice_bias: bool = False  # added to the scores for choosing, not for the weights (arXiv:2412.19437)
     num_groups: int = 1  # groups of adjacent experts; experts are chosen from the best few groups (arXiv:2405.04434)

@@ -90,7 +90,7 @@ def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _model_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     v, e = config.vocab_size, config.embed_dim
     p = config.embed_proj_dim or e
-    yield table("embed", (v, p), ("V", "E"))
+    yield table("embed", (v + config.not_predicted, p), ("V", "E"))
     if config.embed_proj_dim is not None:
         yield matrix("project_in", (p, e), ("P", "E"))
         yield matrix("project_out", (e, p), ("E", "P"))
@@ -145,7 +145,7 @@ def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         yield bias(o)
     if config.attention_sinks:
         yield vector("sinks", h, "H")
-    if config.qk_norm is not None:
+    if config.qk_norm not in (None, "unit"):
         for name, heads, letter in (("q_norm", h, "H"), ("k_norm", k, "K")):
             shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
                 "head": ((d,), ("D",)),

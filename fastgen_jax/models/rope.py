@@ -104,8 +104,8 @@ def _llama3(base: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Long wavelengths are stretched by `factor`, short ones are kept, those in between are interpolated."""
     assert rope.original_max_position is not None
     turns = rope.original_max_position * base / (2 * math.pi)  # over the original context
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else np.where(turns > low, 1.0, 0.0)
     return base * (blend + (1.0 - blend) / rope.factor)
 
 

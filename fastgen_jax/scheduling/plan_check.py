@@ -100,8 +100,6 @@ def _fault_of_chunks(plan: StepPlan, runs: set[Sequence], admitted: dict[Sequenc
                 f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "
                 f"have {needed} and {stop == sequence.num_tokens}"
             )
-        if samples and sequence.awaits_each_token and sequence.num_in_flight:
-            return f"{sequence} must not sample its next token while one is in flight"
         held = sequence.capacity // size if cached is None else cached.num_blocks
         blocks.take(max(0, -(-stop // size) - held) * limits.groups.num_groups)
     if not admitted.keys() <= with_chunk:

@@ -120,8 +120,6 @@ class Planner:
             # With max_total_tokens - 1 computed, the last token is in flight: its commit ends the sequence.
             if start != sequence.num_tokens - 1 or start == sequence.max_total_tokens - 1:
                 continue
-            if sequence.awaits_each_token and sequence.num_in_flight:
-                continue
             if not room or (preempted and sequence.order >= preempted[-1].order):
                 break
             if start == sequence.capacity and not self._take_block_for(sequence):
@@ -307,10 +305,10 @@ class Planner:
         return (chunk if chunk is not None and self._has_room(chunk, cached) else None), cached
 
     def _can_advance(self, sequence: Sequence) -> bool:
-        """Whether a running sequence has a token to compute that does not depend on one in flight."""
+        """Whether a running sequence has a token to compute."""
         if sequence.num_computed >= min(sequence.num_tokens, sequence.max_total_tokens - 1):
             return False
-        return not (sequence.awaits_each_token and sequence.num_in_flight) and sequence not in self.plan.preempted
+        return sequence not in self.plan.preempted
 
     def _next_chunk(self, sequence: Sequence) -> Chunk | None:
         """The longest chunk of a running sequence that the step and the free blocks hold; None if it is empty."""

@@ -244,9 +244,9 @@ class Request:
     `request_id` is unique among unfinished requests. A lower `priority` runs first; requests with the same priority run
     in order of `arrival_time`, in seconds on any one clock, then in the order in which they were added. `seed` is the
     seed in use, even if `params.seed` is None. `awaits_each_token` means that the tokens allowed next depend on the last
-    one, so none is sampled while one is in flight. A request with `next_token_id` samples nothing: it scores its prompt and
-    that token, which ends it. Cached prefixes are shared only among requests with the same `cache_salt`. `shown_token_ids`
-    are special tokens that appear in the text.
+    one, so that the engine must read it before it samples another. A request with `next_token_id` samples nothing: it
+    scores its prompt and that token, which ends it. Cached prefixes are shared only among requests with the same
+    `cache_salt`. `shown_token_ids` are special tokens that appear in the text.
 
     Raises:
         ValueError: an empty prompt, or a value that is out of range.

@@ -34,7 +34,7 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
     attended = num_sequences
     for sequence in running:
         computed = sequence.num_computed
-        if computed != sequence.num_tokens - 1 or sequence.stop_ids or sequence.awaits_each_token:
+        if computed != sequence.num_tokens - 1 or sequence.stop_ids:
             return None
         attended += computed
         # The very last token is never computed; a commit follows each step, immediately unless one is in flight.

@@ -31,6 +31,18 @@ class CompletionLogprobs(TypedDict):
     """With `logprobs_mode` "processed": an extension."""
 
 
+class PromptLogprob(TypedDict):
+    """Log-probability of a token at one position of a prompt, in vLLM's format."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""One entry per token of a prompt: by token id, first that token, then the most likely ones. None for the first token."""
+
+
 class CompletionChoice(TypedDict):
     """One sample of a completion, or one streamed piece of it."""
 
@@ -41,6 +53,7 @@ class CompletionChoice(TypedDict):
     stop_reason: NotRequired[str | int | None]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class ChatLogprob(TypedDict):
@@ -129,6 +142,22 @@ def reported(entry: TokenLogprob, body: Sampling) -> float:
     return finite(entry.logprob if processed is None else processed)
 
 
+def prompt_logprobs_of(outputs: Sequence[RequestOutput], body: Sampling, texts: TokenTexts) -> PromptLogprobs | None:
+    """The log-probabilities of a prompt, from the first outputs of a sample; None if the request does not want them."""
+    number = body.prompt_logprobs
+    if number is None:
+        return None
+    positions: PromptLogprobs = [None]  # the first token follows nothing
+    for entry in outputs[0].prompt_logprobs or ():
+        top = [*entry.top.items()][:number]
+        told = [(entry.token_id, reported(entry, body), entry.rank)]
+        told += [(id, finite(value), rank) for rank, (id, value) in enumerate(top, 1) if id != entry.token_id]
+        positions.append(
+            {str(id): {"logprob": value, "rank": rank, "decoded_token": texts.text(id)} for id, value, rank in told}
+        )
+    return positions
+
+
 def head_of(body: Sampling, kind: str, object: str, fingerprint: str | None) -> dict[str, object]:
     """The fields that the response and every event start with."""
     head = {
@@ -181,6 +210,8 @@ class CompletionAnswer:
         choice: CompletionChoice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         if finish:
             choice["stop_reason"] = outputs[-1].stop_reason if finish == "stop" else None
+        if is_first and (prompt_logprobs := prompt_logprobs_of(outputs, self.body, self._texts)) is not None:
+            choice["prompt_logprobs"] = prompt_logprobs
         if self.body.return_token_ids:
             choice["token_ids"] = [i for o in outputs for i in o.new_token_ids] if self.body.max_tokens != 0 else []
             if is_first:
@@ -212,6 +243,8 @@ class CompletionAnswer:
                     "logprobs": logprobs,
                 }
             )
+            if "prompt_logprobs" in mine[0]:
+                choices[-1]["prompt_logprobs"] = mine[0]["prompt_logprobs"]
             if self.body.return_token_ids:
                 choices[-1]["prompt_token_ids"] = mine[0].get("prompt_token_ids", [])
                 choices[-1]["token_ids"] = [i for chunk in mine for i in chunk.get("token_ids", ())]
@@ -250,7 +283,7 @@ class CompletionAnswer:
         if not self.body.logprobs:
             return {}
         top: dict[str, float] = {}
-        for token_id, logprob in entry.top.items():
+        for token_id, logprob in [*entry.top.items()][: self.body.logprobs]:
             top.setdefault(self._texts.text(token_id), finite(logprob))
         return top | {self._texts.text(entry.token_id): reported(entry, self.body)}
 
@@ -281,6 +314,7 @@ class ChatAnswer:
         self._readers = [make_reader() for _ in work.streams]
         self._writers = [CallWriter(id_length) for _ in work.streams]
         self._num_reasoning = 0
+        self._prompt_logprobs: PromptLogprobs | None = None
 
     def chunk(self, index: int, outputs: Sequence[RequestOutput]) -> list[ChatChoice]:
         """Returns the choice that `outputs` of sample `index` add; a stream sends it as one event."""
@@ -301,6 +335,7 @@ class ChatAnswer:
                 finish = "tool_calls"
         if not self._started[index]:
             self._started[index] = True
+            self._prompt_logprobs = self._prompt_logprobs or prompt_logprobs_of(outputs, self.body, self._texts)
             first = self._before + delta.get("content", "")
             if first or "tool_calls" not in delta:  # as in OpenAI's API, even if it is still empty
                 delta["content"] = first
@@ -349,8 +384,10 @@ class ChatAnswer:
             )
             if self.body.return_token_ids:
                 choices[-1]["token_ids"] = [i for chunk in mine for i in chunk.get("token_ids", ())]
-        prompt_ids = {"prompt_token_ids": list(self.work.prompts[0])} if self.body.return_token_ids else {}
-        return {**self._head, "choices": choices, "usage": self.usage(), **prompt_ids}
+        prompt: dict[str, object] = {"prompt_token_ids": list(self.work.prompts[0])} if self.body.return_token_ids else {}
+        if self._prompt_logprobs is not None:
+            prompt["prompt_logprobs"] = self._prompt_logprobs
+        return {**self._head, "choices": choices, "usage": self.usage(), **prompt}
 
     def usage(self) -> Usage:
         """Returns the request's token counts."""

@@ -12,15 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from fastgen_jax import __version__
 from fastgen_jax.api.async_engine import ClosedError, QueueFullError, RequestFailedError
+from fastgen_jax.json_types import JsonObject
 from fastgen_jax.serving import endpoints
 from fastgen_jax.serving.embeddings import add_embeddings
 from fastgen_jax.serving.errors import ApiError, ErrorResponses, as_api_error, from_validation_errors
 from fastgen_jax.serving.messages.answer import error_body
-from fastgen_jax.serving.messages.endpoints import PATH as MESSAGES_PATH
 from fastgen_jax.serving.messages.endpoints import add_messages
+from fastgen_jax.serving.messages.models import is_anthropic, model_info, page_of
 from fastgen_jax.serving.metrics import CONTENT_TYPE
 from fastgen_jax.serving.middleware import CLIENT_DISCONNECTED, RequestMiddleware
 from fastgen_jax.serving.page_html import load_page
@@ -91,14 +93,26 @@ def _add_openai(app: FastAPI, server: ServerState) -> None:
             card["generation_config"] = server.backend.intake.defaults
         return card
 
+    def info(name: str) -> JsonObject:
+        longest = None if server.backend is None else server.backend.intake.config.longest_sequence
+        return model_info(name, created=server.started, max_tokens=longest)
+
     @app.get("/v1/models", responses=_ERRORS)
-    async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_card(name) for name in server.model.names]}
+    async def list_models(
+        request: Request,
+        limit: int = Query(20, ge=1, le=1000, description="Only for clients of Anthropic's API, like the next two."),
+        after_id: str | None = None,
+        before_id: str | None = None,
+    ) -> dict[str, object]:
+        names = server.model.names
+        if is_anthropic(request.scope):
+            return page_of([info(name) for name in names], limit=limit, after_id=after_id, before_id=before_id)
+        return {"object": "list", "data": [model_card(name) for name in names]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
-    async def get_model(model: str) -> dict[str, object]:
+    async def get_model(model: str, request: Request) -> dict[str, object]:
         server.check_model(model)
-        return model_card(model)
+        return info(model) if is_anthropic(request.scope) else model_card(model)
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -227,7 +241,7 @@ def _add_errors(app: FastAPI) -> None:
                 code=code,
                 headers=dict(error.headers or {}),
             )
-        return _refusal(path, refusal)
+        return _refusal(request.scope, refusal)
 
     @app.exception_handler(ClientDisconnectedError)
     async def disconnected(_: Request, __: Exception) -> Response:
@@ -241,17 +255,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return _refusal(request.url.path, as_api_error(error))
+        return _refusal(request.scope, as_api_error(error))
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error, getattr(request.state, "names", None))
     request.state.log = {**getattr(request.state, "log", {}), "error": str(answer)}
-    return _refusal(request.url.path, answer)
+    return _refusal(request.scope, answer)
 
 
-def _refusal(path: str, error: ApiError) -> JSONResponse:
-    """The response to a refused request, in the format of the API that the path belongs to."""
-    if path.startswith(MESSAGES_PATH):
+def _refusal(scope: Scope, error: ApiError) -> JSONResponse:
+    """The response to a refused request, in the format of the API that it belongs to."""
+    if is_anthropic(scope):
         return JSONResponse(error_body(error.status, error.body), error.status, headers=error.headers)
     return error.response()

@@ -38,7 +38,7 @@ from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
 from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Steps, until
 from fastgen_jax.serving.tools import CALL_ID_LENGTH, guide_of, guide_of_calls, prepare_messages
-from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, start_work, truncated
+from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, beside, start_work, truncated
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.chat import variables_of
 from fastgen_jax.text.grammar import Grammar, GrammarError
@@ -100,6 +100,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         backend.intake,
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs or body.selects else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
     guide = await guide_for(body, form.tools, tokenizer)
     try:
@@ -130,8 +131,8 @@ async def guide_for(
 ) -> Guide | None:
     """The grammar that a request demands; `form` is that of the model's calls, if it may write any."""
     if isinstance(body, ChatRequest) and body.forces_tool and form is not None and tokenizer is not None:
-        return await asyncio.to_thread(guide_of_calls, body, form, tokenizer)
-    return await asyncio.to_thread(guide_of, body) if body.is_guided else None
+        return await beside(guide_of_calls, body, form, tokenizer)
+    return await beside(guide_of, body) if body.is_guided else None
 
 
 async def start_answer(

@@ -57,13 +57,12 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
     server.check_model(body.model)
     backend = server.ready()
     request.state.names = body.names
-    wants_prompt = body.echo and body.logprobs is not None
     limit = body.max_completion_tokens or body.max_tokens
     params = body.sampling_params(
         backend.intake,
         max_new_tokens=None if limit is None else max(1, limit),
         logprobs=0 if body.selects and body.logprobs is None else body.logprobs,
-        prompt_logprobs=body.logprobs if wants_prompt else None,
+        prompt_logprobs=body.num_top_of_prompt,
     )
     guide = await guide_for(body)
     work = await start_answer(

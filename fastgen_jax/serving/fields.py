@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -27,3 +28,25 @@ class Body(BaseModel):
     """Base of the bodies; refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+
+
+def check_neutral(body: Body, neutral: Mapping[str, tuple[object, ...]]) -> None:
+    """ValueError if a field that this server cannot fulfil has none of the values that ask for nothing."""
+    for name, values in neutral.items():
+        if (value := getattr(body, name)) not in values:
+            raise ValueError(f"{name}={short(value)} is not supported here; remove it")
+
+
+class ChatOptions(Body):
+    """Mixin: the fields that other APIs have in common with a chat, which checks their values."""
+
+    PASSED_ON: ClassVar = ("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "priority", "timeout")
+
+    stream: bool | None = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="An extension to the Responses API.")
+    min_p: float | None = Field(None, description="Extension.")
+    seed: int | None = Field(None, description="Extension.")
+    priority: int | None = Field(None, description="Extension.")
+    timeout: float | None = Field(None, description="Extension.")

@@ -42,6 +42,8 @@ _COUNTERS = {
     "fastgen:requests": ("Requests that reached the engine.", "requests"),
     "fastgen:requests_aborted": ("Requests aborted before they finished.", "aborted"),
     "fastgen:failed_steps": ("Steps that raised an exception.", "failed_steps"),
+    "fastgen:grammar_masks": ("Masks of the tokens that a grammar allows, one for each token.", "masks"),
+    "fastgen:grammar_mask_seconds": ("Seconds in which these masks were computed.", "mask_seconds"),
     "fastgen:compiles_while_serving": ("Programs compiled after startup; each is a defect.", "compiles_while_serving"),
 }
 

@@ -68,7 +68,7 @@ class RequestMiddleware:
         api_keys: Sequence[str],
         max_body_bytes: int,
         on_response: Callable[[str, int], object],
-        refusal: Callable[[str, ApiError], ASGIApp],
+        refusal: Callable[[Scope, ApiError], ASGIApp],
         origins: Sequence[str] = (),
     ) -> None:
         self._app = app
@@ -131,7 +131,7 @@ class RequestMiddleware:
             if refusals and not state["status"]:
                 refused = refusals[0]
                 refusals.clear()
-                await self._refusal(scope["path"], refused)(scope, receive, named)
+                await self._refusal(scope, refused)(scope, receive, named)
         finally:
             # The path of the route, not of the request: clients can send any number of different paths.
             if scope["state"].get("left") or not state["status"]:

@@ -18,7 +18,7 @@ from fastgen_jax.serving.fields import (
     Seed,
     StopString,
     TokenId,
-    short,
+    check_neutral,
 )
 from fastgen_jax.serving.guided import Guided
 
@@ -63,6 +63,7 @@ _WITHOUT_BEAMS: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logprobs_mode": (),
+    "prompt_logprobs": (),
 }
 
 
@@ -89,7 +90,6 @@ class Sampling(Guided):
     # Unsupported fields -> values that change nothing and are therefore accepted.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         "store": (None, False),
-        "prompt_logprobs": (None,),
         "logits_processors": (None, []),
         "kv_transfer_params": (None,),
         "mm_processor_kwargs": (None, {}),
@@ -156,11 +156,13 @@ class Sampling(Guided):
         None, description="Extension: the id of the answer ends with it."
     )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = Field(0, description="Extension: lower values run first.")
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Extension: return the log-probabilities of the prompt's tokens, and of this many others at each."
+    )
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Extension: seconds until the request is aborted."
     )
     store: object = None
-    prompt_logprobs: object = None
     logits_processors: object = None
     kv_transfer_params: object = None
     mm_processor_kwargs: object = None
@@ -185,10 +187,15 @@ class Sampling(Guided):
 
     @model_validator(mode="after")
     def _supported(self) -> Sampling:
-        for name, neutral in self.NEUTRAL.items():
-            value = getattr(self, name)
-            if value not in neutral:
-                raise ValueError(f"{name}={short(value)} is not supported here; remove it")
+        check_neutral(self, self.NEUTRAL)
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError(
+                f"prompt_logprobs={self.prompt_logprobs} belong to complete answers; set stream=false, or remove them"
+            )
+        if self.prompt_logprobs and self.logprobs_mode == "processed":
+            raise ValueError(
+                _NO_TOP.format(name="prompt_logprobs", value=self.prompt_logprobs, remedy="use prompt_logprobs=0")
+            )
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options require stream=true; set it, or remove them")
         if self.best_of is not None and self.best_of < self.num_choices:
@@ -282,6 +289,12 @@ class CompletionRequest(Sampling):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+    @property
+    def num_top_of_prompt(self) -> int | None:
+        """Alternatives that are needed for each token of the prompt; None: not even its log-probability."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
 
 class ChatRequest(ChatPrompt, Sampling):

@@ -29,7 +29,7 @@ from fastgen_jax.serving.app import create_app
 from fastgen_jax.serving.remote import RoutedRequest
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
-from fastgen_jax.serving.work import Snapshot
+from fastgen_jax.serving.work import Snapshot, beside
 from fastgen_jax.text import load_tokenizer
 from fastgen_jax.text.grammar import Grammar, GrammarMatcher
 
@@ -62,7 +62,8 @@ class EngineReplica:
         here = replace(request, request_id=uuid.uuid4().hex, arrival_time=time.monotonic())
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            stream = self._engine.submit(here, grammar=grammar, deadline=deadline)
+            matcher = None if grammar is None else await beside(self._engine.intake.matcher, grammar)
+            stream = self._engine.submit(here, matcher=matcher, deadline=deadline)
         except QueueFullError as error:
             yield [Failure(here.request_id, "refused", str(error), retry_after=error.retry_after)]
             return
@@ -88,7 +89,7 @@ class EngineReplica:
 
 
 class RayBackend:
-    """A backend of the server that runs engines under Ray Serve. Ray sends each prompt to the less busy of two replicas.
+    """A backend of the server that runs engines under Ray Serve, which chooses a replica with `PrefixRouter`.
 
     If a replica dies, its requests run elsewhere, and a partial answer continues where it stopped.
     """

@@ -22,6 +22,7 @@ from fastgen_jax.serving.frames import pack
 from fastgen_jax.serving.replica import ReplicaPlan
 from fastgen_jax.text.grammar import Grammar
 
+EXPECTED_OUTPUT = 256  # tokens: upper limit of the estimated output of a request
 PIECE = 64  # tokens: prefixes are remembered in pieces of this size
 PIECES_REMEMBERED = 4096  # per replica: a quarter of a million tokens of prefixes
 MAX_DEATHS = 3  # of replicas while they run a request: then the request probably causes them
@@ -74,6 +75,29 @@ class RoutedRequest:
         return Failure(self.request.request_id, "lost", message)
 
 
+class PrefixMemory:
+    """The prefixes that a replica has probably cached, by the hashes of `prefix_pieces`."""
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[bytes, None] = OrderedDict()
+
+    def num_cached_tokens(self, pieces: Sequence[bytes]) -> int:
+        """Returns how many tokens at the start of a prompt are probably cached."""
+        return PIECE * next((i for i, piece in enumerate(pieces) if piece not in self._pieces), len(pieces))
+
+    def add(self, pieces: Sequence[bytes]) -> None:
+        """Records that the replica computes a prompt; forgets those that it computed long ago."""
+        for piece in pieces:
+            self._pieces[piece] = None
+            self._pieces.move_to_end(piece)
+        while len(self._pieces) > PIECES_REMEMBERED:
+            self._pieces.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._pieces.clear()
+
+
 class ReplicaHandle:
     """A replica as the router sees it."""
 
@@ -89,7 +113,7 @@ class ReplicaHandle:
         self.process: subprocess.Popen[bytes] | None = None
         self.answers: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
-        self._prefixes: OrderedDict[bytes, None] = OrderedDict()
+        self._prefixes = PrefixMemory()
         self._new = 0  # submitted since the replica last reported its load
 
     @property
@@ -104,18 +128,13 @@ class ReplicaHandle:
 
     def cost(self, routed: RoutedRequest) -> int:
         """Tokens of work until the request would be done there: the replica's queue and the part that is not cached."""
-        cached = next((i for i, piece in enumerate(routed.pieces) if piece not in self._prefixes), len(routed.pieces))
-        return self.work + routed.work - cached * PIECE
+        return self.work + routed.work - self._prefixes.num_cached_tokens(routed.pieces)
 
     def send(self, routed: RoutedRequest) -> None:
         """Sends a request to the replica."""
         self.requests[routed.request.request_id] = routed
         self._new += 1
-        for piece in routed.pieces:
-            self._prefixes[piece] = None
-            self._prefixes.move_to_end(piece)
-        while len(self._prefixes) > PIECES_REMEMBERED:
-            self._prefixes.popitem(last=False)
+        self._prefixes.add(routed.pieces)
         self.write("submit", routed.request, routed.grammar, routed.deadline)
 
     def write(self, *message: object) -> None:
@@ -168,6 +187,11 @@ class ReplicaHandle:
             process.kill()
             return await asyncio.to_thread(process.wait)
         return None
+
+
+def expected_work(request: Request) -> int:
+    """Returns the number of tokens that a request is expected to need: its prompt, and an answer of usual length."""
+    return len(request.prompt_token_ids) + min(request.params.max_new_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
 
 
 def prefix_pieces(token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:

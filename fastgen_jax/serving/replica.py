@@ -79,7 +79,9 @@ def main(descriptor: int) -> None:
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.engine.engine import Engine
     from fastgen_jax.engine.prompts import TokenIds
+    from fastgen_jax.scheduling import Request
     from fastgen_jax.serving.logs import set_up_logging
+    from fastgen_jax.text.grammar import Grammar, compile_threads
 
     if plan.log_format is not None:
         set_up_logging(plan.log_format, file=plan.log_file, source=plan.name)
@@ -123,6 +125,20 @@ def main(descriptor: int) -> None:
             answer = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
         outbox.put(pack(("answer", number, answer)))
 
+    compiling: set[str] = set()  # ids of requests; changed with the lock
+    lock = threading.Lock()
+
+    def submit(request: Request, grammar: Grammar, deadline: float | None) -> None:
+        try:
+            matcher = engine.intake.matcher(grammar)
+        except ValueError as error:
+            deliver([Failure(request.request_id, "step", str(error))])
+            return
+        with lock:
+            if request.request_id in compiling:  # it was not aborted
+                compiling.discard(request.request_id)
+                thread.submit(request, matcher, deadline=deadline)
+
     while True:
         try:
             kind, *rest = receive(connection)
@@ -130,13 +146,15 @@ def main(descriptor: int) -> None:
             return  # the router has closed; the thread is a daemon
         if kind == "submit":
             request, grammar, deadline = rest
-            try:
-                matcher = engine.intake.matcher(grammar) if grammar is not None else None
-            except ValueError as error:
-                deliver([Failure(request.request_id, "step", str(error))])
+            if grammar is None:
+                thread.submit(request, None, deadline=deadline)
                 continue
-            thread.submit(request, matcher, deadline=deadline)
+            with lock:
+                compiling.add(request.request_id)
+            compile_threads().submit(submit, request, grammar, deadline)  # a heavy grammar delays no other request
         elif kind == "abort":
+            with lock:
+                compiling.discard(*rest)
             thread.abort(*rest)
         elif kind == "snapshot":
             thread.call(lambda _, rest=rest: snapshot(*rest))

@@ -22,7 +22,7 @@ from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import Request
 from fastgen_jax.serving.frames import read
-from fastgen_jax.serving.remote import ReplicaHandle, RoutedRequest, prefix_pieces
+from fastgen_jax.serving.remote import ReplicaHandle, RoutedRequest, expected_work, prefix_pieces
 from fastgen_jax.serving.replica import ReplicaPlan, share_machine
 from fastgen_jax.serving.work import Snapshot
 from fastgen_jax.text import Tokenizer
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 Message = tuple[Any, ...]  # of a replica: its kind, then what belongs to it
 
-EXPECTED_OUTPUT = 256  # tokens: upper limit of the estimated output of a request
 MAX_STARTS = 3  # unsuccessful starts in a row after which a replica is given up
 PAUSE_SECONDS = 2.0  # before the next start, times the number of starts in a row
 HEALTHY_SECONDS = 60.0  # a start is successful if the replica runs for this long, or finishes a request
@@ -159,11 +158,8 @@ class Router:
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; choose another, or omit it")
         stream = Stream(request, self._on_stream_closed)
-        limit = request.params.max_new_tokens or EXPECTED_OUTPUT
-        work = len(request.prompt_token_ids) + min(limit, EXPECTED_OUTPUT)
-        routed = RoutedRequest(
-            request, grammar, deadline, stream, prefix_pieces(request.prompt_token_ids, salt=request.cache_salt), work
-        )
+        pieces = prefix_pieces(request.prompt_token_ids, salt=request.cache_salt)
+        routed = RoutedRequest(request, grammar, deadline, stream, pieces, expected_work(request))
         self._requests[request.request_id] = routed
         self._idle.clear()
         self._route(routed)

@@ -16,7 +16,7 @@ from fastgen_jax.serving.tool_formats import ToolFormat
 from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
-from fastgen_jax.text.grammar import GrammarError
+from fastgen_jax.text.grammar import GrammarError, check_size
 from fastgen_jax.text.schemas import Fitted, fitted
 
 CALL_ID_LENGTH = 24  # characters after "call_"
@@ -57,6 +57,7 @@ def guide_of(body: Sampling) -> Guide | None:
 def guide_of_calls(body: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> Guide:
     """Returns the grammar of the calls that a request demands, in the form of the model; it may take up to a second."""
     tools = list(enumerate(body.tools or ()))
+    check_size("tools", "".join(json.dumps(tool.function.schema_of_arguments) for _, tool in tools))
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     usable = {tool.function.name: _schema_of(i, tool) for i, tool in tools if named in (None, tool.function.name)}
     schemas = {name: schema.schema for name, schema in usable.items()}

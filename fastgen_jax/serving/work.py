@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NotRequired, Protocol, TypedDict
+from typing import NotRequired, ParamSpec, Protocol, TypedDict, TypeVar
 
 from fastgen_jax.api.async_engine import Stream
 from fastgen_jax.api.pooling import Pooled, Pooling
@@ -17,7 +17,10 @@ from fastgen_jax.engine.prompts import Prompt, TokenIds
 from fastgen_jax.engine.updating import PauseMode
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.scheduling import Request, SamplingParams
-from fastgen_jax.text.grammar import Grammar, GrammarMatcher
+from fastgen_jax.text.grammar import Grammar, GrammarMatcher, compile_threads
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LONG_PROMPT = 4000  # characters, about a millisecond: longer prompts are tokenized in another thread
 Snapshot = JsonObject  # what `take_snapshot` returns
@@ -282,6 +285,9 @@ async def start_work(
         )
     every = _all_samples(params, num_samples)
 
+    # Compiles it, in one of few threads; afterwards, matchers are copied.
+    first = None if grammar is None else await beside(intake.matcher, grammar)
+
     def prepare() -> tuple[list[TokenIds], list[tuple[Request, GrammarMatcher | None]]]:
         encoded = [
             truncated(intake.encode(prompt, add_special_tokens=add_special_tokens), keep_tokens, intake, params)
@@ -293,18 +299,18 @@ async def start_work(
                     ids,
                     intake.limited(sample, len(ids), new_tokens),
                     priority=priority,
-                    awaits_each_token=grammar is not None,
+                    awaits_each_token=first is not None,
                     shown_token_ids=shown_token_ids,
                     cache_salt=cache_salt,
                 ),
-                intake.matcher(grammar) if grammar else None,
+                first.restarted() if first is not None else None,
             )
             for ids in encoded
             for sample in every
         ]
 
     size = sum(map(len, prompts)) * len(every)
-    long = size > LONG_PROMPT or grammar is not None or any(not isinstance(p, str) for p in prompts)
+    long = size > LONG_PROMPT or any(not isinstance(p, str) for p in prompts)
     encoded, requests = await asyncio.to_thread(prepare) if long else prepare()
     streams: list[Stream] = []
     try:
@@ -319,6 +325,12 @@ async def start_work(
     timings = [Timing(arrival) for _ in streams]
     versions = [VersionRuns() for _ in streams]
     return Work(encoded, every * len(encoded), streams, timings, [*zeros], [*zeros], [None] * len(streams), versions)
+
+
+async def beside(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """The result of a function that compiles a grammar, run in one of the threads for that."""
+    call = partial(function, *args, **options)
+    return await asyncio.get_running_loop().run_in_executor(compile_threads(), call)
 
 
 def truncated(ids: TokenIds, keep_tokens: int | None, intake: Intake, params: SamplingParams) -> TokenIds:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
 from fastgen_jax.text.tokenizer import Tokenizer
+
+MASKS_PER_TASK = 4  # so many take about as long as handing a task to another thread, or longer
 
 
 class Matcher(Protocol):
@@ -119,3 +124,29 @@ def spellings(words: Iterable[str], tokenizer: Tokenizer) -> list[tuple[int, ...
             if ids:
                 found[tuple(ids)] = None
     return list(found)
+
+
+def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
+    """Sets in row i of `masks` i32[n, ceil(V / 32)] the bit of each token that `matchers[i]` allows next.
+
+    llguidance computes without Python's lock, so that with more than two processors several threads share the rows.
+    """
+    pool = _pool()
+    rows = list(zip(matchers, masks, strict=True))
+    tasks = [rows[start : start + MASKS_PER_TASK] for start in range(0, len(rows), MASKS_PER_TASK)]
+    if pool is None or len(tasks) < 2:
+        _fill(rows)
+    else:
+        for _ in pool.map(_fill, tasks):
+            pass
+
+
+def _fill(rows: Iterable[tuple[Matcher, np.ndarray]]) -> None:
+    for matcher, words in rows:
+        matcher.fill_mask(words)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor | None:
+    workers = min(8, len(os.sched_getaffinity(0)) // 2)
+    return ThreadPoolExecutor(workers, thread_name_prefix="fastgen-masks") if workers > 1 else None

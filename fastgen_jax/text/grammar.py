@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 JSON_LAYOUT = {"whitespace_pattern": " ?"}
 """Limits the white space in JSON: a model that may write any amount of it may never stop."""
 CACHED_GRAMMARS = 64  # compiled ones of a model, a few hundred kilobytes each
+MAX_SOURCE = 1_000_000  # characters of a grammar; a larger one takes seconds only to be read
 
 
 class GrammarError(ValueError):
@@ -124,26 +128,44 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
         self._backend: LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # at the start; the last used one is last
+        # Compiled ones, at the start, or the reasons why they cannot be used; the last used one is last.
+        self._compiled: OrderedDict[Grammar, LLMatcher | str] = OrderedDict()
+        self._turns: WeakValueDictionary[Grammar, threading.RLock] = WeakValueDictionary()
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """Returns a matcher at the start of `grammar`; GrammarError if it is malformed or not supported."""
-        with self._lock:
-            first = self._compiled.get(grammar)
-            if first is not None:
-                self._compiled.move_to_end(grammar)
-        if first is None:
-            first = self._compile(grammar)  # without the lock: it takes up to a second
-            with self._lock:
-                self._compiled[grammar] = first
-                while len(self._compiled) > CACHED_GRAMMARS:
-                    self._compiled.popitem(last=False)
+        """Returns a matcher at the start of `grammar`; GrammarError if it is malformed, too complex or not supported."""
+        first = self._first(grammar)
+        if isinstance(first, str):
+            raise GrammarError(first)
         return GrammarMatcher(first.deep_copy(), first.deep_copy)
+
+    def _first(self, grammar: Grammar) -> LLMatcher | str:
+        """The compiled grammar at its start, or why it cannot be used. A thread that compiles it does so for all."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None:
+                self._compiled.move_to_end(grammar)
+                return found
+            turn = self._turns.setdefault(grammar, threading.RLock())
+        with turn:
+            with self._lock:
+                found = self._compiled.get(grammar)
+            if found is None:
+                try:
+                    found = self._compile(grammar)  # without the lock: it takes up to seconds
+                except GrammarError as error:
+                    found = str(error)
+                with self._lock:
+                    self._compiled[grammar] = found
+                    while len(self._compiled) > CACHED_GRAMMARS:
+                        self._compiled.popitem(last=False)
+        return found
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         imported = library()
         matchers = imported.LLMatcher
         kind = grammar.kind.replace("_", " ")
+        check_size(kind, grammar.source)
         try:
             match grammar.kind:
                 case "json_schema":
@@ -212,6 +234,21 @@ class _Vocabulary:
     @cached_property
     def _id_of(self) -> dict[bytes, int]:
         return {token: i for i, token in enumerate(self.tokens) if not token.startswith(b"\xff")}
+
+
+@cache
+def compile_threads() -> ThreadPoolExecutor:
+    """The threads in which a server compiles grammars: so few that heavy ones leave time to the engine."""
+    workers = max(2, min(4, len(os.sched_getaffinity(0)) // 4))
+    return ThreadPoolExecutor(workers, thread_name_prefix="fastgen-grammars")
+
+
+def check_size(kind: str, source: str) -> None:
+    """GrammarError if a grammar is too long to be compiled beside an engine."""
+    if len(source) > MAX_SOURCE:
+        raise GrammarError(
+            f"the {kind} cannot be used: it has {len(source):,} characters, more than {MAX_SOURCE:,}; simplify it"
+        )
 
 
 def _dead_end(matcher: LLMatcher) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.text.grammar import JSON_LAYOUT, GrammarError, library
+from fastgen_jax.text.grammar import JSON_LAYOUT, GrammarError, check_size, library
 
 _DATA = frozenset({"const", "default", "enum", "examples", "example"})  # words whose values are no schemas
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # name -> schema
@@ -18,6 +18,8 @@ _KEPT_BESIDE_REF = frozenset({"$ref", "$defs", "definitions", "$id", "id", "$sch
 _LENIENT = {**JSON_LAYOUT, "lenient": True}
 _CACHED = 256  # schemas
 _MOST_ATTEMPTS = 12
+# llguidance needs a time in proportion to the square of an object's number of optional properties, 2 s for so many.
+MAX_PROPERTIES = 3000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +34,15 @@ class Fitted:
 def fitted(schema: JsonFields, *, strict: bool) -> Fitted:
     """Returns `schema` if it can be enforced to the letter, else a more permissive one that can.
 
-    Raises GrammarError for a malformed schema and, if `strict`, for one that would have to be relaxed.
+    Raises GrammarError for a malformed schema, for one that is too large to be compiled beside an engine and, if `strict`,
+    for one that would have to be relaxed.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise GrammarError(f"the json schema cannot be used: {type(error).__name__}: {error}") from None
+    check_size("json schema", text)
+    _check_properties(schema)
     error, usable = _fitted(text)
     if usable is None or (strict and usable.relaxed):
         words = f", and {', '.join(usable.relaxed)} cannot be enforced" if usable else ""
@@ -45,6 +50,24 @@ def fitted(schema: JsonFields, *, strict: bool) -> Fitted:
         because = "strict is true" if usable else f"the json schema cannot be used: {error}"
         raise GrammarError(f"{because}{words}; {remedy}")
     return usable
+
+
+def _check_properties(schema: JsonFields) -> None:
+    """GrammarError if the objects of a schema have more properties than can be compiled in about two seconds."""
+    counts: list[int] = []
+    left: list[object] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            counts += [len(part["properties"])] if isinstance(part.get("properties"), dict) else []
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    if sum(count**2 for count in counts) > MAX_PROPERTIES**2:
+        raise GrammarError(
+            f"the json schema cannot be used: its largest object has {max(counts):,} properties and all objects "
+            f"{sum(counts):,}; one with {MAX_PROPERTIES:,}, or the same work for several, is the limit; simplify it"
+        )
 
 
 @functools.lru_cache(maxsize=_CACHED)

@@ -188,7 +188,7 @@ def test_a_vocabulary_without_weights_is_not_a_checkpoint(tmp_path):
 
 LOGITS = dict(np.load(HOME / "logits.npz"))
 # Float32 in another order, amplified by weights of standard deviation 1; ggml computes GELU with a float16 table.
-LOGITS_TOLERANCE, WITH_GELU = 1e-4, 1e-3
+LOGITS_TOLERANCE, WITH_GELU = 1e-4, 2e-3
 
 
 @pytest.mark.slow

@@ -51,6 +51,31 @@ def test_a_processor_decides_what_every_way_of_sampling_sees(counting, sampling)
         assert tokens_of(outputs[request_id]) == counted_up(prompt, seeds[request_id], 9)
 
 
+class Anything:
+    """A matcher that allows every token, but asks for a mask at each position."""
+
+    error, is_static, is_complete = None, False, False
+
+    def restarted(self):
+        return Anything()
+
+    def fill_mask(self, words):
+        words[:] = -1
+
+    def advance(self, token_id):
+        return False
+
+
+def test_a_program_that_only_samples_passes_the_processor_the_same(counting):
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True, temperature=3.0, seed=5)
+    for _ in range(2):  # the first one waits for the token before
+        request = counting.intake.request(counting.encode([10, 11, 12]), params, request_id="a", awaits_each_token=True)
+        counting.add_request(request, Anything())
+        assert tokens_of(drain(counting)["a"]) == counted_up([10, 11, 12], 5, 9)
+        counting.wait_until_compiled()
+    assert counting.runner.samples_later
+
+
 def test_penalties_and_bias_follow_the_processor(counting):
     biased = greedy(3, logit_bias={7: 100.0})  # a bias cannot change the choice of the only token allowed
     request_id = counting.add([10], biased)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastgen_jax.engine.sampling import sampler as sampling
 from fastgen_jax.engine.sampling.random_bits import random_bits
 from fastgen_jax.engine.sampling.rows import row_argmax
-from fastgen_jax.engine.sampling.state import init_state
+from fastgen_jax.engine.sampling.state import init_state, set_masks
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from tests.engine.sampling_rig import TOP, R, S, V, batch_of, run, sampling_rows, views_of
 
@@ -236,12 +236,12 @@ def test_the_bits_are_those_of_jax_whatever_its_flags() -> None:
     np.testing.assert_array_equal(bits, expected)
 
 
-@pytest.mark.parametrize("work", ["greedy", "sampled"])
+@pytest.mark.parametrize("work", ["greedy", "sampled", "masked"])
 def test_a_program_without_branches_gives_the_results_of_one_with_branches(work: sampling.Work) -> None:
     rng = np.random.default_rng(7)
     logits = jnp.asarray(rng.normal(size=(R, V)) * 2, jnp.float32)
     columns: dict[str, Any] = {"temperature": 0, "any_sampling": 0}
-    if work == "sampled":
+    if work != "greedy":
         columns = {
             "temperature": [0, 0.7, 1, 3, 1, 1, 1, 1],
             "top_k": [0, 5, 0, 20, 1, 0, 0, 100],
@@ -249,12 +249,16 @@ def test_a_program_without_branches_gives_the_results_of_one_with_branches(work:
             "min_p": [0, 0, 0, 0.2, 0, 0.1, 0, 0],
             "seeds": np.arange(R),
         }
+    if work == "masked":
+        columns |= {"has_mask": np.arange(R) % 2, "any_masks": 1}
     batch = sampling_rows(R, **columns, slots=np.arange(R), writes_token=1, targets=np.where(np.arange(R) == 5, 3, V))
-    expected = run(np.asarray(logits), batch)
+    masks = rng.integers(-(2**31), 2**31, (S, -(-V // 32))).astype(np.int32)
+    expected = run(np.asarray(logits), batch, set_masks(init_state(S, V), range(S), masks))
     sample = jax.jit(sampling.sample, static_argnames=("max_logprobs", "work"))
-    program = sample.lower(logits, init_state(S, V), batch, max_logprobs=TOP, work=work)
+    state = set_masks(init_state(S, V), range(S), masks)
+    program = sample.lower(logits, state, batch, max_logprobs=TOP, work=work)
     assert "stablehlo.case" not in program.as_text()
-    found = program.compile()(logits, init_state(S, V), batch)
+    found = program.compile()(logits, state, batch)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -48,6 +48,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
     """A field that is neither would be ignored, with a warning, by a family that does not read it."""
     # Sizes, which the shapes of the tensors must match; settings that all families read or that mean nothing alone.
     alone = {
+        *("intermediate_size_mlp", "router_jitter_noise", "text_config"),
         *("do_layer_norm_before", "ffn_dim", "ffn_hidden_size"),
         *("hidden_act", "hidden_activation", "layer_norm_elementwise_affine"),
         *("hidden_size", "intermediate_size", "kv_channels", "layer_norm_eps", "layer_norm_epsilon", "v_head_dim"),
@@ -174,18 +175,23 @@ ACTIVATION_FIELDS = {
 }
 
 
+def with_activation(hf: JsonObject, name: str, value: str) -> JsonObject:
+    """`hf` with a field set, in the text model of a multimodal one."""
+    return hf | ({"text_config": hf["text_config"] | {name: value}} if "text_config" in hf else {name: value})
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(FIXED_ACTIVATION)))
 def test_every_family_reads_its_activation(family):
     hf, name = hf_config(family), ACTIVATION_FIELDS.get(family, "hidden_act")
     if name == "hidden_activation":
         hf.pop("hidden_act", None)
-    config = FAMILIES[family].config_from_hf(hf | {name: "mish"}, strict=True)
+    config = FAMILIES[family].config_from_hf(with_activation(hf, name, "mish"), strict=True)
     of_layers = [] if config.moe is None else [config.moe.activation]
     if config.moe is None or len(config.moe.layers) < config.num_layers:
         of_layers.append(config.activation)
     assert set(of_layers) == {"mish"}
     with pytest.raises(ValueError, match=f"{name}='prelu', which is not supported; supported: silu, .*, mish"):
-        FAMILIES[family].config_from_hf(hf | {name: "prelu"})
+        FAMILIES[family].config_from_hf(with_activation(hf, name, "prelu"))
 
 
 DEFAULTS = json.loads((Path(__file__).parent.parent / "reference" / "config_defaults.json").read_text())

@@ -34,7 +34,7 @@ OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if na
 # Compared in test_decoder.py too, without the answer; and families without a feature that no other family has.
 IN_SLOW_TESTS = (
     *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
-    *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt"),
+    *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt", "llava", "mllama"),
 )
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())
@@ -148,6 +148,9 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("mistral", "ministral3", {"query_growth": None}),
         ("minicpm", "default", {"residual_multiplier": 1.0}),
         ("baichuan", "13b", {"alibi_slopes": ()}),
+        pytest.param("llama4", "default", {"window_chunks": False}, marks=pytest.mark.slow),
+        pytest.param("llama4", "default", {"query_growth": None}, marks=pytest.mark.slow),
+        pytest.param("llama4", "default", {"qk_norm": None}, marks=pytest.mark.slow),
     ],
 )
 def test_the_checkpoints_are_sensitive_to_what_sets_a_family_apart(family, variant, changes):
@@ -250,6 +253,13 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ("gpt_neo", "default", {"attention_types": [[["sparse"], 3]]}, "'sparse'"),
         ("gptj", "default", {"rotary": False}, "rotary=False"),
         ("ernie4_5_moe", "default", {"use_bias": True}, "use_bias=True"),
+        ("llama4", "default", {"for_llm_compressor": True}, "for_llm_compressor=True"),
+        ("llama4", "default", {"layer_types": ["sliding_attention"] * 4}, "'sliding_attention'"),
+        ("glm4_moe_lite", "groups", {"mlp_layer_types": ["sparse"]}, r"mlp_layer_types=\['sparse'\]"),
+        ("minimax_m2", "default", {"attn_type_list": [0, 1]}, "attn_type_list"),
+        ("minimax_m2", "default", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
+        ("phimoe", "longrope", {"rope_parameters": {"short_mscale": 1.0, "long_mscale": 1.2}}, "that differ"),
+        ("llava", "default", {"text_config": {"model_type": "gemma"}}, "text_config.model_type='gemma'"),
     ],
 )
 def test_unsupported_fields_are_refused_by_name(family, variant, changes, message):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.checkpoint import check_tensors, open_checkpoint
+from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.models.families import deepseek_v3, qwen3_moe
 from tests.models.parity import REFERENCE, Runs, error, expected, load, random_cut, variants
 from tests.tiny import drain, greedy, tokens_of
@@ -27,6 +28,12 @@ FAMILIES = (
     "deepseek_v3",
     "glm4_moe",
     "ernie4_5_moe",
+    "llama4",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "phimoe",
+    "deepseek_v32",
+    "qwen3_vl_moe",
 )
 QUICK = {
     ("mixtral", "relu2"),
@@ -39,6 +46,8 @@ QUICK = {
     ("gpt_oss", "mxfp4"),
     ("deepseek_v3", "fp8"),
     ("ernie4_5_moe", "every_second"),
+    ("llama4", "default"),
+    ("phimoe", "longrope"),
 }  # together they have every feature except the multipliers
 VARIANTS = [
     pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow) for names in variants() if names[0] in FAMILIES
@@ -73,9 +82,9 @@ def test_runs_of_similar_layers_are_scanned(family: str, variant: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | None):
-    params, config = load("deepseek_v3", "default")
+@pytest.mark.parametrize(("family", "quantize"), [("deepseek_v3", None), ("deepseek_v3", "int8"), ("llama4", None)])
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, quantize: str | None):
+    params, config = load(family, "default")
     engine = Engine(
         params,
         config,
@@ -88,7 +97,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | Non
             quantize=quantize,
         ),
     )
-    tokens = expected("deepseek_v3", "default")[0].tolist()
+    tokens = expected(family, "default")[0].tolist()
     prompts = [tokens[:60], tokens[:7], tokens[20:41], tokens[5:6]]
     alone = []
     for prompt in prompts:
@@ -99,6 +108,13 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(quantize: str | Non
     ids = [engine.add(prompt, greedy(10)) for prompt in prompts]
     together = drain(engine)
     assert [tokens_of(together[request]) for request in ids] == alone
+
+
+def test_contexts_longer_than_the_indexer_selects_are_refused():
+    config = open_checkpoint(HOME / "deepseek_v32" / "default").config
+    assert config.max_context_len == 96  # index_topk, less than max_position_embeddings
+    with pytest.raises(ValueError, match="max_context_len=128 exceeds the model's 96"):
+        resolve(EngineConfig(max_context_len=128), config)
 
 
 def test_unsupported_fields_are_refused():

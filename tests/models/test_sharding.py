@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.config import ModelConfig, QueryGrowth, RopeConfig
 from fastgen_jax.models.division import (
     Heads,
     check_num_devices,
@@ -86,12 +86,29 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "chunks": (
+        dataclasses.replace(
+            EXPERTS,
+            num_heads=6,
+            num_kv_heads=3,
+            qk_norm="unit",
+            layer_ropes=(RopeConfig(), None),
+            layer_windows=(4, None),
+            window_chunks=True,
+            query_growth=QueryGrowth(weight=0.5, length=4, first=1, unrotated_only=True),
+            moe=dataclasses.replace(
+                MOE, scores="sigmoid_of_chosen", weigh_inputs=True, expert_bias=False, swiglu_limit=None, shared_gate=False
+            ),
+        ),
+        4,
+        None,
+    ),
     "norms after the rotation": (
         dataclasses.replace(
             UNEVEN,
             qk_norm="head",
             qk_norm_rotated=True,
-            query_growth=(0.5, 8),
+            query_growth=QueryGrowth(weight=0.5, length=8),
             norm="layer",
             norm_bias=True,
             norm_offset=1.0,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastgen_jax import Engine, EngineConfig, cli
+from fastgen_jax import Engine, EngineConfig, SamplingParams, cli
 from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
 from fastgen_jax.plan.ahead import resolve_for
+from fastgen_jax.text.grammar import Grammar
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,6 +78,9 @@ def test_programs_compiled_here_are_loaded_by_the_next_start(tmp_path, monkeypat
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     model, out = "sotu-1m", str(tmp_path / "programs")
     assert cli.main(["compile", model, *flags, "--budget-ladder", "4", "--out", out]) == 0
-    assert "2 programs are ready" in capsys.readouterr().out
+    assert "3 programs are ready" in capsys.readouterr().out
     monkeypatch.setattr(executables, "compile_and_save", lambda *args: pytest.fail("it compiles"))
-    Engine.from_pretrained(model, **options, budget_ladder=(4,), compile_cache_dir=out)
+    engine = Engine.from_pretrained(model, **options, budget_ladder=(4,), compile_cache_dir=out)
+    engine.add("It", SamplingParams(max_new_tokens=2), grammar=Grammar(kind="regex", source="[a-z]+"))
+    engine.wait_until_compiled()
+    assert engine.runner.samples_later

@@ -13,13 +13,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fastgen_jax.models.families import FAMILIES
 
 OUTPUT = Path(__file__).with_name("config_defaults.json")
-MODEL_TYPES = {"gemma3": "gemma3_text"}  # where it is not the name of the family
-NOT_IN_TRANSFORMERS = ("qwen",)
+# Where it is not the name of the family.
+MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mllama": "mllama_text_model"} | {
+    "qwen3_vl_moe": "qwen3_vl_moe_text"
+}
+NOT_IN_TRANSFORMERS = ("qwen", "baichuan", "internlm2", "internlm3", "minicpm")
+OF_SEVERAL_FAMILIES = ("llava",)  # its text model has the defaults of another family
 
 
 def main() -> None:
     configs = {}
-    for family in sorted(FAMILIES.keys() - set(NOT_IN_TRANSFORMERS)):
+    for family in sorted(FAMILIES.keys() - {*NOT_IN_TRANSFORMERS, *OF_SEVERAL_FAMILIES}):
         config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)]()
         configs[family] = json.loads(config.to_json_string(use_diff=False))
     OUTPUT.write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")

@@ -164,6 +164,76 @@ CONFIGS = {
         attention_bias=True,
         rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
+    "arcee": hf.ArceeConfig(**SIZES, tie_word_embeddings=False),
+    "apertus": hf.ApertusConfig(**SIZES),
+    "hunyuan-dense": hf.HunYuanDenseV1Config(**SIZES, head_dim=16),
+    "mpt": hf.MptConfig(
+        vocab_size=280,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=128,
+        attn_config={"clip_qkv": 6.0},
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "nemotron": hf.NemotronConfig(**SIZES, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "olmo": hf.OlmoConfig(**SIZES, clip_qkv=8.0),
+    "starcoder": hf.GPTBigCodeConfig(
+        vocab_size=280, n_embd=32, n_layer=2, n_head=4, n_inner=128, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+    "mistral3": hf.Ministral3Config(
+        **SIZES,
+        head_dim=16,
+        sliding_window=None,
+        rope_parameters=DEEPSEEK_ROPE | {"llama_4_scaling_beta": 0.1},
+    ),
+    "ernie4_5-moe": hf.Ernie4_5_MoeConfig(
+        **SIZES,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=24,
+        moe_layer_start_index=1,
+        moe_layer_interval=1,
+    ),
+    "llama4": hf.Llama4TextConfig(
+        **{**SIZES, "num_hidden_layers": 4},
+        head_dim=16,
+        intermediate_size_mlp=64,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "minimax-m2": hf.MiniMaxM2Config(
+        **SIZES,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    ),
+    "phimoe": hf.PhimoeConfig(
+        **SIZES,
+        num_local_experts=4,
+        attention_bias=True,
+        lm_head_bias=True,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.125, 1.25, 1.5],
+            "long_factor": [1.0, 1.5, 2.0, 4.0],
+            "short_mscale": 1.243163121016122,
+            "long_mscale": 1.243163121016122,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "deepseek2": hf.DeepseekV3Config(
         **LATENT,
         q_lora_rank=24,
@@ -183,9 +253,25 @@ FURTHER = {
     "cohere2": {"rotary_pct": 1.0},
     "gptneox": {"rotary_pct": 0.25},
     "deepseek2": {"scoring_func": "sigmoid"},
+    "minimax-m2": {"rotary_dim": 8, "scoring_func": "sigmoid"},
+    "mpt": {"architectures": ["MPTForCausalLM"]},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "deepseek2-lite": {"scoring_func": "softmax"},
 }
-QWEN_1 = {  # transformers does not have it
+LLAMA_LIKE = {
+    "vocab_size": 280,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN_1 = {
     "architectures": ["QWenLMHeadModel"],
     "model_type": "qwen",
     "vocab_size": 280,
@@ -207,6 +293,7 @@ QWEN_1 = {  # transformers does not have it
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MINICPM = {"scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 16, "num_key_value_heads": 2, "rope_theta": 1e4}
 QWEN_1_SHAPES = {
     "transformer.wte.weight": (280, 32),
     "lm_head.weight": (280, 32),
@@ -228,15 +315,75 @@ QWEN_1_SHAPES = {
 }
 
 
+def llama_shapes(*, embed: str, head: str, names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model of two layers with the sizes above; `names` are those of the tensors of a layer."""
+    outside = {f"{embed}.weight": (280, 32), f"{head}.weight": (280, 32), "model.norm.weight": (32,)}
+    return outside | {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in names.items()}
+
+
+MLP = {"mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}
+NORMS = {"input_layernorm": (32,), "post_attention_layernorm": (32,)}
+# Fields and shapes of the families that transformers does not have.
+OF_THEIR_OWN_CODE: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "qwen": (QWEN_1, QWEN_1_SHAPES),
+    "baichuan": (
+        LLAMA_LIKE | {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan"},
+        llama_shapes(
+            embed="model.embed_tokens",
+            head="lm_head",
+            names={"self_attn.W_pack": (96, 32), "self_attn.o_proj": (32, 32), **MLP, **NORMS},
+        ),
+    ),
+    "internlm2": (
+        LLAMA_LIKE
+        | {
+            "architectures": ["InternLM2ForCausalLM"],
+            "model_type": "internlm2",
+            "num_key_value_heads": 2,
+            "bias": False,
+            "rope_theta": 1e6,
+        },
+        llama_shapes(
+            embed="model.tok_embeddings",
+            head="output",
+            names={
+                "attention.wqkv": (64, 32),
+                "attention.wo": (32, 32),
+                "feed_forward.w1": (48, 32),
+                "feed_forward.w2": (32, 48),
+                "feed_forward.w3": (48, 32),
+                "attention_norm": (32,),
+                "ffn_norm": (32,),
+            },
+        ),
+    ),
+    "minicpm": (
+        LLAMA_LIKE | MINICPM | {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm"},
+        llama_shapes(
+            embed="model.embed_tokens",
+            head="lm_head",
+            names={
+                "self_attn.q_proj": (32, 32),
+                "self_attn.k_proj": (16, 32),
+                "self_attn.v_proj": (16, 32),
+                "self_attn.o_proj": (32, 32),
+                **MLP,
+                **NORMS,
+            },
+        ),
+    ),
+}
+
+
 def main() -> None:
     """Writes the architectures named on the command line, or all."""
     converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
     home = Path(__file__).with_name("gguf")
     home.mkdir(exist_ok=True)
-    for name in sys.argv[2:] or (*CONFIGS, "qwen"):
+    for name in sys.argv[2:] or (*CONFIGS, *OF_THEIR_OWN_CODE):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.safetensors")
-            fields, shapes = (QWEN_1, QWEN_1_SHAPES) if name == "qwen" else made(CONFIGS[name], file)
+            fields, shapes = OF_THEIR_OWN_CODE.get(name) or made(CONFIGS[name], file)
             tensors = {key: torch.from_numpy(values(key, shape)) for key, shape in shapes.items()}
             save_file(tensors, file)
             Path(folder, "config.json").write_text(json.dumps(fields | FURTHER.get(name, {})))

@@ -5,7 +5,9 @@
 For each file: "NAME.tokens" i32[T] and "NAME.logits" f32[R, V], for the last R tokens of a prompt of T tokens. Weights and
 cache are float32, because llama.cpp rounds the activations too if the weights are float16. Metadata that llama.cpp requires
 but its converter omits is added. Models that llama.cpp cannot load are skipped: command-r with norms on heads, OLMoE with
-grouped heads, Phi-2 with an MLP that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release.
+grouped heads, Phi-2 with an MLP that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release. It
+loads two others, but computes another model: Phi-3.5-MoE without SparseMixer, and Baichuan without a rotary embedding, which
+it has with 32 layers only.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 VOCABULARY = 280
+ANOTHER_MODEL = ("phimoe", "baichuan")
 NUM_TOKENS, NUM_ROWS = 48, 8  # longer than the windows (32), shorter than the trained lengths that YaRN extends
 
 
@@ -29,7 +32,7 @@ def widened(source: Path, target: Path) -> None:
     writer = gguf.GGUFWriter(target, kind)
     add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
     for name, field in reader.fields.items():
-        if name.startswith(f"{kind}."):
+        if name.startswith((f"{kind}.", "xielu.")):
             value = field.contents()
             writer.add_array(name, value) if isinstance(value, list) else add[type(value)](name, value)
     if f"{kind}.vocab_size" not in reader.fields:
@@ -77,6 +80,8 @@ def main() -> None:
     home = Path(__file__).with_name("gguf")
     saved = {}
     for file in sorted(home.glob("*.gguf")):
+        if file.stem in ANOTHER_MODEL:
+            continue
         if sys.argv[1:] and file.stem not in sys.argv[1:]:
             continue
         tokens = np.random.default_rng(0).integers(3, VOCABULARY, NUM_TOKENS, dtype=np.int32)

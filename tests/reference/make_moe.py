@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_families import LLAMA_LIKE, PROMPT_LENGTH, compute, randomise, rope, without
+from make_families import LLAMA_LIKE, LONGROPE, PROMPT_LENGTH, TRAINED, compute, randomise, rope, without
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 MIXTRAL = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN = {**LLAMA_LIKE, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
@@ -63,6 +64,19 @@ ERNIE = {
     "moe_intermediate_size": 12,
 }
 GROUPS = {"n_group": 4, "topk_group": 2}
+LLAMA4 = {
+    **LLAMA_LIKE,
+    "head_dim": 12,
+    "num_hidden_layers": 4,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "attention_chunk_size": 16,
+    "floor_scale": 8,
+    "attn_scale": 0.5,
+}
+INDEXED = {"q_lora_rank": 14, "index_topk": 96, "index_head_dim": 8, "index_n_heads": 2}
+PHIMOE = MIXTRAL | {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -151,6 +165,67 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "llama4": (
+        "llama4_text",
+        {
+            "default": LLAMA4
+            | {"interleave_moe_layer_step": 2}
+            | rope(
+                rope_type="llama3",
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=1.0,
+                original_max_position_embeddings=32,
+            ),
+            "two_experts": LLAMA4
+            | {
+                "num_hidden_layers": 2,
+                "num_experts_per_tok": 2,
+                "no_rope_layers": [0, 1],
+                "use_qk_norm": False,
+                "attn_temperature_tuning": False,
+                "attention_bias": True,
+                "hidden_act": "gelu",
+            },
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {
+            "default": DEEPSEEK | {"q_lora_rank": 14, "n_shared_experts": 1},
+            "groups": DEEPSEEK
+            | GROUPS
+            | {
+                "mlp_layer_types": ["sparse", "dense", "sparse"],
+                "rope_interleave": False,
+                "norm_topk_prob": False,
+                "attention_bias": True,
+            },
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "default": {**MIXTRAL, "head_dim": 8, **rope(rope_type="default", partial_rotary_factor=0.5)},
+            "whole_tied": MIXTRAL | {"head_dim": 12, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        },
+    ),
+    "phimoe": (
+        "phimoe",
+        {
+            "default": PHIMOE,
+            "longrope": MIXTRAL
+            | {"sliding_window": 16}
+            | rope(**LONGROPE, **TRAINED, short_mscale=1.2, long_mscale=1.2, factor=4.0),
+        },
+    ),
+    "deepseek_v32": (
+        "deepseek_v32",
+        {
+            "default": DEEPSEEK | GROUPS | INDEXED,
+            "glm5": DEEPSEEK | INDEXED | {"model_type": "glm_moe_dsa", "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        },
+    ),
     "deepseek_v2": (
         "deepseek_v2",
         {
@@ -189,6 +264,11 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
+def longrope(rotary: Any) -> None:
+    """Gives Phi-MoE the factors for long sequences, as in its published code; transformers never uses them."""
+    rotary.rope_init_fn = lambda config: ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=PROMPT_LENGTH)
+
+
 def main() -> None:
     """Writes the variants of the families named on the command line, or of all families."""
     home = Path(__file__).parent / "families"
@@ -198,9 +278,11 @@ def main() -> None:
             if (home / family / variant).exists():
                 continue
             torch.manual_seed(0)
-            config = AutoConfig.for_model(model_type, **fields)
+            config = AutoConfig.for_model(**{"model_type": model_type, **fields})
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
             randomise(model)
+            if model_type == "phimoe" and "rope_parameters" in fields:
+                longrope(model.model.rotary_emb)
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.copy_((torch.randn_like(buffer) * 0.2).bfloat16().float())

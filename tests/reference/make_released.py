@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from make_families import GEMMA, LLAMA_LIKE, PROMPT_LENGTH, compute, randomise
-from make_moe import DEEPSEEK, GPT_OSS, GROUPS
+from make_moe import DEEPSEEK, GPT_OSS, GROUPS, QWEN
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -87,7 +87,8 @@ def as_on_the_hub(folder: Path, config: dict[str, Any]) -> None:
     if any(key.startswith("model.") for key in tensors):
         tensors = {name(key): value for key, value in tensors.items()}
     assert any(key.startswith("language_model.model.") for key in tensors)
-    save_file({key: value for key, value in tensors.items() if "vision_tower" not in key or "norm" in key}, file)
+    is_eye = re.compile(r"vision_(tower|model)\.(?!.*norm)")
+    save_file({key: value for key, value in tensors.items() if not is_eye.match(key)}, file)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -147,6 +148,89 @@ def mistral3() -> tuple[Any, dict[str, Any]]:
         "vision_config": eyes,
         "torch_dtype": "bfloat16",
     }
+
+
+def llava() -> tuple[Any, dict[str, Any]]:
+    text = {**LLAMA_LIKE, "model_type": "llama"}
+    eyes = {**EYES, "projection_dim": 16, "model_type": "clip_vision_model"}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=eyes, image_token_index=63)
+    return config, {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": 63,
+        "projector_hidden_act": "gelu",
+        "text_config": {name: value for name, value in text.items() if name != "tie_word_embeddings"},
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": eyes,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def mllama() -> tuple[Any, dict[str, Any]]:
+    rope = {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 32,
+        "rope_type": "llama3",
+    }
+    text = {
+        **LLAMA_LIKE,
+        "num_hidden_layers": 4,
+        "cross_attention_layers": [1, 3],
+        "rope_theta": 500000.0,
+        "rope_scaling": rope,
+        "model_type": "mllama_text_model",
+    }
+    eyes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 32,
+        "model_type": "mllama_vision_model",
+    }
+    config = AutoConfig.for_model(
+        "mllama", text_config={**text, "rope_scaling": {**rope}}, vision_config=eyes, image_token_index=64
+    )
+    return config, {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "image_token_index": 64,
+        "model_type": "mllama",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "vision_config": eyes,
+    }
+
+
+def qwen3_vl_moe() -> tuple[Any, None]:
+    text = {
+        **QWEN,
+        "head_dim": 12,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "model_type": "qwen3_vl_moe_text",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 2, 2]},
+    }
+    eyes = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": LLAMA_LIKE["hidden_size"],
+        "patch_size": 14,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    tokens = {f"{name}_token_id": 63 - i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    return AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=eyes, **tokens), None
 
 
 def quantized(
@@ -223,14 +307,23 @@ def bits_and_bytes(folder: Path) -> dict[str, Any]:
     return compute(narrow.eval(), torch.randint(3, config.vocab_size, (PROMPT_LENGTH,)))
 
 
-def multimodal(made: tuple[Any, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Writes a multimodal model and returns what transformers computes from text."""
+def multimodal(made: tuple[Any, dict[str, Any] | None], folder: Path) -> dict[str, Any]:
+    """Writes a multimodal model and returns what transformers computes from text.
+
+    The second of `made` is the config of a release from before transformers 4.52; None: the names are those of today.
+    """
     config, hub = made
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
     randomise(model)
     expected = compute(model, torch.randint(3, 60, (PROMPT_LENGTH,)))
     model.to(torch.bfloat16).save_pretrained(folder)
-    as_on_the_hub(folder, hub)
+    if hub is not None:
+        as_on_the_hub(folder, hub)
+    elif config.model_type == "qwen3_vl_moe":  # published with the inputs of experts first; transformers loads both
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        stacks = {name: value.transpose(1, 2).contiguous() for name, value in tensors.items() if "mlp.experts." in name}
+        save_file(tensors | stacks, file)
     return expected
 
 
@@ -301,6 +394,9 @@ VARIANTS = {
     "qwen2/nf4": bits_and_bytes,
     "gemma3/multimodal": lambda folder: multimodal(gemma3(), folder),
     "mistral/multimodal": lambda folder: multimodal(mistral3(), folder),
+    "llava/default": lambda folder: multimodal(llava(), folder),
+    "mllama/default": lambda folder: multimodal(mllama(), folder),
+    "qwen3_vl_moe/default": lambda folder: multimodal(qwen3_vl_moe(), folder),
 }
 
 

@@ -35,6 +35,13 @@ def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "stablelm_epoch":
         renamed = {"layer_norm_eps": config["norm_eps"], "partial_rotary_factor": config["rope_pct"]}
         return {**config, "model_type": "stablelm", **renamed}
+    if model_type == "minimax_m2":
+        return {**config, "partial_rotary_factor": config["rotary_dim"] / config["head_dim"]}
+    if model_type == "phimoe":  # it never uses the long factors, which its published code does beyond the trained length
+        scaling = {**config["rope_scaling"], "short_factor": config["rope_scaling"]["long_factor"]}
+        return {**config, "rope_scaling": {**scaling, "factor": 4.0}}
+    if model_type == "kimi_k25":  # its text model
+        return {**config["text_config"], "model_type": "deepseek_v3"}
     return {**config, "model_type": {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)}
 
 
@@ -48,7 +55,14 @@ def logits(config: dict[str, Any]) -> np.ndarray:
         file = Path(folder) / "model.safetensors"
         with safe_open(file, "pt") as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        weights = {name: torch.from_numpy(random_tensor(name, tuple(shape))) for name, shape in shapes.items()}
+        weights = {}
+        for name, shape in shapes.items():
+            if hf.model_type == "qwen3_vl_moe" and "mlp.experts." in name:  # published with the inputs first
+                experts, outputs, inputs = shape
+                published = torch.from_numpy(random_tensor(name, (experts, inputs, outputs)))
+                weights[name] = published.transpose(1, 2).contiguous()
+            else:
+                weights[name] = torch.from_numpy(random_tensor(name, tuple(shape)))
         save_file(weights, file, metadata={"format": "pt"})
         attention = "sdpa" if fields.get("alibi") else "eager"
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()

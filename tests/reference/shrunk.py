@@ -26,6 +26,7 @@ _SIZES = {
     "head_dim": HEAD_DIM,
     "kv_channels": HEAD_DIM,
     "intermediate_size": 48,
+    "intermediate_size_mlp": 40,
     "ffn_dim": 48,
     "moe_intermediate_size": 24,
     "num_local_experts": 8,
@@ -42,6 +43,7 @@ _SIZES = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW,
     "initial_context_length": TRAINED,
     "original_max_position_embeddings": TRAINED,
     "seq_length": TRAINED,
@@ -66,6 +68,25 @@ _EYES = {
         "image_size": 28,
         "patch_size": 14,
     },
+    "clip_vision_model": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 16,
+    },
+    "mllama_vision_model": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 28,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 32,
+    },
     "": {
         "depth": 1,
         "hidden_size": 16,
@@ -79,6 +100,12 @@ _EYES = {
 }
 
 
+# Sizes of the text model that a config.json leaves out.
+_OMITTED = {
+    "llava": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json with small sizes. Ratios, scalings, patterns of layers and all other values are kept."""
     hf = {name: value for name, value in config.items() if name not in _DROPPED}
@@ -87,7 +114,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small = _EYES[eyes.get("model_type", "") if eyes.get("model_type") in _EYES else ""]
         hf["vision_config"] = {**eyes, **{name: value for name, value in small.items() if name in eyes}}
     if "text_config" in hf:
-        hf["text_config"] = shrunk(hf["text_config"])
+        hf["text_config"] = shrunk(_OMITTED.get(hf["model_type"], {}) | hf["text_config"])
     embed = _field(config, _EMBED)
     if embed is not None:
         hf |= _small(config, embed)
@@ -120,13 +147,15 @@ def _small(config: dict[str, Any], embed: int) -> dict[str, Any]:
     }
     small |= dict.fromkeys(_LAYERS, layers) | dict.fromkeys(_HEADS, few) | dict.fromkeys(_KV_HEADS, few_kv)
     small |= dict.fromkeys(_EMBED, width)
-    small |= {"word_embed_proj_dim": width, "rotary_dim": int(HEAD_DIM * config.get("partial_rotary_factor", 1.0))}
+    rotated = config["rotary_dim"] / config["head_dim"] if {"rotary_dim", "head_dim"} <= config.keys() else 1.0
+    small |= {"word_embed_proj_dim": width, "rotary_dim": int(HEAD_DIM * config.get("partial_rotary_factor", rotated))}
     for name in ("layer_types", "no_rope_layers"):
         small[name] = (config.get(name) or [])[:layers]
-    small["mlp_only_layers"] = [layer for layer in config.get("mlp_only_layers") or () if layer < layers]
+    for name in ("mlp_only_layers", "cross_attention_layers"):
+        small[name] = [layer for layer in config.get(name) or () if layer < layers]
     small["max_window_layers"] = round(layers * min(config.get("max_window_layers", 0) / count, 1.0))
     scaling = {name: _rope(config[name]) for name in ("rope_scaling", "rope_parameters") if config.get(name)}
-    factor = next((rope["factor"] for rope in scaling.values() if "original_max_position_embeddings" in rope), 4.0)
+    factor = next((rope.get("factor", 4.0) for rope in scaling.values() if "original_max_position_embeddings" in rope), 4.0)
     small["max_position_embeddings"] = int(TRAINED * factor) if "ffn_dim" not in config else 96
     small = {name: value for name, value in small.items() if config.get(name) is not None}
     return {**small, **scaling, "model_type": config["model_type"]}
@@ -140,6 +169,9 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     if sections := small.get("mrope_section"):
         smaller = [size * HEAD_DIM // 2 // sum(sections) for size in sections]
         small["mrope_section"] = [smaller[0] + HEAD_DIM // 2 - sum(smaller), *smaller[1:]]
+    for name in ("short_factor", "long_factor"):
+        if name in small:
+            small[name] = small[name][:: len(small[name]) // (HEAD_DIM // 2)][: HEAD_DIM // 2]
     return small
 
 

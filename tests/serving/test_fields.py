@@ -66,7 +66,7 @@ def test_fields_that_mean_nothing_here_are_accepted(path):
     assert answer["system_fingerprint"].startswith("fp_")
 
 
-@pytest.mark.parametrize("name", ["store", "prompt_logprobs", "logits_processors", "kv_transfer_params"])
+@pytest.mark.parametrize("name", ["store", "logits_processors", "kv_transfer_params"])
 def test_fields_that_ask_for_something_else_are_refused(name):
     error = ask("/v1/chat/completions", {**CHAT, name: 5}).json()["error"]
     assert f"{name}=5 is not supported" in error["message"]
@@ -109,6 +109,83 @@ def test_a_model_may_have_several_names():
     assert answer["model"] == card["id"] == "gpt-4o"
     assert card["root"] == "/models/tiny"
     assert card["max_model_len"] == engine().config.longest_sequence
+
+
+def test_a_list_of_models_is_in_the_format_of_anthropic_for_its_clients():
+    async def scenario(client, _):
+        client._transport.app.state.server.model.other_names = ("b", "c")
+        client.headers["anthropic-version"] = "2023-06-01"
+        paths = ("", "?limit=2", "?after_id=b", "?before_id=c&limit=1", "/b", "/none", "?after_id=z", "?limit=0")
+        return [(await client.get(f"/v1/models{path}")) for path in paths]
+
+    *pages, one, missing, unknown, invalid = with_server(scenario)
+    lists = [page.json() for page in pages]
+    assert [[model["id"] for model in page["data"]] for page in lists] == [[MODEL, "b", "c"], [MODEL, "b"], ["c"], ["b"]]
+    assert [page["has_more"] for page in lists] == [False, True, False, True]
+    assert [(page["first_id"], page["last_id"]) for page in lists] == [(MODEL, "c"), (MODEL, "b"), ("c", "c"), ("b", "b")]
+    assert one.json() == lists[0]["data"][1]
+    assert (one.json()["type"], one.json()["lifecycle"]) == ("model", "active")
+    assert one.json()["max_tokens"] == engine().config.longest_sequence
+    assert one.json()["created_at"].endswith("Z")
+    assert [(r.status_code, r.json()["error"]["type"]) for r in (missing, unknown, invalid)] == [
+        (404, "not_found_error"),
+        *[(400, "invalid_request_error")] * 2,
+    ]
+
+
+# Log-probabilities of the prompt
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_prompt_logprobs_list_the_token_of_each_position_and_the_most_likely_ones(path):
+    body = CHAT if path[1] == "h" else COMPLETION
+    answer = ask(f"/v1/{path}", {**body, "prompt_logprobs": 2, "return_token_ids": True}).json()
+    holder = answer if path[1] == "h" else answer["choices"][0]
+    (first, *rest), ids = holder["prompt_logprobs"], holder["prompt_token_ids"]
+    assert first is None
+    assert len(rest) == len(ids) - 1
+    for token_id, position in zip(ids[1:], rest, strict=True):
+        told = position[str(token_id)]
+        assert next(iter(position)) == str(token_id)
+        assert told["decoded_token"] == tokenizer().decode([token_id], skip_special_tokens=False)
+        assert len(position) == (2 if told["rank"] <= 2 else 3)
+        assert sorted(entry["rank"] for entry in position.values())[:2] == [1, 2]
+        by_rank = sorted(position.values(), key=lambda entry: entry["rank"])
+        assert [e["logprob"] for e in by_rank] == sorted((e["logprob"] for e in by_rank), reverse=True)
+    request_id = engine().add(ids, greedy(1, prompt_logprobs=0))
+    expected = drain(engine())[request_id][0].prompt_logprobs
+    assert [position[str(i)]["logprob"] for i, position in zip(ids[1:], rest, strict=True)] == [
+        pytest.approx(entry.logprob, abs=1e-5) for entry in expected
+    ]
+
+
+def test_prompt_logprobs_beside_echo_have_their_own_number_of_alternatives():
+    found = choice("completions", {**COMPLETION, "prompt_logprobs": 3, "echo": True, "logprobs": 1})
+    assert {len(top) for top in found["logprobs"]["top_logprobs"][1:]} <= {1, 2}
+    assert {len(position) for position in found["prompt_logprobs"][1:]} <= {3, 4}
+    plain = choice("completions", {**COMPLETION, "echo": True, "logprobs": 1})
+    assert found["logprobs"]["top_logprobs"] == plain["logprobs"]["top_logprobs"]
+    assert "prompt_logprobs" not in plain
+    drawn = {**COMPLETION, "temperature": 0.5, "seed": 1, "logprobs_mode": "processed"}
+    assert len(choice("completions", {**drawn, "prompt_logprobs": 0})["prompt_logprobs"][3]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_logprobs": 1, "stream": True}, "belong to complete answers"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
+        ({"prompt_logprobs": 1, "use_beam_search": True, "n": 2}, "cannot be combined with use_beam_search"),
+        ({"prompt_logprobs": 1, "logprobs_mode": "processed", "temperature": 1}, "use prompt_logprobs=0"),
+    ],
+)
+def test_prompt_logprobs_that_cannot_be_returned_are_refused(fields, message):
+    for path, body in (("completions", COMPLETION), ("chat/completions", CHAT)):
+        response = ask(f"/v1/{path}", {**body, "ignore_eos": None, **fields})
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]
+        assert response.json()["error"]["param"] == "prompt_logprobs"
 
 
 # The prompt
@@ -302,6 +379,10 @@ def test_the_client_takes_the_options_of_the_pipeline(url):
     (guided,) = client.generate([TEXT], max_new_tokens=9, regex="[0-9]{3}")
     assert len(guided.generated_text) == 3
     assert json.loads("1" + guided.generated_text)
+    (scored,) = client.generate([TEXT], **options, prompt_logprobs=1)
+    assert scored.prompt_logprobs is not None
+    assert [entry.token_id for entry in scored.prompt_logprobs] == [*plain[1:]]
+    assert {len(entry.top) for entry in scored.prompt_logprobs} == {1}
     client.close()
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 
 import openai
 import pydantic
 import pytest
 
-from fastgen_jax.text.grammar import GrammarError
+from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarError
 from fastgen_jax.text.schemas import fitted
-from tests.serving.tiny_server import MODEL, ask, events
+from tests.serving.tiny_server import MODEL, ask, events, with_server
 
 COMPLETION = {"model": MODEL, "prompt": "x", "max_tokens": 60, "temperature": 1.5, "seed": 3}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 90, "temperature": 0}
@@ -55,6 +57,68 @@ def test_a_schema_that_cannot_be_enforced_is_relaxed_unless_it_is_strict(schema,
     assert fitted(usable.schema, strict=True).relaxed == ()
     with pytest.raises(GrammarError, match=re.escape(f"{words[0]} cannot be enforced")):
         fitted(schema, strict=True)
+
+
+LARGE = [
+    ({"properties": {f"k{i}": {"type": "null"} for i in range(3001)}}, "3,001 properties"),
+    ({"anyOf": [{"properties": {f"k{i}": {} for i in range(2000)}} for _ in range(3)]}, "all objects 6,000"),
+    ({"enum": ["x" * 1_000_000]}, "more than 1,000,000"),
+    ({"allOf": [{"anyOf": [{"properties": {f"a{i}_{j}": {}}} for j in range(4)]} for i in range(9)]}, "schema too large"),
+]
+
+
+@pytest.mark.parametrize(("schema", "message"), LARGE, ids=[message for _, message in LARGE])
+def test_a_schema_that_would_take_too_long_is_refused(schema, message):
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    response = ask("/v1/completions", {**COMPLETION, "response_format": form})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "response_format"
+
+
+def test_a_heavy_grammar_delays_neither_free_requests_nor_other_grammars(monkeypatch):
+    heavy, begun, release = Grammar(kind="regex", source="heavy"), threading.Event(), threading.Event()
+    compile_grammar, compiled = GrammarCompiler._compile, []
+
+    def held(self, grammar):
+        compiled.append(grammar)
+        if grammar == heavy:
+            begun.set()
+            assert release.wait(60)
+        return compile_grammar(self, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", held)
+
+    async def scenario(client, _):
+        wants = [{**COMPLETION, "guided_regex": "heavy"}] * 2
+        waiting = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in wants[:1]]
+        await asyncio.to_thread(begun.wait, 60)
+        others = [
+            await client.post("/v1/completions", json=body) for body in (COMPLETION, {**COMPLETION, "guided_regex": "light"})
+        ]
+        waiting += [asyncio.create_task(client.post("/v1/completions", json=body)) for body in wants[1:]]
+        assert not waiting[0].done()
+        release.set()
+        return others, await asyncio.gather(*waiting)
+
+    (free, light), answers = with_server(scenario)
+    assert free.status_code == 200
+    assert text_of(light) == "light"
+    assert [text_of(answer) for answer in answers] == ["heavy"] * 2
+    assert compiled.count(heavy) == 1, "both requests share it"
+
+
+def test_a_grammar_that_cannot_be_used_is_tried_once(monkeypatch):
+    compile_grammar, tried = GrammarCompiler._compile, []
+
+    def counted(self, grammar):
+        tried.append(grammar)
+        return compile_grammar(self, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", counted)
+    body = {**COMPLETION, "guided_regex": "(once"}
+    messages = {ask("/v1/completions", body).json()["error"]["message"] for _ in range(2)}
+    assert len(messages) == len(tried) == 1
 
 
 @pytest.mark.parametrize("schema", USABLE, ids=str)

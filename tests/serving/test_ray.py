@@ -90,6 +90,18 @@ def test_a_killed_replica_is_replaced_and_its_requests_are_answered(url):
     eventually(lambda: len({p.pid for p in replicas()} - {min(before)}) == 2, "the replica is restarted")
 
 
+def test_prompts_with_the_same_start_go_to_the_replica_that_has_cached_it(url):
+    starts = ["first " * 12, "other " * 12]  # longer than a piece of a prefix
+    cached = []
+    with httpx.Client(base_url=url, timeout=120) as http:
+        for number in range(8):
+            body = {**BODY, "prompt": f"{starts[number % 2]}{number}", "max_tokens": 2}
+            usage = http.post("/v1/completions", json=body).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[:2] == [0, 0]
+    assert min(cached[2:]) >= 64
+
+
 def test_a_wrong_option_is_reported_before_anything_is_deployed():
     from fastgen_jax.serving.ray_app import build
 
@@ -97,3 +109,34 @@ def test_a_wrong_option_is_reported_before_anything_is_deployed():
         build("tiny", engine={"budget": 3})
     with pytest.raises(ValueError, match="replicas is 0"):
         build("tiny", replicas=0)
+    with pytest.raises(ValueError, match="max_replicas is 1 but replicas, the least number, is 2"):
+        build("tiny", replicas=2, max_replicas=1)
+    with pytest.raises(ValueError, match="requires max_replicas"):
+        build("tiny", autoscaling={"upscale_delay_s": 1})
+
+
+def test_the_number_of_replicas_follows_the_load(url, tmp_path):
+    from ray import serve
+
+    from fastgen_jax.serving.ray_app import deploy
+
+    serve.delete("tiny")
+    eventually(lambda: not replicas(), "the fixed replicas are gone")
+    pace = {"target_ongoing_requests": 2, "upscale_delay_s": 0.1, "downscale_delay_s": 2, "metrics_interval_s": 0.2}
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    options = {"engine": ENGINE, "actor_options": {"num_cpus": 0.5}, "autoscaling": {**pace, "look_back_period_s": 1}}
+    deploy(str(checkpoint), replicas=1, max_replicas=2, **options)
+    assert len(replicas()) == 1
+
+    async def load() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+
+            async def client(number: int) -> None:
+                while len(replicas()) < 2:
+                    answer = await http.post("/v1/completions", json={**BODY, "prompt": f"Number {number}"})
+                    assert answer.json()["choices"][0]["text"] == want(f"Number {number}")
+
+            await asyncio.gather(*map(client, range(8)))
+
+    asyncio.run(asyncio.wait_for(load(), 300))
+    eventually(lambda: len(replicas()) == 1, "the second replica is gone")

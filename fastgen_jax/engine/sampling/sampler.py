@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
-Work: TypeAlias = Literal["any", "greedy", "sampled"]
+Work: TypeAlias = Literal["any", "greedy", "sampled", "masked"]
 """What a program can do: "any" does what the flags of its batch ask for, by branches. A GPU's host has to read the flag of a
-branch in the middle of a step, so it has two more programs without branches: "greedy" takes the most likely tokens, and
-"sampled" also draws. They require that the flags ask for nothing else."""
+branch in the middle of a step, so it has more programs without branches: "greedy" takes the most likely tokens, "sampled"
+also draws, and "masked" does both within token masks. They require that the flags ask for nothing else."""
 
 _ONE = 30  # log2 of probability 1 in fixed point; rounding adds at most V / 2, so that sums stay below 2**31
 _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: without slack 0.9 of ten equals would be ten
@@ -104,6 +104,8 @@ def sample(
     if work == "any":
         chosen, processed_logprobs, log_kept_masses = _branch(processed, state, batch)
     else:  # without log-probabilities
+        if work == "masked":
+            processed = _masked(processed, state, batch)
         chosen, processed_logprobs, log_kept_masses = _certain(
             row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0]
         )

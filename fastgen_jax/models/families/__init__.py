@@ -62,6 +62,14 @@ _NAMES = (
     "deepseek_v3",
     "glm4_moe",
     "ernie4_5_moe",
+    "llama4",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "phimoe",
+    "deepseek_v32",
+    "qwen3_vl_moe",
+    "mllama",
+    "llava",
 )
 
 FAMILIES: dict[str, ModuleType] = {name: import_module(f"{__name__}.{name}") for name in _NAMES}

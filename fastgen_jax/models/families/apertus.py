@@ -12,6 +12,7 @@ ARCHITECTURES = ("ApertusForCausalLM",)
 FEATURES = "8B and 70B; xIELU or any other activation; norms on queries and keys; every rotary scaling; biases"
 
 _LAYER = "model.layers.{layer}."
+_XIELU = ((f"{_LAYER}mlp.act_fn.beta", 0.5), (f"{_LAYER}mlp.act_fn.eps", -1e-6))  # those of `layers.xielu`
 _SCALED = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -56,6 +57,6 @@ def sources(config: ModelConfig) -> dict[str, Source]:
             "layers.mlp_norm": f"{_LAYER}feedforward_layernorm",
             "layers.up": f"{_LAYER}mlp.up_proj",
             "layers.xielu_above": Source((f"{_LAYER}mlp.act_fn.alpha_p",)),
-            "layers.xielu_below": Source((f"{_LAYER}mlp.act_fn.alpha_n",)),
+            "layers.xielu_below": Source((f"{_LAYER}mlp.act_fn.alpha_n",), constants=_XIELU),
         },
     )

@@ -45,7 +45,7 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     """The checkpoint tensors of each weight of `param_specs`."""
     found = common.sources_from(config, NAMES)
     if config.vocab_size == VOCAB_SIZE_2:
-        found["lm_head"] = dataclasses.replace(found["lm_head"], rearrange=_of_unit_length)
+        found["lm_head"] = dataclasses.replace(found["lm_head"], rearrange=_of_unit_length, keeps_values=False)
     return found
 
 

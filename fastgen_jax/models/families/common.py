@@ -141,6 +141,10 @@ class Source:
     stacked: bool = False
     is_row: bool = False
     rearrange: Callable[[np.ndarray], np.ndarray] | None = None
+    keeps_values: bool = True
+    """False if `rearrange` computes other values, once: it leaves its own results as they are, up to rounding."""
+    constants: tuple[tuple[str, float], ...] = ()
+    """Scalars that transformers stores beside these tensors, by name. They are not read, but exported."""
 
 
 LLAMA_NAMES: dict[str, str | Sequence[str]] = {

@@ -1,4 +1,7 @@
-"""DeepSeek V3 and R1: V2 with sigmoid scores for experts and a learned bias that balances their choice."""
+"""DeepSeek V3 and R1: V2 with sigmoid scores for experts and a learned bias that balances their choice.
+
+Kimi K2 is a DeepSeek V3 of another size. Multimodal checkpoints of Kimi are read without their vision part.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from fastgen_jax.models.moe_config import MoEConfig
 
 __all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
 
-ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-FEATURES = "as DeepSeek V2, with sigmoid scores and a bias for the choice; FP8 as released; no multi-token prediction"
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "KimiVLForConditionalGeneration", "KimiK25ForConditionalGeneration")
+FEATURES = (
+    "as DeepSeek V2, with sigmoid scores and a bias for the choice; FP8 as released; no multi-token prediction; Kimi K2; "
+    "Kimi-VL and Kimi K2.5 without images"
+)
 
 
 @reads_every_field

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families.fields import Fields
 
 
 def expert_names(
@@ -36,3 +37,16 @@ def expert_names(
 def sparse_layers(num_layers: int, *, step: int, dense: Sequence[int]) -> tuple[int, ...]:
     """The layers with experts: every `step`th, counted from one, except those in `dense`."""
     return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+
+
+def layers_of_type(hf: Fields, otherwise: Sequence[int]) -> tuple[int, ...]:
+    """The layers with experts: those that `mlp_layer_types` calls "sparse", or else `otherwise`."""
+    types = hf.get("mlp_layer_types")
+    if types is None:
+        return tuple(otherwise)
+    if len(types) != hf["num_hidden_layers"] or set(types) - {"sparse", "dense"}:
+        raise ValueError(
+            f"config.json has mlp_layer_types={types!r}; supported: 'sparse' or 'dense' for each of the "
+            f"{hf['num_hidden_layers']} layers"
+        )
+    return tuple(layer for layer, kind in enumerate(types) if kind == "sparse")

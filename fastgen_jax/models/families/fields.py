@@ -89,6 +89,8 @@ _CHANGES_OUTPUT = frozenset(
         "attn_logit_softcapping",
         "attn_scale",
         "attn_temperature_tuning",
+        "attn_type_list",
+        "floor_scale",
         "clip_qkv",
         "dual_chunk_attention_config",
         "layer_types",
@@ -160,6 +162,8 @@ _CHANGES_OUTPUT = frozenset(
         "decoder_sparse_step",
         "experts_per_token",
         "first_k_dense_replace",
+        "interleave_moe_layer_step",
+        "mlp_layer_types",
         "mlp_only_layers",
         "n_group",
         "n_routed_experts",
@@ -178,6 +182,8 @@ _CHANGES_OUTPUT = frozenset(
         # latent attention
         "kv_lora_rank",
         "q_lora_rank",
+        # attention to images
+        "cross_attention_layers",
     }
 )
 _CHANGES_OUTPUT_PATTERN = re.compile(
@@ -203,6 +209,21 @@ _AROUND_TEXT = frozenset(
         "projector_hidden_act",
         "spatial_merge_size",
         "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "vision_aspect_ratio",
+        "image_seq_length",
+        "image_grid_pinpoints",
+        "use_image_newline_parameter",
+        "ignore_index",
+        "media_placeholder_token_id",
+        "downsample_ratio",
+        "scale_factor",
+        "adapter_layer_norm_eps",
+        "alignment_intermediate_size",
+        "boa_token_id",
+        "audio_token_id",
+        "use_unified_vision_chunk",
+        "video_placeholder",
     }
 )
 _INERT_ENDINGS = ("_dropout", "_pdrop", "dropout")
@@ -320,7 +341,7 @@ def reads_every_field(read: Callable[[Fields], ModelConfig]) -> Callable[..., Mo
 
     @functools.wraps(read)
     def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
-        fields = Fields(_text_part(hf) if is_multimodal(hf) else hf)
+        fields = Fields(text_part(hf) if is_multimodal(hf) else hf)
         config = read(fields)
         fields.check_unread(strict=strict)
         return config
@@ -333,7 +354,7 @@ def is_multimodal(hf: JsonFields) -> bool:
     return "text_config" in hf or "vision_config" in hf
 
 
-def _text_part(hf: JsonFields) -> JsonObject:
+def text_part(hf: JsonFields) -> JsonObject:
     """The fields of the text model of a multimodal checkpoint, with the outer fields as defaults."""
     around, text = (
         {name: value for name, value in part.items() if name not in _AROUND_TEXT} for part in (hf, hf.get("text_config", {}))

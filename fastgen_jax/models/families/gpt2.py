@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
-from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
@@ -31,33 +31,40 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     common.refuse_unsupported(hf, {"add_cross_attention": (False,)})
     # `reorder_and_upcast_attn` guards against overflow in half precision; our scores are in float32 anyway.
     hf.ignore("reorder_and_upcast_attn", "n_ctx")
-    num_heads, embed_dim = hf["n_head"], hf["n_embd"]
-    context = hf.get("n_positions", 1024)
     return ModelConfig(
         family="gpt2",
-        vocab_size=hf["vocab_size"],
-        num_layers=hf["n_layer"],
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=embed_dim // num_heads,
-        mlp_dim=hf.get("n_inner") or 4 * embed_dim,
-        max_context_len=context,
-        norm="layer",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        norm_bias=True,
-        learned_positions=context,
-        rope=None,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        qkv_bias=True,
-        o_bias=True,
-        attention_scale=None if hf.get("scale_attn_weights", True) else 1.0,
+        **gpt2_like(hf, activation="gelu_new"),
+        num_kv_heads=hf["n_head"],
         attention_scale_by_layer=hf.get("scale_attn_by_inverse_layer_idx", False),
-        activation=common.activation(hf, "activation_function", default="gelu_new"),
-        mlp_gated=False,
-        mlp_bias=True,
-        **common.special_tokens(hf),
     )
+
+
+def gpt2_like(hf: Fields, *, activation: str) -> ModelFields:
+    """What GPT-BigCode has in common with GPT-2, as keyword arguments of `ModelConfig`; `activation` is a default."""
+    num_heads, embed_dim = hf["n_head"], hf["n_embd"]
+    context = hf.get("n_positions", 1024)
+    return {
+        "vocab_size": hf["vocab_size"],
+        "num_layers": hf["n_layer"],
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "head_dim": embed_dim // num_heads,
+        "mlp_dim": hf.get("n_inner") or 4 * embed_dim,
+        "max_context_len": context,
+        "norm": "layer",
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "norm_bias": True,
+        "learned_positions": context,
+        "rope": None,
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_scale": None if hf.get("scale_attn_weights", True) else 1.0,
+        "activation": common.activation(hf, "activation_function", default=activation),
+        "mlp_gated": False,
+        "mlp_bias": True,
+        **common.special_tokens(hf),
+    }
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:

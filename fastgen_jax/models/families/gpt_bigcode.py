@@ -6,7 +6,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
-from fastgen_jax.models.families.gpt2 import NAMES
+from fastgen_jax.models.families.gpt2 import NAMES, gpt2_like
 
 ARCHITECTURES = ("GPTBigCodeForCausalLM",)
 FEATURES = "SantaCoder, StarCoder, StarCoderBase, StarChat; multi-query or multi-head; n_inner"
@@ -30,31 +30,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"add_cross_attention": (False,)})
     hf.ignore(*_OF_ITS_CODE)
-    num_heads, embed_dim = hf["n_head"], hf["n_embd"]
-    context = hf.get("n_positions", 1024)
     return ModelConfig(
         family="gpt_bigcode",
-        vocab_size=hf["vocab_size"],
-        num_layers=hf["n_layer"],
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=1 if hf.get("multi_query", True) else num_heads,
-        head_dim=embed_dim // num_heads,
-        mlp_dim=hf.get("n_inner") or 4 * embed_dim,
-        max_context_len=context,
-        norm="layer",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        norm_bias=True,
-        learned_positions=context,
-        rope=None,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        qkv_bias=True,
-        o_bias=True,
-        attention_scale=None if hf.get("scale_attn_weights", True) else 1.0,
-        activation=common.activation(hf, "activation_function", default="gelu_pytorch_tanh"),
-        mlp_gated=False,
-        mlp_bias=True,
-        **common.special_tokens(hf),
+        **gpt2_like(hf, activation="gelu_pytorch_tanh"),
+        num_kv_heads=1 if hf.get("multi_query", True) else hf["n_head"],
     )
 
 

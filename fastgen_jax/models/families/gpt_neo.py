@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families import common
+from fastgen_jax.models.families import common, gpt2
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 
 ARCHITECTURES = ("GPTNeoForCausalLM",)
 FEATURES = "125M to 2.7B; any pattern of global and local layers"
 
-_LAYER = "transformer.h.{layer}."
-NAMES = {
-    "embed": "transformer.wte",
-    "position_embed": "transformer.wpe",
-    "final_norm": "transformer.ln_f",
-    "lm_head": "lm_head",
-    "layers.attn_norm": f"{_LAYER}ln_1",
-    "layers.mlp_norm": f"{_LAYER}ln_2",
-    "layers.qkv": tuple(f"{_LAYER}attn.attention.{x}_proj" for x in "qkv"),
-    "layers.o": f"{_LAYER}attn.attention.out_proj",
-    "layers.up": f"{_LAYER}mlp.c_fc",
-    "layers.down": f"{_LAYER}mlp.c_proj",
+_ATTENTION = "transformer.h.{layer}.attn.attention."
+NAMES = gpt2.NAMES | {
+    "layers.qkv": tuple(f"{_ATTENTION}{x}_proj" for x in "qkv"),
+    "layers.o": f"{_ATTENTION}out_proj",
 }
 
 

@@ -5,11 +5,11 @@ Ministral 3 and Devstral 2 scale the queries beyond the context length of traini
 
 from __future__ import annotations
 
-from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.config import ModelConfig, QueryGrowth
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
-from fastgen_jax.models.families.rope import rotary
+from fastgen_jax.models.families.rope import rotary, with_settings
 
 ARCHITECTURES = (
     "MistralForCausalLM",
@@ -21,7 +21,6 @@ FEATURES = (
     "sliding window on all or some layers; explicit head_dim; every rotary scaling; Small 3.1/3.2, Ministral 3 and "
     "Devstral 2 without images"
 )
-_ROTARY = ("max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
 
 
 @reads_every_field
@@ -31,7 +30,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         family="mistral",
         **common.sizes(hf, assumed={"num_key_value_heads": 8}),
         **_positions(hf),
-        layer_windows=common.windows(hf, hf.get("sliding_window", 4096), lambda layer: True),
+        layer_windows=common.windows(hf, hf.get("sliding_window", 4096) or None, lambda layer: True),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         activation=common.activation(hf, default="silu"),
@@ -45,9 +44,8 @@ def _positions(hf: Fields) -> ModelFields:
     if beta is None:
         return rotary(hf, max_context_len=131_072)
     plain = {name: value for name, value in rope.items() if name not in ("llama_4_scaling_beta", "max_position_embeddings")}
-    fields = {name: hf[name] for name in _ROTARY if name in hf} | {"rope_parameters": plain, "rope_scaling": None}
-    growth = (beta, plain["original_max_position_embeddings"])
-    return rotary(fields, max_context_len=262_144) | {"query_growth": growth}
+    growth = QueryGrowth(weight=beta, length=plain["original_max_position_embeddings"])
+    return rotary(with_settings(hf, plain), max_context_len=262_144) | {"query_growth": growth}
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:

@@ -40,6 +40,13 @@ _RENAMED = {
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
+def with_settings(hf: Fields, settings: JsonFields) -> JsonObject:
+    """The rotary fields of `hf` with other `rope_parameters`, for a family with settings of its own among them."""
+    names = ("max_position_embeddings", "original_max_position_embeddings", "rope_theta")
+    hf.ignore("rope_parameters", "rope_scaling")
+    return {name: hf[name] for name in names if name in hf} | {"rope_parameters": settings}
+
+
 def rotary(hf: JsonFields, *, max_context_len: int, **assumed: Any) -> ModelFields:
     """`rope` and `max_context_len` as keyword arguments of `ModelConfig`; `assumed` as in `rope_from_hf`."""
     max_context_len = hf.get("max_position_embeddings") or max_context_len
@@ -74,10 +81,11 @@ def rope_from_hf(
                 "by its implementation in transformers; remove it from config.json if whole heads are rotated"
             )
         hf.have_no_effect(partial_rotary_factor=partial)
+    beside = hf.get("rope_theta")
     return rope_from_fields(
         fields,
         max_context_len=max_context_len,
-        theta=float(fields.pop("rope_theta", None) or hf.get("rope_theta") or theta),
+        theta=float(fields.pop("rope_theta", None) or beside or theta),
         dim=None if partial == 1.0 or head_dim is None else int(head_dim * partial),
         trained_len=hf.get("original_max_position_embeddings"),
     )

@@ -10,10 +10,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, from_validation_errors, unsupported
-from fastgen_jax.serving.fields import Body, short
+from fastgen_jax.serving.fields import Body, ChatOptions, check_neutral, short
 from fastgen_jax.serving.protocol import ChatRequest
 
-_SAME = ("model", "temperature", "top_p", "top_k", "stream", "min_p", "seed", "priority", "timeout", "chat_template_kwargs")
+_SAME = (*ChatOptions.PASSED_ON, "chat_template_kwargs")
 # Names of a chat in errors -> those of this API.
 _NAMES = {
     "max_completion_tokens": "max_tokens",
@@ -50,6 +50,9 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """POST /v1/messages/count_tokens: the fields that become part of the prompt."""
 
+    # Fields that this server cannot fulfil -> values that ask for nothing.
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {"speed": (None, "standard")}
+
     model: str
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     system: Content | None = None
@@ -59,48 +62,37 @@ class CountRequest(Body):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
     cache_control: JsonObject | None = None
+    speed: object = None
     chat_template_kwargs: JsonObject | None = Field(None, description="Extension.")
 
+    @model_validator(mode="after")
+    def _supported(self) -> CountRequest:
+        check_neutral(self, self.NEUTRAL)
+        return self
 
-class MessagesRequest(CountRequest):
+
+class MessagesRequest(CountRequest, ChatOptions):
     """The body. Fields described as extensions are not in Anthropic's API."""
 
-    # Fields that this server cannot fulfil -> values that ask for nothing.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
+        **CountRequest.NEUTRAL,
         "container": (None,),
         "context_management": (None,),
         "mcp_servers": (None, []),
         "service_tier": (None, "auto", "standard_only"),
         "inference_geo": (None,),
-        "speed": (None, "standard"),
         "diagnostics": (None,),
     }
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: list[str] | None = None
-    stream: bool | None = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     metadata: JsonObject | None = None
     container: object = None
     context_management: object = None
     mcp_servers: object = None
     service_tier: object = None
     inference_geo: object = None
-    speed: object = None
     diagnostics: object = None
-    min_p: float | None = Field(None, description="Extension.")
-    seed: int | None = Field(None, description="Extension.")
-    priority: int | None = Field(None, description="Extension.")
-    timeout: float | None = Field(None, description="Extension.")
-
-    @model_validator(mode="after")
-    def _supported(self) -> MessagesRequest:
-        for name, neutral in self.NEUTRAL.items():
-            if (value := getattr(self, name)) not in neutral:
-                raise ValueError(f"{name}={short(value)} is not supported here; remove it")
-        return self
 
 
 def chat_of(body: CountRequest, *, switches: frozenset[str] = frozenset()) -> ChatRequest:

@@ -9,15 +9,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, from_validation_errors, unsupported
-from fastgen_jax.serving.fields import Body, short
+from fastgen_jax.serving.fields import Body, ChatOptions, check_neutral, short
 from fastgen_jax.serving.protocol import ChatRequest, StreamOptions
 from fastgen_jax.serving.responses.items import messages_of
 
 # Fields that a chat has under the same name.
 _SAME = (
-    *("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("seed", "stop", "min_tokens", "ignore_eos", "priority", "timeout", "user", "stream", "parallel_tool_calls"),
-    *("chat_template_kwargs", "thinking_budget"),
+    *ChatOptions.PASSED_ON,
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens", "ignore_eos", "user"),
+    *("parallel_tool_calls", "chat_template_kwargs", "thinking_budget"),
 )
 # Names of a chat in errors -> those of this API.
 _NAMES = {
@@ -81,7 +81,7 @@ class ConversationRequest(Body):
         return self
 
 
-class ResponsesRequest(ConversationRequest):
+class ResponsesRequest(ConversationRequest, ChatOptions):
     """The body. Fields described as extensions are not in OpenAI's API."""
 
     # Fields that this server cannot fulfil -> values that ask for nothing.
@@ -107,12 +107,9 @@ class ResponsesRequest(ConversationRequest):
     )
 
     store: bool | None = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: int | None = Field(None, description="Limits built-in tools, of which there are none.")
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: int | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
@@ -126,24 +123,17 @@ class ResponsesRequest(ConversationRequest):
     service_tier: object = None
     context_management: object = None
     moderation: object = None
-    top_k: int | None = Field(None, description="Extension.")
-    min_p: float | None = Field(None, description="Extension.")
     repetition_penalty: float | None = Field(None, description="Extension.")
     presence_penalty: float | None = Field(None, description="Extension.")
     frequency_penalty: float | None = Field(None, description="Extension.")
-    seed: int | None = Field(None, description="Extension.")
     stop: str | list[str] | None = Field(None, description="Extension.")
     min_tokens: int | None = Field(None, description="Extension.")
     ignore_eos: bool | None = Field(None, description="Extension.")
-    priority: int | None = Field(None, description="Extension.")
-    timeout: float | None = Field(None, description="Extension.")
     thinking_budget: int | None = Field(None, description="Extension.")
 
     @model_validator(mode="after")
     def _supported(self) -> ResponsesRequest:
-        for name, neutral in self.NEUTRAL.items():
-            if (value := getattr(self, name)) not in neutral:
-                raise ValueError(f"{name}={short(value)} is not supported here; remove it")
+        check_neutral(self, self.NEUTRAL)
         for name in self.include or ():
             if name not in self.INCLUDABLE:
                 raise ValueError(f"include has {short(name)}; choose among {', '.join(sorted(self.INCLUDABLE))}")
