@@ -32,7 +32,7 @@ from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.segments import Place, Segment, run_loops
-from fastgen_jax.models.sharding import DIVIDED_AXES, in_place
+from fastgen_jax.models.sharding import in_place
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
@@ -261,12 +261,12 @@ def _held_stacks(
     ]
     found = {name: in_place(specs[name], layers[name], dtype, mesh) for name in matrices if name in layers}
     kept = {name: leaf for name, leaf in found.items() if leaf is not None}
-    if not gpu_target.is_gpu():  # whose compiler launches a kernel for each slice
+    # A GPU's compiler launches a kernel for each slice. On several devices XLA would divide what lies side by side.
+    if not gpu_target.is_gpu() or (mesh is not None and mesh.size > 1):
         return _HeldStacks(in_place=kept, vectors=(), having=having)
     alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, spec in specs.items():
-        whole = mesh is None or DIVIDED_AXES.isdisjoint(spec.axes)
-        if len(spec.shape) == 1 and whole and name in layers:
+        if len(spec.shape) == 1 and name in layers:
             alike.setdefault((str(layers[name].dtype), having[name]), []).append(name)
     vectors = []
     for names in alike.values():

@@ -90,9 +90,8 @@ def multiply_tiles(
       tiles: how the work is divided. The results of its splits are to be added up.
       interpret: passed to `plgpu.kernel`.
     """
-    values, operands = w, {}
-    if isinstance(w, Int8Weight):
-        values, operands = w.values, {"scales": w.scales}
+    values: jax.Array = w.values if isinstance(w, Int8Weight) else w
+    operands = {"scales": w.scales} if isinstance(w, Int8Weight) else {}
     num_rows, depth = x.shape
     most_items = (work.shape[0] - 1) * tiles.splits * -(-values.shape[2] // (WARPGROUPS * tiles.columns))
     spec = _Spec(

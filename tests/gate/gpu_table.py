@@ -33,8 +33,8 @@ def main() -> int:
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step, deviceless_mesh
 
-    print("| step | launches | waits | weights copied, MiB | temporaries, MiB | processor seconds |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| step | launches | collectives | waits | weights copied, MiB | temporaries, MiB | processor seconds |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     failed = 0
     for model, devices, quantize in itertools.product(options.models, options.devices, options.quantize):
         hf = GPU_MODELS[model]
@@ -54,12 +54,12 @@ def main() -> int:
             )
         except Exception as error:  # the other programs must be compiled too
             failed += 1
-            print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | | |", flush=True)
+            print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | | | |", flush=True)
             continue
         copied = sum(copy.bytes * copy.times for copy in program.copies)
         print(
-            f"| {name} | {program.operations} | {program.waits} | {copied / MIB:,.0f} | {program.temporaries / MIB:,.0f} | "
-            f"{time.process_time() - start:.0f} |",
+            f"| {name} | {program.operations} | {program.collectives} | {program.waits} | {copied / MIB:,.0f} | "
+            f"{program.temporaries / MIB:,.0f} | {time.process_time() - start:.0f} |",
             flush=True,
         )
         if options.text is not None:
