@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats: int) -> int:
+    import jax
+
     from fastgen_jax.engine import Engine
 
     engines = {
@@ -54,7 +56,7 @@ def _measured(model: str, blocks: Sequence[int], budgets: Sequence[int], repeats
                 times[n, t].append(engine.measure_step(t))
     print(f"{'KV blocks':>10} {'cache MiB':>10} " + " ".join(f"{f'{t} tokens, ms':>16}" for t in budgets))
     for n, engine in engines.items():
-        size = 2 * engine.runner.kv_cache.k.nbytes / MIB
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.kv_cache)) / MIB
         row = " ".join(f"{1e3 * statistics.median(times[n, t]):16.2f}" for t in budgets)
         print(f"{n:10d} {size:10.1f} {row}")
     return 0

@@ -11,6 +11,7 @@ from fastgen_jax.engine.background import BackgroundCompiler
 from fastgen_jax.engine.ladder import CostModel
 from fastgen_jax.engine.programs import Program
 from fastgen_jax.engine.runner import Runner, is_measured, shortest
+from fastgen_jax.engine.samplers import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class Refinement:
             self._compiler.wait()
         self._others = {}
 
-    def _add(self, program: Program) -> bool:
+    def _add(self, program: Program | Sampler) -> bool:
+        assert isinstance(program, Program), "programs of steps were ordered"
         self._others = {**self._others, program.bucket.num_tokens: program}
         return True
 
