@@ -9,21 +9,18 @@ chose is never changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import footprint, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization
-from fastgen_jax.engine.memory import Memory, memory_now
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.resolve import blocks_of_sequences, largest_budget
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.scheduling import BlockGroups
-from pallas_kernels import native
 from pallas_kernels.folders import Folder
 
 FILE = "formats.json"  # with the compiled programs, which are made for these formats
@@ -36,34 +33,6 @@ DEVICE_REST = 0.1  # of an accelerator's memory, which no cache takes: temporari
 USUAL_BUDGET = 512  # tokens: the largest step, where it is measured later
 
 _Share = Literal["usual", "least", "most"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What the choice depends on, besides the model and the options."""
-
-    platform: str
-    kind: str
-    """Name of the device."""
-    memory: Memory
-    bfloat16: bool = True
-    """Whether it computes in bfloat16."""
-    packs: bool = False
-    """Whether matrices are packed for native CPU kernels."""
-    num_devices: int = 1
-
-    @staticmethod
-    def here() -> Machine:
-        """This machine, with the memory that is free now."""
-        platform, device = jax.default_backend(), jax.local_devices()[0]
-        return Machine(
-            platform=platform,
-            kind=device.device_kind,
-            memory=memory_now(platform),
-            bfloat16=supports_bfloat16(device),
-            packs=platform == "cpu" and native.available(),
-            num_devices=len(jax.local_devices()),
-        )
 
 
 def with_formats(

@@ -9,7 +9,7 @@ import jax
 
 from fastgen_jax.engine import footprint, generation
 from fastgen_jax.engine.config import DType, EngineConfig, KVDType, Quantization, default_block_size, formats_of, shown
-from fastgen_jax.engine.memory import memory_now
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
@@ -124,19 +124,29 @@ class ResolvedConfig:
         return min(self.token_budget, self.max_num_seqs)
 
 
-def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | None = None) -> ResolvedConfig:
+def resolve(
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    earlier_blocks: int | None = None,
+    machine: Machine | None = None,
+    weights: int = 0,
+) -> ResolvedConfig:
     """Returns `config` with a value for every open field, chosen for this model and device.
 
     Without a token budget, `budget_ladder` contains the candidates among which to choose. `earlier_blocks` is the
-    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. Raises ValueError if the
-    choices are incompatible with the model or the free memory.
+    `num_blocks` of an earlier start; it is kept if it suits the memory that is free now. `machine` is another one, on
+    each of whose devices `weights` bytes of weights are still to be loaded. Raises ValueError if the choices are
+    incompatible with the model or the free memory.
     """
-    platform = jax.default_backend()
+    is_here = machine is None
+    machine = Machine.here() if machine is None else machine
+    platform, packs = machine.platform, machine.packs and config.tensor_parallel is None
     if config.logits_processor is not None:
         check_processor(config.logits_processor, model.vocab_size)
     if config.quantize in get_args(Quantization) and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
-    if config.quantize == "int4" and not _packs_weights(config):
+    if config.quantize == "int4" and not packs:
         raise ValueError(
             f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
             f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
@@ -144,7 +154,9 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:
-        _check_tensor_parallel(config, model, config.tensor_parallel, platform)
+        if is_here:
+            _check_devices(config.tensor_parallel, platform)
+        _check_tensor_parallel(config, model, config.tensor_parallel)
     if config.max_context_len is not None and config.max_context_len > model.max_context_len:
         raise ValueError(
             f"max_context_len={config.max_context_len} exceeds the model's {model.max_context_len}; choose at most that"
@@ -158,20 +170,23 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     )
     num_blocks = config.num_blocks
     if num_blocks is None:
-        num_blocks = (
-            memory_now(platform)
-            .room(
-                footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, dtype)
-                + footprint.state_bytes(model, platform, config.max_num_seqs)
-            )
-            .num_blocks(
-                bytes_per_block,
-                wanted=blocks_of_sequences(groups, config.max_num_seqs, max_context_len),
-                earlier=earlier_blocks,
-                share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
-            )
+        num_blocks = machine.memory.room(
+            weights
+            + footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, dtype)
+            + footprint.state_bytes(model, platform, config.max_num_seqs)
+        ).num_blocks(
+            bytes_per_block,
+            wanted=blocks_of_sequences(groups, config.max_num_seqs, max_context_len),
+            earlier=earlier_blocks,
+            share=1 if platform == "cpu" else num_devices,  # CPU devices share the memory of one host
         )
         if num_blocks < 1:
+            if weights:
+                raise ValueError(
+                    f"no memory for a single KV block: the weights take {footprint.size(weights)} of each device, which has "
+                    f"{footprint.size(machine.memory.limit)}; choose a larger tensor_parallel than {num_devices}, or "
+                    "quantize='int8'"
+                )
             raise ValueError(
                 f"no memory for a single KV block of {bytes_per_block / 2**20:.1f} MiB; free memory, choose a smaller "
                 f"block_size than {block_size}, or a smaller kv_dtype than {kv_dtype}"
@@ -183,7 +198,7 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length and model.state is None
     stack_layers = config.stack_layers
     if stack_layers is None:
-        stack_layers = platform != "cpu" or config.tensor_parallel is not None or _packs_weights(config)
+        stack_layers = platform != "cpu" or config.tensor_parallel is not None or packs
     return ResolvedConfig(
         choices=config,
         dtype=dtype,
@@ -194,12 +209,12 @@ def resolve(config: EngineConfig, model: ModelConfig, *, earlier_blocks: int | N
         num_blocks=num_blocks,
         windows=windows,
         stack_layers=stack_layers,
-        activation_dtype="float32" if _packs_weights(config) or (dtype == "float16" and model.exceeds_float16) else dtype,
+        activation_dtype="float32" if packs or (dtype == "float16" and model.exceeds_float16) else dtype,
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,
             longest=min(max_context_len, num_blocks // len(windows) * block_size),
-            padding_is_cheap=_packs_weights(config),
+            padding_is_cheap=packs,
         ),
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
         fitted=_fitted(
@@ -247,8 +262,8 @@ def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -
     return tuple(sorted({*smaller, config.token_budget}))
 
 
-def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int, platform: str) -> None:
-    """ValueError if there are too few devices, or the model or another choice is incompatible with them."""
+def _check_devices(num_devices: int, platform: str) -> None:
+    """ValueError if this process has fewer devices."""
     here = len(jax.local_devices())
     if here < num_devices:
         remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} splits a CPU into that many"
@@ -256,6 +271,10 @@ def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices
             f"tensor_parallel={num_devices} but this process has {here} {platform} device(s); "
             f"choose 1 to {here}" + (remedy if platform == "cpu" else "")
         )
+
+
+def _check_tensor_parallel(config: EngineConfig, model: ModelConfig, num_devices: int) -> None:
+    """ValueError if the model or another choice is incompatible with so many devices."""
     if config.stack_layers is False:
         raise ValueError(f"tensor_parallel={num_devices} with stack_layers=False is not supported; omit stack_layers")
     check_num_devices(model, num_devices)

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 
 from fastgen_jax.devices import Topology, parse_topology
 from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
-from fastgen_jax.engine.config import EngineConfig, default_block_size
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import FOLDER, program_name, step_program, works_on
-from fastgen_jax.engine.resolve import BUDGETS, MEASURED_BUDGETS, ResolvedConfig, blocks_of_sequences, largest_budget
+from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.sampling.sampler import Work
-from fastgen_jax.models.cache_groups import cache_groups, choose_groups
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
-from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.buckets import Bucket as RemoteFolder
 from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder
@@ -101,66 +101,21 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         )
     check_num_devices(model, num_devices)
     memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes))
-    machine = fit.Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
+    machine = Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
-    block_size = choices.block_size or default_block_size(platform, formats.kv_dtype)
-    context = choices.max_context_len or model.max_context_len
-    groups = BlockGroups(
-        windows=choose_groups(model, context).windows, block_size=block_size, token_budget=largest_budget(choices)
-    )
-    num_blocks = choices.num_blocks
-    if num_blocks is None:
-        weights = footprint.weight_bytes(model, num_devices, jnp.dtype(formats.dtype).itemsize, quantize=formats.quantize)
-        weights += footprint.state_bytes(model, platform, choices.max_num_seqs)
-        num_blocks = memory.room(weights).num_blocks(
-            footprint.block_bytes(
-                model,
-                platform,
-                kv_dtype=formats.kv_dtype,
-                block_size=block_size,
-                num_groups=groups.num_groups,
-                num_devices=num_devices,
-            ),
-            wanted=blocks_of_sequences(groups, choices.max_num_seqs, context),
-            share=num_devices,
-        )
-        if num_blocks < 1:
-            raise ValueError(
-                f"no memory for a single KV block: the weights take {footprint.size(weights)} of each device, which has "
-                f"{footprint.size(memory.limit)}; choose a larger tensor_parallel than {num_devices}, or quantize='int8'"
-            )
-        if choices.fit and choices.max_context_len is None:
-            context = groups.longest(num_blocks, context)
+    bytes_per_weight = jnp.dtype(formats.dtype).itemsize
+    weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize)
+    config = resolve(replace(choices, formats=formats), model, machine=machine, weights=weights)
+    budgets = config.budget_ladder
     if choices.token_budget is None:
         cost = ladder.cost_model(
             model,
-            bytes_per_weight=1 if formats.quantize else jnp.dtype(formats.dtype).itemsize,
+            bytes_per_weight=1 if formats.quantize else bytes_per_weight,
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
-        candidates = [
-            budget for budget in MEASURED_BUDGETS if budget <= min(context, num_blocks // groups.num_groups * block_size)
-        ]
-        budgets = ladder.modeled_ladder(cost, candidates, max_num_seqs=choices.max_num_seqs)
-    else:
-        smaller = BUDGETS if choices.budget_ladder is None else choices.budget_ladder
-        budgets = (*(budget for budget in smaller if budget < choices.token_budget), choices.token_budget)
-    return ResolvedConfig(
-        choices=choices,
-        dtype=formats.dtype,
-        quantize=formats.quantize,
-        kv_dtype=formats.kv_dtype,
-        block_size=block_size,
-        max_context_len=context,
-        num_blocks=num_blocks,
-        windows=groups.windows,
-        stack_layers=True,
-        activation_dtype="float32" if formats.dtype == "float16" and model.exceeds_float16 else formats.dtype,
-        prefix_caching=choices.prefix_caching and not model.rope_depends_on_length and model.state is None,
-        budget_ladder=tuple(sorted(set(budgets))),
-        generation_config=(),
-        fitted=formats.why,
-    )
+        budgets = tuple(sorted(ladder.modeled_ladder(cost, budgets, max_num_seqs=choices.max_num_seqs)))
+    return replace(config, choices=choices, budget_ladder=budgets, generation_config=())
 
 
 def _compile(

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.fit import Machine, choose_formats, tokens_that_fit
+from fastgen_jax.engine.fit import choose_formats, tokens_that_fit
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory, round_down
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import family_of

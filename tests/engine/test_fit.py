@@ -13,10 +13,10 @@ import jax
 import pytest
 
 from fastgen_jax import Engine, EngineConfig
-from fastgen_jax.engine import fit, footprint, memory
-from fastgen_jax.engine import resolve as resolve_module
+from fastgen_jax.engine import fit, footprint, machine, memory
 from fastgen_jax.engine.config import Formats
-from fastgen_jax.engine.fit import LEAST_CONTEXT, USABLE_CONTEXT, Machine, candidates, choose_formats, tokens_that_fit
+from fastgen_jax.engine.fit import LEAST_CONTEXT, USABLE_CONTEXT, candidates, choose_formats, tokens_that_fit
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.resolve import resolve
 from tests.engine.fit_cases import GIB, MACHINES, model, table
@@ -232,8 +232,7 @@ def test_a_small_machine_gets_smaller_weights_says_so_once_and_keeps_to_it(tmp_p
     cache = {"compile_cache_dir": str(tmp_path / "cache")}
 
     def started(limit: int, **more) -> Engine:
-        for module in (fit, resolve_module):
-            monkeypatch.setattr(module, "memory_now", lambda platform: Memory(limit=limit, is_host=True))
+        monkeypatch.setattr(machine, "memory_now", lambda platform: Memory(limit=limit, is_host=True))
         return Engine.from_pretrained(str(checkpoint), **{**options, **more})
 
     whole = started(2**30)

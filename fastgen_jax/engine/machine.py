@@ -1,0 +1,39 @@
+"""The machine that an engine runs on, or for which it is prepared elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from fastgen_jax.core.devices import supports_bfloat16
+from fastgen_jax.engine.memory import Memory, memory_now
+from pallas_kernels import native
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the settings of an engine depend on, besides the model and the options."""
+
+    platform: str
+    kind: str
+    """Name of the device."""
+    memory: Memory
+    bfloat16: bool = True
+    """Whether it computes in bfloat16."""
+    packs: bool = False
+    """Whether matrices are packed for native CPU kernels."""
+    num_devices: int = 1
+
+    @staticmethod
+    def here() -> Machine:
+        """This machine, with the memory that is free now."""
+        platform, device = jax.default_backend(), jax.local_devices()[0]
+        return Machine(
+            platform=platform,
+            kind=device.device_kind,
+            memory=memory_now(platform),
+            bfloat16=supports_bfloat16(device),
+            packs=platform == "cpu" and native.available(),
+            num_devices=len(jax.local_devices()),
+        )
