@@ -157,7 +157,7 @@ def take_apart(weight: Weight, array: np.ndarray) -> Iterator[np.ndarray]:
     for entry in entries:
         for piece in np.split(entry, borders, axis=-1):
             piece = piece.swapaxes(-1, -2) if source.transpose else piece
-            yield piece[None] if source.is_row else piece
+            yield piece.T[:, None] if source.is_conv else piece[None] if source.is_row else piece
 
 
 def _export(

@@ -10,6 +10,7 @@ import pytest
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.async_engine import AsyncEngine, ClosedError, QueueFullError, RequestFailedError
 from fastgen_jax.api.engine_thread import EngineThread
+from fastgen_jax.engine.packing import Packer
 from fastgen_jax.engine.stepper import Stepper
 from fastgen_jax.serving.errors import as_api_error
 from tests.tiny import drain, greedy, pause_after_outputs, tiny_engine, tokens_of
@@ -171,15 +172,15 @@ def test_a_failed_step_ends_its_requests_and_the_queue_survives(monkeypatch, whe
     want = offline(prompts)
     engine = tiny_engine()
     failures = iter([False, False, True])
-    name = {"dispatch": "_pack", "commit": "_publish_outputs"}[where]
-    original = getattr(Stepper, name)
+    owner, name = {"dispatch": (Packer, "pack"), "commit": (Stepper, "_publish_outputs")}[where]
+    original = getattr(owner, name)
 
     def breaks(self, *args):
         if next(failures, False):
             raise RuntimeError("the device is gone")
         return original(self, *args)
 
-    monkeypatch.setattr(Stepper, name, breaks)
+    monkeypatch.setattr(owner, name, breaks)
 
     async def scenario(wrapped):
         results = await asyncio.gather(*(tokens(wrapped, p) for p in prompts), return_exceptions=True)
@@ -197,7 +198,7 @@ def test_an_engine_that_cannot_recover_leaves_no_request_hanging(monkeypatch):
     def breaks(self, *_):
         raise RuntimeError("the device is gone for good")
 
-    monkeypatch.setattr(Stepper, "_pack", breaks)
+    monkeypatch.setattr(Packer, "pack", breaks)
     monkeypatch.setattr(Engine, "recover", breaks)
     engine = tiny_engine()
 

@@ -36,7 +36,7 @@ def names(variant: str, **options) -> tuple[str, str]:
     config = resolve(choices, model)
     programs = Runner(prepare_params(params, model, config), model, config).programs
     devices, bucket = jax.devices()[: config.tensor_parallel or 1], programs.bucket(8)
-    real = program_name(programs._arguments(bucket)[:3], model, config, 8, "any", devices=devices)
+    real = program_name(programs._arguments(bucket, None)[:3], model, config, 8, "any", devices=devices)
     shapes = step_arguments(
         model,
         bucket,
