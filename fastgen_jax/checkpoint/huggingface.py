@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # Nemotron-H as transformers 5 saves it
+RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # Nemotron-H as transformers 5 saves it
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 T = TypeVar("T")
@@ -186,7 +186,7 @@ def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfi
     if "index_topk" in hf:
         tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn.indexer." not in name}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
-    tensors = {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
+    tensors = {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
     predictors = ("model.mtp_layers.", "model.mtp.", "mtp.", *(f"model.layers.{layer}." for layer in extra))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(predictors)}
 

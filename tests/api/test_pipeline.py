@@ -53,7 +53,7 @@ def test_streams_return_the_tokens_of_the_response_and_leaving_early_frees_the_r
         (
             [5],
             {"max_tokens": 4},
-            "unknown option 'max_tokens'; use 'max_new_tokens'; generation options: adapter, allowed_token_ids",
+            "unknown option 'max_tokens'; use 'max_new_tokens'; generation options: adapter, ",
         ),
         ([5], {"temperature": -1.0}, "temperature"),
         ([5], {"do_sample": False, "top_p": 0.5}, "top_p"),

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from fastgen_jax.checkpoint import export_checkpoint, export_params, load_params, open_checkpoint, shards
 from fastgen_jax.checkpoint.export import NOT_EXPORTED
-from fastgen_jax.checkpoint.huggingface import text_name
+from fastgen_jax.checkpoint.huggingface import RENAMED, text_name
 from fastgen_jax.checkpoint.shards import Planned, write_directory
 from fastgen_jax.cli import main
 from fastgen_jax.models.families import baichuan
@@ -50,6 +50,7 @@ def published(path: Path) -> dict[str, np.ndarray]:
     config, tensors = json.loads((path / "config.json").read_text()), tensors_of(path)
     if "text_config" in config or "vision_config" in config:
         tensors = {inner: array for name, array in tensors.items() if (inner := text_name(name)) is not None}
+    tensors = {RENAMED.get(name, name): array for name, array in tensors.items()}
     if open_checkpoint(path).config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     return tensors
