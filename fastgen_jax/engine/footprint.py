@@ -72,6 +72,8 @@ def weight_bytes(
 
 def adapter_bytes(model: ModelConfig, count: int, rank: int, dtype: DType) -> int:
     """Bytes of the places for `count` adapters; twice that much while one is loaded, since steps keep the old ones."""
+    if not count:
+        return 0
     having = layers_with(model)
     each = sum(
         len(having[name]) * rank * (spec.shape[0] * max(len(spec.parts), 1) + spec.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from fastgen_jax.engine import ladder
 from fastgen_jax.engine.background import BackgroundCompiler
@@ -92,7 +93,7 @@ class Refinement:
         self._others = {}
 
     def _add(self, program: Program | Sampler) -> bool:
-        assert isinstance(program, Program), "programs of steps were ordered"
+        program = cast("Program", program)  # those that were ordered
         self._others = {**self._others, program.bucket.num_tokens: program}
         return True
 
