@@ -85,6 +85,7 @@ def test_tokens_equal_those_of_a_model_without_cache(family, variant, windows, o
     assert generate(engine) == got, "now with the prefixes of whole prompts"
 
 
+@pytest.mark.slow
 def test_sequences_that_the_caller_controls_can_be_forked_and_cut_back() -> None:
     engine = make("gemma3")
     params, config = load("gemma3", "default", stack_layers=True)

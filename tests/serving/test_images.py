@@ -42,6 +42,7 @@ def urls() -> list[str]:
     return [data_url(file_of(image, "PNG")) for image in images()]
 
 
+@pytest.mark.slow
 def test_a_chat_with_images_has_the_answer_of_transformers_whole_and_streamed():
     async def scenario(client: httpx.AsyncClient, _: AsyncEngine) -> list[httpx.Response]:
         body = chat(*urls())
