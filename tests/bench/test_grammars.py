@@ -9,6 +9,7 @@ from fastgen_jax.cli import main
 from tests.serving.tiny_server import engine
 
 
+@pytest.mark.slow
 def test_held_streams_generate_a_token_in_every_step_of_free_ones() -> None:
     shared = engine()
     rates = grammars.measure(shared, streams=1, tokens=20, rounds=1, greedy=False)

@@ -46,6 +46,7 @@ def machine(home: Path, options: dict[str, object]) -> dict[str, object]:
     return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}
 
 
+@pytest.mark.slow
 def test_a_second_machine_compiles_and_measures_nothing(server, tmp_path) -> None:
     options = {"max_num_seqs": 4, "block_size": 4, "num_blocks": 4}
     first = machine(tmp_path / "anna", options)
