@@ -13,6 +13,16 @@ ARCHITECTURES = ("GraniteMoeForCausalLM",)
 FEATURES = "one tensor of experts per layer; multipliers; biases"
 
 
+def multipliers(hf: Fields) -> common.ModelFields:
+    """The constants by which Granite multiplies embeddings, logits, residuals and scores."""
+    return {
+        "embed_multiplier": hf.get("embedding_multiplier", 1.0),
+        "logits_multiplier": 1.0 / hf.get("logits_scaling", 1.0),
+        "residual_multiplier": hf.get("residual_multiplier", 1.0),
+        "attention_scale": hf.get("attention_multiplier", 1.0),
+    }
+
+
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
@@ -24,10 +34,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=bias,
         o_bias=bias,
-        embed_multiplier=hf.get("embedding_multiplier", 1.0),
-        logits_multiplier=1.0 / hf.get("logits_scaling", 1.0),
-        residual_multiplier=hf.get("residual_multiplier", 1.0),
-        attention_scale=hf.get("attention_multiplier", 1.0),
+        **multipliers(hf),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         moe=MoEConfig(
             num_experts=hf.first("num_local_experts", default=8),

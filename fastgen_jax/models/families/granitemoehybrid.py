@@ -6,6 +6,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
+from fastgen_jax.models.families.granitemoe import multipliers
 from fastgen_jax.models.families.rope import rotary
 from fastgen_jax.models.families.state_layers import split_layers, state_names
 from fastgen_jax.models.moe_config import MoEConfig
@@ -46,10 +47,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=bias,
         o_bias=bias,
-        embed_multiplier=hf.get("embedding_multiplier", 1.0),
-        logits_multiplier=1.0 / hf.get("logits_scaling", 1.0),
-        residual_multiplier=hf.get("residual_multiplier", 1.0),
-        attention_scale=hf.get("attention_multiplier", 1.0),
+        **multipliers(hf),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         activation=activation,
         attention_layers=attention,
