@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint, read_json
 from fastgen_jax.json_types import JsonFields
+from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig, TowerWeight
-from fastgen_jax.models.vision.read import images_from_hf, tower_name, tower_weights
+from fastgen_jax.models.vision.read import images_from_hf, tower_name
 from fastgen_jax.models.weight_spec import DType, Params
 
 
@@ -40,8 +42,7 @@ def load_tower(checkpoint: HuggingFaceCheckpoint, images: ImagesConfig, *, dtype
     stored = {tower_name(name): name for name in checkpoint.around_text}
     used: set[str] = set()
 
-    def read(weight: TowerWeight, layer: int | None) -> np.ndarray:
-        name = weight.tensor.format(layer=layer)
+    def read(weight: TowerWeight, name: str) -> np.ndarray:
         if name not in stored:
             raise missing_tensor(name, checkpoint.path, stored)
         tensor = checkpoint.around_text[stored[name]]
@@ -54,18 +55,17 @@ def load_tower(checkpoint: HuggingFaceCheckpoint, images: ImagesConfig, *, dtype
         array = np.asarray(tensor.map())
         return array.reshape(array.shape[0], -1).T if weight.is_matrix else array
 
-    tree: Params = {"layers": {}}
-    for path, weight in tower_weights(images).items():
-        rows = [read(weight, i) for i in range(images.tower.num_layers)] if weight.per_layer else [read(weight, None)]
-        array = np.stack(rows) if weight.per_layer else rows[0]
-        group = tree["layers"] if weight.per_layer else tree
-        group[path.removeprefix("layers.")] = jax.device_put(np.array(array, dtype=np.dtype(dtype)))
+    leaves: dict[str, Any] = {}
+    for path, weight in towers.weights(images.tower).items():
+        arrays = [read(weight, name) for name in weight.tensors]
+        array = arrays[0] if weight.count is None else np.stack(arrays)
+        leaves[path] = jax.device_put(np.array(array, dtype=np.dtype(dtype)))
     if extra := sorted(stored.keys() - used):
         raise ValueError(
             f"{checkpoint.path} holds {len(extra)} tensors of the vision tower that are not known "
             f"({', '.join(map(repr, extra[:3]))}); images=False loads the text model"
         )
-    return tree
+    return towers.tree_of(leaves)
 
 
 def _preprocessor(path: Path) -> JsonFields:

@@ -137,7 +137,7 @@ def _vision(checkpoint: Checkpoint) -> str:
     if images is None:
         return f"not read: {len(checkpoint.around_text)} tensors"
     sizes = ", ".join(f"{tower_bytes(images, size):,} bytes as {dtype}" for dtype, size in KV_DTYPES.items() if size > 1)
-    return f"{images.tower.image_size} x {images.tower.image_size} pixels, {images.most_tokens} tokens an image, {sizes}"
+    return f"{images.tower.shown}, {sizes}"
 
 
 def _sampling(checkpoint: Checkpoint) -> str:

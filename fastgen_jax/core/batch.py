@@ -43,5 +43,8 @@ class RaggedBatch:
     adapters: Int32[Array, " T"] | None = None
     """Number of each token's adapter, ascending; that of the first without one is the number of adapters. None: there are
     none."""
+    rope_positions: Int32[Array, "3 T"] | None = None
+    """Position of each token in the three streams of a rotary embedding with `sections`: time, row and column. None: all of
+    them are `positions`."""
     slots: Int32[Array, " S"] | None = None
     """The slot of each sequence, for models that keep states in them; None for the others."""

@@ -16,7 +16,8 @@ class StepImages:
 
     is_image: Bool[Array, " T"]
     """Tokens whose embeddings are replaced."""
-    embeddings: Float[Array, "T E"]
-    """By what; the other rows mean nothing."""
-    spans: Int32[Array, "P 4"]
-    """Tokens that attend in both directions, as for `pallas_kernels.ragged_attention.with_spans`."""
+    embeddings: Float[Array, "parts T E"]
+    """`embeddings[0]` is what replaces them; `embeddings[i]` is added to the residual stream after layer i - 1. All are 0 at
+    the other tokens."""
+    spans: Int32[Array, "P 4"] | None
+    """Tokens that attend in both directions, as for `pallas_kernels.ragged_attention.with_spans`; None: no image's do."""

@@ -152,6 +152,9 @@ class EngineConfig:
     or the name of one of the model's templates, such as "rag". None: the model's own, "tool_use" if there are tools."""
     images: bool = True
     """Read images, if the checkpoint has a vision tower and Pillow is installed. Off: only its text model is loaded."""
+    max_image_tokens: int = 4096
+    """Tokens of the largest image, for models that read images of many sizes: larger ones are made smaller. The limit of the
+    checkpoint applies as well."""
     vision: ImagesConfig | None = None
     """How the model reads images; set by `from_pretrained`."""
     strict_config: bool = False
@@ -170,7 +173,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         sizes = ("tensor_parallel", "token_budget")
-        for name in (*sizes, "max_num_seqs", "max_context_len", "block_size", "num_blocks", "max_adapter_rank"):
+        for name in (
+            *sizes,
+            "max_num_seqs",
+            "max_context_len",
+            "block_size",
+            "num_blocks",
+            "max_adapter_rank",
+            "max_image_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")

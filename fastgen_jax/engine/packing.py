@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.core import RaggedBatch
+from fastgen_jax.engine.grids import rope_positions
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables, sampling_fields
@@ -73,7 +74,8 @@ class Bucket:
     """A compiled shape: `num_tokens` T, with rows for `num_seqs` S sequences and as many sampled tokens.
 
     `groups` are the cache groups. The second and later ones have tables of the blocks that T tokens see, from the first of
-    these on. With `has_states` a batch has the slots of its sequences; `num_slots` counts those of tokens in the cache.
+    these on. With `has_states` a batch has the slots of its sequences, with `has_grids` three streams of positions.
+    `num_slots` counts the slots of tokens in the cache.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Bucket:
         num_adapters: int = 0,
         groups: BlockGroups | None = None,
         has_states: bool = False,
+        has_grids: bool = False,
     ) -> None:
         self.num_tokens = num_tokens
         self.num_seqs = min(num_tokens, max_num_seqs)
@@ -113,6 +116,7 @@ class Bucket:
                 Field("sample_rows", (self.num_seqs,)),
                 Field("num_sample_rows", ()),
                 *([Field("adapters", (num_tokens,))] if num_adapters else []),
+                *([Field("rope_positions", (3, num_tokens))] if has_grids else ()),
                 *([Field("slots", (self.num_seqs,))] if has_states else ()),
                 *windowed,
                 *(Field(f"sampling.{name}", shape, dtype) for name, shape, dtype in sampling_fields(self.num_seqs)),
@@ -215,6 +219,12 @@ class Packer:
             positions = np.arange(total, dtype=np.int32) + np.repeat(starts - (ends - lengths), lengths)
         block, offset = np.divmod(positions, self._block_size)
         v["positions"][:total] = positions
+        if "rope_positions" in v:
+            v["rope_positions"][:, :total] = positions
+            for chunk, end in zip(chunks, ends.tolist(), strict=True):
+                if images := chunk.sequence.request.images:
+                    found = rope_positions(images, chunk.start, chunk.start + chunk.length)
+                    v["rope_positions"][:, end - chunk.length : end] = found
         v["kv_slots"][:total] = tables[rows, block] * self._block_size + offset
         if "adapters" in v:
             places = (chunk.sequence.request.adapter_place for chunk in chunks)

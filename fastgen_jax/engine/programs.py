@@ -98,6 +98,7 @@ class Programs:
             groups=config.groups,
             num_adapters=config.num_adapters,
             has_states=self.model.state is not None,
+            has_grids=config.has_grids,
         )
 
     def zeros(self) -> tuple[KVCache, SamplerState]:
@@ -212,6 +213,8 @@ def program_name(
     """
     shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
     form = (config.choices.attention, config.activation_dtype, config.tensor_parallel, work)
+    if config.has_grids:  # with other positions in the packed array
+        form = (*form, "grids")
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
 
 

@@ -74,6 +74,11 @@ class ResolvedConfig:
         return self.choices.vision
 
     @property
+    def has_grids(self) -> bool:
+        """Whether tokens of images have a row and a column, so that all steps have three streams of positions."""
+        return self.images is not None and self.images.in_grid
+
+    @property
     def tensor_parallel(self) -> int | None:
         """Number of devices over which the model is sharded; None: one device, no sharding."""
         return self.choices.tensor_parallel

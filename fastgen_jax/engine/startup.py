@@ -39,6 +39,7 @@ from fastgen_jax.engine.tower import Tower
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.images.decode import pillow
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.vision.read import limited
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.text import Tokenizer, load_tokenizer
 from pallas_kernels import native
@@ -103,6 +104,7 @@ def _tower(checkpoint: Checkpoint, config: EngineConfig) -> Tower | None:
     found = images_of(checkpoint) if config.images else None
     if found is None or not isinstance(checkpoint, HuggingFaceCheckpoint):
         return None
+    found = limited(found, config.max_image_tokens)
     try:
         pillow()
     except ValueError as error:
@@ -236,6 +238,7 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
         "strict_config",
         "adapters",
         "images",
+        "max_image_tokens",
         "vision",
     )
     shaping = {name: value for name, value in choices.changed.items() if name not in other and "promise" not in name}

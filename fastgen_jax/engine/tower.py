@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import StepImages
-from fastgen_jax.models.vision import siglip
+from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import PromptImage, Step
@@ -23,7 +23,10 @@ from pallas_kernels.ragged_attention import SPAN_QUERIES
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", StepImages, jax.Array)
-KEPT = 32  # images whose embeddings stay on the device: those of samples of one prompt, or of a sequence that was preempted
+# Images whose embeddings stay on the device: those of samples of one prompt, of a sequence that was preempted, and of one
+# whose images are cut into chunks. One stays however large it is.
+KEPT = 32
+KEPT_BYTES = 256 << 20
 
 
 class Tower:
@@ -36,16 +39,22 @@ class Tower:
         self.config = config
         self._read = read
         self._params: Params | None = read()
-        self._embed = jax.jit(partial(siglip.embed, config=config.tower))
+        self._embed = jax.jit(partial(towers.embed, config=config.tower))
+        self._dtype = jax.tree.leaves(self._params)[0].dtype
+        self._shapes = towers.shape_of_rows(config.tower, self._dtype)  # of each program
+        self._compiled: dict[
+            int, jax.stages.Compiled
+        ] = {}  # by the number of bytes of an image, which differs between shapes
         self._kept: OrderedDict[bytes, jax.Array] = OrderedDict()  # the most recently used last
 
     def warm_up(self, num_tokens: int, *, mesh: Mesh | None) -> None:
         """Compiles all that a step of `num_tokens` runs besides its own program."""
-        side = self.config.tower.image_size
-        image = PromptImage(start=0, stop=1, key=b"", is_whole=True, content=np.zeros((side, side, 3), np.uint8))
-        place = _place(self._no_rows(num_tokens), self._rows(image), np.full(num_tokens, -1, np.int32))
-        jax.block_until_ready(_on(place, mesh))
-        self._kept.clear()
+        tower, indices = self.config.tower, np.full(num_tokens, -1, np.int32)
+        for inputs, rows in zip(towers.shapes(tower), self._shapes, strict=True):
+            # Not run: a large image takes long on a CPU.
+            self._compiled[_num_bytes(inputs)] = self._embed.lower(self._weights, inputs).compile()
+            placed = _place(self._no_rows(num_tokens), jnp.zeros(rows.shape, rows.dtype), indices)
+            jax.block_until_ready(_on(placed, mesh))
 
     def release(self) -> None:
         """Frees the memory of the weights and of kept embeddings; the next image takes it again."""
@@ -79,7 +88,14 @@ class Tower:
                 count = min(SPAN_QUERIES, end - start - offset)
                 spans[num_spans] = row, token + offset, count, image.stop - start - offset
                 num_spans += 1
-        return _on(StepImages(is_image=jax.device_put(is_image), embeddings=embeddings, spans=jax.device_put(spans)), mesh)
+        return _on(
+            StepImages(
+                is_image=jax.device_put(is_image),
+                embeddings=embeddings,
+                spans=jax.device_put(spans) if self.config.is_whole else None,
+            ),
+            mesh,
+        )
 
     def shapes(self, num_tokens: int, *, mesh: Mesh | None) -> StepImages:
         """The shapes of `images_of`."""
@@ -87,8 +103,8 @@ class Tower:
         shape: Any = partial(jax.ShapeDtypeStruct, sharding=place)
         return StepImages(
             is_image=shape((num_tokens,), jnp.bool_),
-            embeddings=shape((num_tokens, self.config.tower.text_dim), self._dtype),
-            spans=shape((num_tokens, 4), jnp.int32),
+            embeddings=shape(self._shape_of_all(num_tokens), self._dtype),
+            spans=shape((num_tokens, 4), jnp.int32) if self.config.is_whole else None,
         )
 
     @property
@@ -98,28 +114,34 @@ class Tower:
             self._params = self._read()
         return self._params
 
-    @property
-    def _dtype(self) -> np.dtype:
-        return self._weights["projector"].dtype
+    def _shape_of_all(self, num_tokens: int) -> tuple[int, ...]:
+        parts, _, width = self._shapes[0].shape
+        return parts, num_tokens, width
 
     def _no_rows(self, num_tokens: int) -> jax.Array:
-        return jnp.zeros((num_tokens, self.config.tower.text_dim), self._dtype)
+        return jnp.zeros(self._shape_of_all(num_tokens), self._dtype)
 
     def _rows(self, image: PromptImage) -> jax.Array:
-        """The embeddings of an image, [n, E]."""
+        """The embeddings of an image, [parts, n, E]."""
         rows = self._kept.pop(image.key, None)
         if rows is None:
-            rows = self._embed(self._weights, image.content)
+            rows = self._compiled[_num_bytes(image.content)](self._weights, image.content)
         self._kept[image.key] = rows
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        kept_bytes = sum(kept.nbytes for kept in self._kept.values())
+        while len(self._kept) > 1 and (len(self._kept) > KEPT or kept_bytes > KEPT_BYTES):
+            kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return rows
 
 
 @jax.jit
 def _place(embeddings: jax.Array, rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """`embeddings` [T, E] with `rows[indices[t]]` at each token t whose index is not negative."""
-    return jnp.where((indices >= 0)[:, None], jnp.take(rows, indices, axis=0, mode="clip"), embeddings)
+    """`embeddings` [parts, T, E] with `rows[:, indices[t]]` at each token t whose index is not negative."""
+    return jnp.where((indices >= 0)[None, :, None], jnp.take(rows, indices, axis=1, mode="clip"), embeddings)
+
+
+def _num_bytes(inputs: Any) -> int:
+    """Bytes of the arrays, or shapes, that a tower reads."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(inputs))
 
 
 def _on(images: T, mesh: Mesh | None) -> T:

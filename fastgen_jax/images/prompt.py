@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastgen_jax.images.decode import NamedImage, open_image
+from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig
-from fastgen_jax.scheduling.images import PromptImage
+from fastgen_jax.scheduling.images import Grid, PromptImage
 from fastgen_jax.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +29,14 @@ class PromptParts(NamedTuple):
     images: tuple[PromptImage, ...]
 
 
+class _Read(NamedTuple):
+    """An image as the tower reads it, and rows and columns of its tokens."""
+
+    key: bytes
+    grid: tuple[int, int]
+    content: Any
+
+
 class ImagePrompts:
     """Turns prompts with images into tokens, for one model and its tokenizer. Any thread may use it."""
 
@@ -36,14 +46,11 @@ class ImagePrompts:
         self._tokenizer = tokenizer
         ids = (config.start_token_id, config.image_token_id, config.end_token_id)
         try:
-            start, image, end = map(tokenizer.token_text, ids)
+            self._start, self._image, self._end = map(tokenizer.token_text, ids)
         except ValueError as error:
             raise ValueError(f"a token of images: {error}; images=False loads the text model") from error
-        self.placeholder = start
+        self.placeholder = "".join(map(tokenizer.token_text, config.marker_token_ids))
         """The text that stands for an image in a prompt."""
-        self._image = image
-        # As transformers writes it for Gemma 3.
-        self._shown = f"\n\n{start}{image * config.tower.tokens_per_image}{end}\n\n"
 
     def parts(self, text: str, images: Sequence[NamedImage], *, add_special_tokens: bool) -> PromptParts:
         """The tokens of a text with `placeholder` at the place of each image; all images come first if it has none.
@@ -53,35 +60,59 @@ class ImagePrompts:
         """
         if len(images) > MOST_IMAGES:
             raise ValueError(f"the prompt has {len(images)} images, but at most {MOST_IMAGES} are read; remove some")
-        if self._image in text:
+        plain = text.split(self.placeholder)
+        if any(self._image in part for part in plain):
             raise ValueError(
                 f"the text contains {self._image!r}, which stands for a part of an image; write {self.placeholder!r} at the "
                 "place of an image"
             )
-        places = text.count(self.placeholder)
+        places = len(plain) - 1
         if not places:
-            text = self.placeholder * len(images) + text
+            plain = [*[""] * len(images), text]
         elif places != len(images):
             raise ValueError(
                 f"the text has {places} places for images ({self.placeholder!r}), but {len(images)} images are passed"
             )
-        pixels = [self.pixels(open_image(source, what=what)) for what, source in images]
-        ids = self._tokenizer.encode(text.replace(self.placeholder, self._shown), add_special_tokens=add_special_tokens)
+        read = [self._read(image) for image in images]
+        ends = [self._shown(*image.grid) for image in read]
+        text = "".join(part for pair in zip(plain, [*ends, ""], strict=True) for part in pair)
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         starts = _runs(ids, self.config.image_token_id)
-        count = self.config.tower.tokens_per_image
         assert len(starts) == len(images), "the tokenizer has each token of an image as one"
-        shown = [
-            PromptImage(start=start, stop=start + count, key=_key(values), is_whole=self.config.is_whole, content=values)
-            for start, values in zip(starts, pixels, strict=True)
-        ]
-        return PromptParts(ids, tuple(shown))
+        return PromptParts(ids, tuple(self._placed(read, starts)))
 
     def pixels(self, image: Image) -> np.ndarray:
-        """What the tower reads: u8[height, width, 3]."""
+        """The image in the size in which it is read: u8[height, width, 3]; ValueError if it is too narrow."""
         from PIL import Image
 
-        side = self.config.tower.image_size
-        return np.asarray(image.resize((side, side), Image.Resampling(self.config.resample)))
+        size = self.config.tower.resized(*image.size)
+        return np.asarray(image.resize(size, Image.Resampling(self.config.resample)))
+
+    def _read(self, image: NamedImage) -> _Read:
+        tower, opened = self.config.tower, open_image(image.source, what=image.what)
+        try:
+            pixels = self.pixels(opened)
+            content = towers.inputs(pixels, config=tower)
+        except ValueError as error:
+            raise ValueError(f"{image.what} {error}") from None
+        return _Read(_key(pixels), tower.grid(pixels.shape[1], pixels.shape[0]), content)
+
+    def _shown(self, rows: int, columns: int) -> str:
+        """The text of an image with so many tokens, as the processor of transformers writes it."""
+        around = self.config.around
+        return f"{around}{self._start}{self._image * (rows * columns)}{self._end}{around}"
+
+    def _placed(self, read: Sequence[_Read], starts: Sequence[int]) -> Iterator[PromptImage]:
+        """The images whose tokens begin at `starts`."""
+        grid, ahead = None, 0  # what is added to the number of tokens to get a position
+        for image, start in zip(read, starts, strict=True):
+            (rows, columns), stop = image.grid, start + math.prod(image.grid)
+            if self.config.in_grid:
+                grid = Grid(start + ahead, columns, start + ahead + max(rows, columns))
+                ahead = grid.next - stop
+            yield PromptImage(
+                start=start, stop=stop, key=image.key, is_whole=self.config.is_whole, grid=grid, content=image.content
+            )
 
 
 def _key(pixels: np.ndarray) -> bytes:

@@ -96,9 +96,8 @@ def prepare_step(
     spans: Int32[Array, "P 4"] | None = None,
 ) -> Step:
     """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`."""
-    rotations = {
-        rope: rotation(batch.positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes
-    }
+    positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+    rotations = {rope: rotation(positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes}
     # Without the barrier XLA moves the cosines into every layer that uses them.
     values = jax.lax.optimization_barrier(tuple(rotations.values()))
     scale = None

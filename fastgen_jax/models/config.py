@@ -26,6 +26,8 @@ class RopeConfig:
     kind: RopeKind = "default"
     theta: float = 10_000.0
     dim: int | None = None  # leading dimensions of a head that are rotated; None: all
+    sections: tuple[int, ...] = ()  # pairs rotated by time, row and column in images (M-RoPE, arXiv:2409.12191); (): by time
+    sections_interleaved: bool = False  # these pairs alternate, instead of following one another
     factor: float = 1.0
     original_max_position: int | None = None
     low_freq_factor: float = 1.0  # llama3: wavelengths longer than original_max_position / this are stretched in full

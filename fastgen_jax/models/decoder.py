@@ -111,7 +111,8 @@ def hidden_rows(
         layer = _for_adapters(layer, batch, adapters)
     x = _embed(params, batch, config, execution.activation_dtype)
     if images is not None:
-        x = jnp.where(images.is_image[:, None], images.embeddings.astype(x.dtype), x)
+        x = jnp.where(images.is_image[:, None], images.embeddings[0].astype(x.dtype), x)
+        layer = _adding(layer, images.embeddings[1:].astype(x.dtype))
     rows, kv_cache = run_layers(
         layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
     )
@@ -134,6 +135,22 @@ def _for_adapters(layer: Layer, batch: RaggedBatch, adapters: Mapping[str, Adapt
         return layer(x, cache, bound(w, tokens, tokens if call.rows is None else sampled), call)
 
     return adapted
+
+
+def _adding(layer: Layer, parts: Float[Array, "parts T E"]) -> Layer:
+    """`layer` with `parts[i]` added to the result of layer i."""
+    count = len(parts)
+    if not count:
+        return layer
+
+    def adding(x: jax.Array, cache: KVCache, w: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
+        x, cache = layer(x, cache, w, call)
+        if isinstance(call.index, int):
+            return (x + take_rows(parts[call.index], call.rows) if call.index < count else x), cache
+        part = jax.lax.dynamic_index_in_dim(parts, jnp.minimum(call.index, count - 1), keepdims=False)
+        return jnp.where(call.index < count, x + take_rows(part, call.rows), x), cache
+
+    return adding
 
 
 def run_layers(

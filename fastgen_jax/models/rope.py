@@ -38,15 +38,19 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, 
 
 
 def rotation(
-    positions: Int[Array, " T"], rope_lengths: Int[Array, " T"], *, rope: RopeConfig, head_dim: int
+    positions: Int[Array, " T"] | Int[Array, "3 T"], rope_lengths: Int[Array, " T"], *, rope: RopeConfig, head_dim: int
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
     """Cosines and sines in float32 of the angles at `positions`, for each rotated pair of a head.
 
-    `rope_lengths` matters only to the scalings that depend on the length. It is the length of the sequence as the
-    request states it, so the angles do not depend on how a prompt is split.
+    With three streams of positions, a pair takes the one of its section. `rope_lengths` matters only to the scalings that
+    depend on the length. It is the length of the sequence as the request states it, so the angles do not depend on how a
+    prompt is split.
     """
     # float32 until after sin and cos: bfloat16 has 8 significant bits, so angles would collide from position 257 on.
-    position = positions.astype(jnp.float32)[:, None]
+    if positions.ndim == 1:
+        position = positions.astype(jnp.float32)[:, None]
+    else:
+        position = positions.astype(jnp.float32)[streams(rope, head_dim)].T
     if rope.kind in ("dynamic", "stepped_ntk"):
         frequency = _stretched_theta(rope_lengths, rope, rope.dim or head_dim)  # [T, R/2]
     elif rope.kind == "longrope":
@@ -56,6 +60,25 @@ def rotation(
     angle = position * frequency
     scale = attention_factor(rope)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def streams(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Which of time (0), row (1) and column (2) rotates each pair of a head.
+
+    Raises ValueError if the sections of `rope` are not those of three streams.
+    """
+    half, sections = (rope.dim or head_dim) // 2, rope.sections
+    if len(sections) != 3 or sum(sections) != half:
+        raise ValueError(
+            f"mrope_section is {list(sections)}; for images it must have three numbers whose sum is the {half} rotated "
+            "pairs of a head; images=False loads the text model"
+        )
+    if not rope.sections_interleaved:
+        return np.repeat(np.arange(3), sections)
+    found = np.zeros(half, np.int64)
+    for stream in (1, 2):
+        found[stream : 3 * sections[stream] : 3] = stream
+    return found
 
 
 def attention_factor(rope: RopeConfig) -> float:

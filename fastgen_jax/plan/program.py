@@ -30,9 +30,8 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
-from fastgen_jax.models.vision import siglip
+from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig
-from fastgen_jax.models.vision.read import tower_weights
 from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
@@ -149,12 +148,12 @@ def compile_step(
     quantize: str | None = None,
     attention: str | None = None,
     work: Work = "any",
-    images: bool = False,
+    images: ImagesConfig | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    With `images` it is the one for steps with tokens of images, which attend in both directions. Raises DoesNotCompile with
-    the compiler's message, ValueError if the model cannot be divided.
+    With `images` it is the one for steps with tokens of images. Raises DoesNotCompile with the compiler's message,
+    ValueError if the model cannot be divided.
     """
     check_num_devices(model, mesh.size)
     groups = choose_groups(model, max_context_len)
@@ -166,6 +165,7 @@ def compile_step(
         vocab_size=model.vocab_size,
         groups=BlockGroups(windows=groups.windows, block_size=block_size, token_budget=token_budget),
         has_states=model.state is not None,
+        has_grids=images is not None and images.in_grid,
     )
     arguments = step_arguments(
         model,
@@ -184,9 +184,8 @@ def compile_step(
     step = step_program(model, bucket, attention=attention, mesh=mesh, has_int8_weights=quantize == "int8", work=work)
     start = time.perf_counter()
     with lowering_for(mesh):
-        lowered = step.lower(
-            *arguments, *further_arguments(None, _step_images(model, token_budget, mesh, dtype) if images else None)
-        )
+        shown = None if images is None else _step_images(images, token_budget, mesh, dtype)
+        lowered = step.lower(*arguments, *further_arguments(None, shown))
         compiled = compile_lowered(lowered)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "the compiler has no memory analysis"
@@ -206,32 +205,27 @@ def compile_step(
 
 
 def compile_tower(images: ImagesConfig, device: Any, *, dtype: DType = jnp.bfloat16) -> tuple[int, int]:
-    """Bytes of the weights of a vision tower on `device`, and of what it needs besides them for an image.
+    """Bytes of the weights of a vision tower on `device`, and of what it needs besides them for the largest image.
 
     Raises DoesNotCompile with the compiler's message.
     """
     place = SingleDeviceSharding(device)
     shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=place)
-    params: Params = {"layers": {}}
-    for path, weight in tower_weights(images).items():
-        first, *rest = weight.shape
-        sizes = (math.prod(rest), first) if weight.is_matrix else weight.shape
-        group = params["layers"] if weight.per_layer else params
-        rows = (images.tower.num_layers,) if weight.per_layer else ()
-        group[path.removeprefix("layers.")] = shape((*rows, *sizes), dtype)
-    side = images.tower.image_size
-    embed = jax.jit(functools.partial(siglip.embed, config=images.tower))
-    memory = compile_lowered(embed.lower(params, shape((side, side, 3), jnp.uint8))).memory_analysis()
+    params = towers.tree_of({path: shape(sizes, dtype) for path, sizes in towers.weight_shapes(images.tower).items()})
+    largest = jax.tree.map(lambda x: shape(x.shape, x.dtype), towers.shapes(images.tower)[-1])
+    embed = jax.jit(functools.partial(towers.embed, config=images.tower))
+    memory = compile_lowered(embed.lower(params, largest)).memory_analysis()
     assert memory is not None, "the compiler has no memory analysis"
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def _step_images(model: ModelConfig, num_tokens: int, mesh: Mesh, dtype: DType) -> StepImages:
+def _step_images(images: ImagesConfig, num_tokens: int, mesh: Mesh, dtype: DType) -> StepImages:
     shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    parts, _, width = towers.shape_of_rows(images.tower, dtype)[0].shape
     return StepImages(
         is_image=shape((num_tokens,), jnp.bool_),
-        embeddings=shape((num_tokens, model.embed_dim), dtype),
-        spans=shape((num_tokens, 4), jnp.int32),
+        embeddings=shape((parts, num_tokens, width), dtype),
+        spans=shape((num_tokens, 4), jnp.int32) if images.is_whole else None,
     )
 
 

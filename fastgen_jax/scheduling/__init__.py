@@ -2,7 +2,7 @@
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.groups import BlockGroups
-from fastgen_jax.scheduling.images import PromptImage
+from fastgen_jax.scheduling.images import Grid, PromptImage
 from fastgen_jax.scheduling.limits import ContextLengthError, max_total_tokens
 from fastgen_jax.scheduling.pace import Pace, Promise
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
@@ -25,6 +25,7 @@ __all__ = [
     "Chunk",
     "ContextLengthError",
     "FinishReason",
+    "Grid",
     "Pace",
     "Planner",
     "Policy",

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """Positions of the tokens of an image that has rows and columns.
+
+    Token i is at time `first`, row `first + i // columns` and column `first + i % columns`; the token after the image is at
+    `next` in all three.
+    """
+
+    first: int
+    columns: int
+    next: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +31,8 @@ class PromptImage:
     stop: int
     key: bytes
     is_whole: bool
+    grid: Grid | None = None
+    """None: its tokens are counted like others. Either all images of a prompt have one, or none."""
     content: object = field(repr=False, compare=False)
     """What the engine computes the embeddings from."""
 

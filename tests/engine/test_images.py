@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.pipeline import Pipeline
 from fastgen_jax.checkpoint import open_checkpoint
+from tests.models.vision import reference
 from tests.models.vision.reference import GEMMA3, NUM_GREEDY, PHOTO, expected
 from tests.tiny import drain, greedy, tokens_of
 
@@ -39,14 +40,12 @@ def engine(**options: Any) -> Engine:
 
 
 def images() -> list[Image.Image]:
-    with Image.open(PHOTO) as file:
-        photo = file.convert("RGB")
-    return [photo, ImageOps.mirror(photo)]
+    return reference.pictures(GEMMA3)
 
 
 def answer() -> list[int]:
     """What transformers generates."""
-    return expected()["token_ids"][-NUM_GREEDY:].tolist()
+    return reference.answer(GEMMA3)
 
 
 def add(made: Engine, params: SamplingParams | None = None, shown: list[Any] | None = None, **options: Any) -> str:

@@ -70,14 +70,14 @@ PREPROCESSOR = {
 }
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
     """One token for each byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {text: i for i, text in enumerate((*SPECIAL, *alphabet))}
+    vocab = {text: i for i, text in enumerate((*special, *alphabet))}
     made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     return made
 
 

@@ -17,8 +17,10 @@ from fastgen_jax.api.async_engine import AsyncEngine
 from fastgen_jax.images import MAX_BYTES
 from fastgen_jax.serving.images import fetch, image_bytes, is_public
 from fastgen_jax.serving.settings import ServerConfig
+from tests.engine import test_image_grids
 from tests.engine.test_images import answer, engine, images
 from tests.images.test_decode import file_of, png
+from tests.models.vision import reference
 from tests.models.vision.reference import NUM_GREEDY, PHOTO
 from tests.serving.tiny_server import MODEL, ask, events, with_server
 
@@ -58,6 +60,14 @@ def test_a_chat_with_images_has_the_answer_of_transformers_whole_and_streamed():
     assert [i for event in events(streamed) for i in event["choices"][0].get("token_ids") or ()] == answer()
     assert counted.json()["count"] == whole.json()["usage"]["prompt_tokens"] > 2 * 16
     assert stats.json()["images"] is True
+
+
+@pytest.mark.slow
+def test_a_chat_with_images_of_several_sizes_has_the_answer_of_transformers():
+    body = chat(*(data_url(file_of(image, "PNG")) for image in reference.pictures(test_image_grids.QWEN3)))
+    answered = ask("/v1/chat/completions", body, shared=test_image_grids.engine()).json()
+    assert answered["choices"][0]["token_ids"] == reference.answer(test_image_grids.QWEN3)
+    assert answered["usage"]["prompt_tokens"] == 79
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Qwen 1.5, 2 and 2.5: Llama with biases on queries, keys and values, and sliding windows in the upper layers.
 
-Multimodal checkpoints are read without their vision part. MiMo 7B is a Qwen2 with another name.
+Qwen2-VL and Qwen2.5-VL read images. MiMo 7B is a Qwen2 with another name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ARCHITECTURES = (
     "Qwen2_5_VLForConditionalGeneration",
     "MiMoForCausalLM",
 )
-FEATURES = "window from max_window_layers on; YaRN; tied head; Qwen2-VL and 2.5-VL without images; MiMo 7B"
+FEATURES = "window from max_window_layers on; YaRN; tied head; Qwen2-VL and 2.5-VL with images; MiMo 7B"
 
 
 def window_layers(hf: Fields) -> tuple[int | None, ...]:

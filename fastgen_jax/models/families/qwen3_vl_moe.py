@@ -1,4 +1,4 @@
-"""Qwen3-VL with experts, text: Qwen3-MoE with the experts of a layer in one tensor, read without its vision part."""
+"""Qwen3-VL with experts: Qwen3-MoE with the experts of a layer in one tensor, and with images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import common, qwen3_moe
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.experts import expert_names
+from fastgen_jax.models.families.rope import for_qwen3_vl
 
 ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration",)
-FEATURES = "30B-A3B and 235B-A22B without images; experts in all or some layers; norms on queries and keys"
+FEATURES = "30B-A3B and 235B-A22B with images; experts in all or some layers; norms on queries and keys"
 
 # Where they differ from those of Qwen3-MoE.
 _DEFAULTS = {
@@ -27,8 +28,10 @@ def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     config = qwen3_moe.config_from_hf({**hf, "text_config": _DEFAULTS | hf.get("text_config", {})}, strict=strict)
     assert config.moe is not None, "Qwen3-MoE has experts"
+    assert config.rope is not None, "all layers rotate"
     # The weights of the chosen experts are always normalized.
-    return dataclasses.replace(config, family="qwen3_vl_moe", moe=dataclasses.replace(config.moe, normalize=True))
+    moe = dataclasses.replace(config.moe, normalize=True)
+    return dataclasses.replace(config, family="qwen3_vl_moe", moe=moe, rope=for_qwen3_vl(config.rope))
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from fastgen_jax.json_types import JsonFields, JsonObject
@@ -36,7 +37,7 @@ _RENAMED = {
     "su": "longrope",  # the name of LongRoPE in the first Phi-3 releases
     "mrope": "default",
 }
-# How positions in images divide a head. All sections have the same position in text.
+# How time, row and column of tokens in images divide a head. In text all three are the position.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
@@ -91,6 +92,11 @@ def rope_from_hf(
     )
 
 
+def for_qwen3_vl(rope: RopeConfig) -> RopeConfig:
+    """`rope` with the sections of Qwen3-VL, whose config may leave them out."""
+    return replace(rope, sections=rope.sections or (24, 20, 20), sections_interleaved=True)
+
+
 def ropes_by_layer_type(
     hf: JsonFields, *, max_context_len: int, theta: float, windowed_theta: float
 ) -> tuple[RopeConfig, RopeConfig]:
@@ -119,6 +125,10 @@ def rope_from_fields(
 ) -> RopeConfig:
     """The `RopeConfig` of one set of scaling fields; ValueError for an unknown kind or field."""
     fields = dict(fields)
+    sections = tuple(int(size) for size in fields.get("mrope_section") or ())
+    images: dict[str, Any] = {"sections": sections} if sections else {}
+    if fields.get("mrope_interleaved"):
+        images["sections_interleaved"] = True
     kind = fields.pop("rope_type", None) or fields.get("type") or "default"
     fields.pop("type", None)
     kind = _RENAMED.get(kind, kind)
@@ -135,7 +145,7 @@ def rope_from_fields(
     if unknown:
         raise ValueError(f"rope_type {kind!r} has unknown fields {unknown}; remove them if they do not matter")
     if kind == "default":
-        return RopeConfig(theta=theta, dim=dim)
+        return RopeConfig(theta=theta, dim=dim, **images)
     original = fields.pop("original_max_position_embeddings", None) or trained_len
     if kind == "dynamic" or not original:  # for the dynamic kind, transformers takes the threshold from the model's limit
         original = max_context_len
@@ -147,4 +157,4 @@ def rope_from_fields(
     for name in ("short_factor", "long_factor"):
         if name in settings:
             settings[name] = tuple(float(value) for value in settings[name])
-    return RopeConfig(kind=cast(RopeKind, kind), theta=theta, dim=dim, original_max_position=original, **settings)
+    return RopeConfig(kind=cast(RopeKind, kind), theta=theta, dim=dim, original_max_position=original, **images, **settings)

@@ -12,18 +12,28 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastgen_jax.models.layers import ACTIVATIONS
+from fastgen_jax.models.vision.attention import attend_all
 from fastgen_jax.models.vision.config import SiglipConfig
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
-_QUERIES = 512  # whose scores exist at the same time: with 4,096 patches and 16 heads they take 128 MiB
+
+def shapes(config: SiglipConfig) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of `inputs`."""
+    return [jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)]
 
 
-def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig) -> Float[Array, "n E"]:
+def inputs(pixels: UInt8[np.ndarray, "Y X 3"], *, config: SiglipConfig) -> UInt8[np.ndarray, "Y X 3"]:
+    """What `embed` reads of an image with a size from `config.resized`."""
+    return pixels
+
+
+def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig) -> Float[Array, "1 n E"]:
     """The rows of an image of `image_size` x `image_size` pixels, in the dtype of the weights."""
     side, p, e = config.patches_per_side, config.patch_size, config.embed_dim
     mean, std = (jnp.asarray(values, jnp.float32)[None, None, :] for values in (config.mean, config.std))
@@ -46,22 +56,7 @@ def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig
     # As in all norms of Gemma, the stored scale is the scale - 1.
     scale = 1.0 + params["projector_norm"].astype(jnp.float32)[None, :]
     normed = pooled * jax.lax.rsqrt(jnp.mean(jnp.square(pooled), axis=-1, keepdims=True) + config.norm_eps) * scale
-    return normed.astype(params["projector"].dtype) @ params["projector"]
-
-
-def attend_all(q: Float[Array, "n H D"], k: Float[Array, "n H D"], v: Float[Array, "n H D"]) -> Float[Array, "n H D"]:
-    """Softmax attention of every row to all rows, in float32, for some hundred queries at a time."""
-    count, _, dim = q.shape
-
-    def some(queries: Float[Array, "queries H D"]) -> Float[Array, "queries H D"]:
-        scores = jnp.einsum("qhd,khd->hqk", queries, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
-        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("hqk,khd->qhd", shares, v, preferred_element_type=jnp.float32).astype(q.dtype)
-
-    if count <= _QUERIES:
-        return some(q)
-    padded = jnp.pad(q, ((0, -count % _QUERIES), (0, 0), (0, 0)))
-    return jax.lax.map(some, padded.reshape(-1, _QUERIES, *q.shape[1:])).reshape(padded.shape)[:count]
+    return (normed.astype(params["projector"].dtype) @ params["projector"])[None]
 
 
 def _linear(x: Float[Array, "n inputs"], w: LayerWeights, name: str) -> Float[Array, "n outputs"]:

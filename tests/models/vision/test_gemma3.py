@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
 
 from fastgen_jax.checkpoint import images_of, load_params, load_tower, open_checkpoint
 from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.images import ImagePrompts, open_image
-from fastgen_jax.models.vision import siglip
+from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.text import load_tokenizer
 from tests.models.parity import BLOCK_SIZE, NUM_BLOCKS, Runs, error
-from tests.models.vision.reference import GEMMA3, IMAGE, NUM_GREEDY, PHOTO, TOKENS, expected, starts
+from tests.models.vision.reference import GEMMA3, IMAGE, NUM_GREEDY, PHOTO, TOKENS, expected, pictures, starts
 
 TOLERANCE = 2e-5  # of the largest value: float32, in another order
 BFLOAT16_TOLERANCE = 0.03  # on average
@@ -38,11 +37,9 @@ def rows(dtype: str = "float32") -> np.ndarray:
     """The embeddings of both images, [2 n, E]."""
     opened, images = checkpoint()
     params = load_tower(opened, images, dtype=dtype)
-    embed = jax.jit(partial(siglip.embed, config=images.tower))
+    embed = jax.jit(partial(towers.embed, config=images.tower))
     prompts = ImagePrompts(images, load_tokenizer(opened.tokenizer_source))
-    with Image.open(PHOTO) as file:
-        photo = file.convert("RGB")
-    return np.concatenate([embed(params, prompts.pixels(picture)) for picture in (photo, ImageOps.mirror(photo))])
+    return np.concatenate([embed(params, prompts.pixels(picture))[0] for picture in pictures(GEMMA3)])
 
 
 def test_pixels_are_those_of_the_processor_of_transformers():
@@ -87,7 +84,9 @@ class ImageRuns(Runs):
             inside = [(max(first, start), min(first + TOKENS, stop), first + TOKENS) for first in starts()]
             for row, (first, last, end) in enumerate([span for span in inside if span[0] < span[1]]):
                 spans[row] = 0, first - start, last - first, end - first
-            images = StepImages(is_image=jnp.asarray(is_image), embeddings=jnp.asarray(shown), spans=jnp.asarray(spans))
+            images = StepImages(
+                is_image=jnp.asarray(is_image), embeddings=jnp.asarray(shown)[None], spans=jnp.asarray(spans)
+            )
             logits, cache = self.program(self.params, cache, batch, images=images)
             found.append(np.asarray(logits)[:size])
             start = stop

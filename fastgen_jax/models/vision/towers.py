@@ -1,0 +1,69 @@
+"""The towers by the types of their configs. Each is a module with `shapes`, `inputs` and `embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from fastgen_jax.models.vision import qwen, siglip
+from fastgen_jax.models.vision.config import QwenVisionConfig, SiglipConfig, TowerConfig, TowerWeight
+from fastgen_jax.models.vision.weights import qwen_weights, siglip_weights
+from fastgen_jax.models.weight_spec import Params
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+_MODULES: dict[type[TowerConfig], ModuleType] = {SiglipConfig: siglip, QwenVisionConfig: qwen}
+
+
+def shapes(config: TowerConfig) -> Sequence[Any]:
+    """What `inputs` returns, as shapes: one entry for each program that is compiled, the smallest first."""
+    return _MODULES[type(config)].shapes(config)
+
+
+def inputs(pixels: UInt8[np.ndarray, "Y X 3"], *, config: TowerConfig) -> Any:
+    """What `embed` reads of an image that has a size from `config.resized`: a pytree of NumPy arrays.
+
+    Raises ValueError, whose message continues a sentence about the image, if it cannot be read in this shape.
+    """
+    return _MODULES[type(config)].inputs(pixels, config=config)
+
+
+def embed(params: Params, inputs: Any, *, config: TowerConfig) -> Float[Array, "parts tokens E"]:
+    """The rows of an image: those that replace the embeddings of its tokens, then those that are added after the first
+    layers of the decoder. Rows after those of its tokens mean nothing."""
+    return _MODULES[type(config)].embed(params, inputs, config=config)
+
+
+def weights(config: TowerConfig) -> dict[str, TowerWeight]:
+    """The weights of the tower by their paths, in which a dot leads to a group of stacked ones."""
+    return qwen_weights(config) if isinstance(config, QwenVisionConfig) else siglip_weights(config)
+
+
+def weight_shapes(config: TowerConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights as they are used, by their paths."""
+    found = {}
+    for path, weight in weights(config).items():
+        first, *rest = weight.shape
+        sizes = (int(np.prod(rest)), first) if weight.is_matrix else weight.shape
+        found[path] = sizes if weight.count is None else (weight.count, *sizes)
+    return found
+
+
+def tree_of(leaves: dict[str, Any]) -> Params:
+    """The weights by their paths as the tree that `embed` takes."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *group, name = path.split(".")
+        (tree.setdefault(group[0], {}) if group else tree)[name] = leaf
+    return tree
+
+
+def shape_of_rows(config: TowerConfig, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of `embed` for each of `shapes`, with weights of `dtype`."""
+    params = tree_of({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in weight_shapes(config).items()})
+    return [jax.eval_shape(lambda p, x: embed(p, x, config=config), params, given) for given in shapes(config)]
