@@ -51,7 +51,7 @@ class ChatStore:
         found = self._kept.get(_key(owner, completion_id))
         if found is None:
             raise ApiError(
-                f"there is no stored chat {completion_id[:100]!r}: it was not stored (store=true), was deleted, or was dropped "
+                f"there is no stored chat {completion_id[:100]!r}: it was not stored (store=true), deleted, or dropped "
                 "for newer ones",
                 status=404,
                 param="completion_id",

@@ -58,7 +58,7 @@ class ResponseStore:
         others = sum(running.max_tokens for running, _ in self._running.values())
         if others and others + num_tokens > MAX_BACKGROUND_TOKENS:
             raise ApiError(
-                f"this response may have {num_tokens} tokens, and those that are being generated in the background {others}, "
+                f"this response may have {num_tokens} tokens, and those that are generated in the background {others}, "
                 f"but all together at most {MAX_BACKGROUND_TOKENS}; retry later, or set background=false or a smaller "
                 "max_output_tokens",
                 status=429,
