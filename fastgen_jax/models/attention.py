@@ -132,6 +132,7 @@ def prepare_step(
             num_tokens=batch.positions.shape[0],
             num_heads=local.num_heads // num_devices,
             num_blocks=num_blocks,
+            packed=kv_cache.v is None,
             implementation=implementation,
         )
     attend = attend if mesh is None else divide_heads(attend, mesh)
@@ -213,8 +214,8 @@ def attention(
         q = (q.astype(jnp.float32) * scale[:, None, None]).astype(q.dtype)
     if config.attention_scale_by_layer:
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
-    if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
-        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
+    if cache.head_dim != d:  # heads are zero-padded in the cache, which does not change a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.head_dim - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
         q,
         key,

@@ -106,11 +106,11 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
         k: jax.Array,
         v: jax.Array,
         k_cache: Cache,
-        v_cache: Cache,
+        v_cache: Cache | None,
         index: RaggedIndex,
         layer: CacheLayer,
         scoring: Scoring,
-    ) -> tuple[jax.Array, Cache, Cache]:
+    ) -> tuple[jax.Array, Cache, Cache | None]:
         layer = dataclasses.replace(layer, number=jnp.asarray(layer.number, jnp.int32))
         scoring = jax.tree.map(jnp.asarray, scoring)
         heads, whole = PartitionSpec(None, TENSOR), PartitionSpec()
