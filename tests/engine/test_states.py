@@ -35,6 +35,7 @@ MODELS = [
             ("qwen3_next", "dense_first"),
             ("falcon_h1", "norm"),
             ("nemotron_h", "default"),
+            ("nemotron_h", "experts"),
         )
     ),
 ]
