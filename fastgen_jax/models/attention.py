@@ -203,7 +203,8 @@ def attention(
     if config.mla is None:
         x = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D], and with a gate H * D more
         if config.attention_gate:
-            x, gate = jnp.split(x, (x.shape[1] - config.num_heads * d,), axis=-1)
+            widths = (x.shape[1] - config.num_heads * d, config.num_heads * d)
+            x, gate = split_columns(x, widths, 1 if step.mesh is None else step.mesh.size)
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if config.qk_norm == "unit":
         q, key = _unit_norms(q, key, step, config, index)
