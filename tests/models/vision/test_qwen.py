@@ -30,7 +30,12 @@ BFLOAT16_TOLERANCE = 0.03  # on average
 IMAGE = 5  # the token of an image
 COUNTS = (30, 12)  # tokens of the images
 
-every_model = pytest.mark.parametrize("folder", QWEN, ids=lambda folder: folder.name)
+# The slow ones have no code of their own.
+every_model = pytest.mark.parametrize(
+    "folder",
+    [folder if folder in QWEN[1:3] else pytest.param(folder, marks=pytest.mark.slow) for folder in QWEN],
+    ids=lambda folder: folder.name,
+)
 
 
 @cache
