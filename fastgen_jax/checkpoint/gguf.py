@@ -19,6 +19,7 @@ from fastgen_jax.checkpoint.block_kind import BlockKind, common_kind, side_by_si
 from fastgen_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, config_json
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, dequantize, read_gguf
 from fastgen_jax.checkpoint.gguf_metadata import ROPE_TENSORS
+from fastgen_jax.checkpoint.gguf_states import Restored
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
@@ -28,6 +29,13 @@ from fastgen_jax.models.weight_spec import Kind
 
 if TYPE_CHECKING:
     from pallas_kernels.matmul import BlockWeight
+
+# Endings of vectors that have the suffix ".bias" in GGUF's table of names.
+_SPELLED = {
+    "e_score_correction_bias": "e_score_correction.bias",
+    ".expert_bias": ".expert_bias.bias",
+    ".dt_bias": ".dt_proj.bias",
+}
 
 # keys below "general.sampling." -> names in the generation_config.json of Hugging Face
 _SAMPLING = {
@@ -50,6 +58,9 @@ class Place:
     number: float | None = None  # the only number of a tensor that is in the metadata; it has no names then
 
 
+_AS_STORED = Restored()
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGUFCheckpoint:
     """See `Checkpoint` and `HoldsBlocks`."""
@@ -59,7 +70,8 @@ class GGUFCheckpoint:
     config_json: JsonFields
     architecture: Architecture
     places: Mapping[str, Place]  # by the Hugging Face name of the tensor
-    norm_scales: frozenset[str]  # tensors of the file that scale norms
+    restored: Mapping[str, Restored]  # by the endings of Hugging Face names
+    norm_scales: frozenset[str]  # tensors of the file that scale norms, with an offset
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
@@ -79,13 +91,15 @@ class GGUFCheckpoint:
             for layer in range(config.num_layers)
         }
         places = find_places(file, kind, kinds, num_layers=config.num_layers)
-        norms = [name for name, weight_kind in kinds.items() if weight_kind is Kind.NORM and name in places]
+        plain = ARCHITECTURES[kind].plain_norms
+        norms = [name for name, which in kinds.items() if which is Kind.NORM and name in places and not name.endswith(plain)]
         return cls(
             file=file,
             config=config,
             config_json=hf,
             architecture=ARCHITECTURES[kind],
             places=places,
+            restored=ARCHITECTURES[kind].restored(config),
             norm_scales=frozenset(stored for name in norms for stored in places[name].names),
         )
 
@@ -123,11 +137,16 @@ class GGUFCheckpoint:
         place = self._place(name)
         if place.number is not None:
             return (1,)
-        shapes, axis = [self._stored_shape(stored) for stored in place.names], self._joined_axis
-        shape = shapes[0]
+        shapes = [self._stored_shape(stored) for stored in place.names]
+        shape, axis = shapes[0], self._joined_axis(shapes[0])
         if len(shapes) > 1:
             shape = (*shape[:axis], sum(each[axis] for each in shapes), *shape[axis + 1 :])
         shape = shape if place.entry is None else shape[1:]
+        restored = self._restored(name)
+        if restored.is_flat:
+            return (math.prod(shape),)
+        if restored.is_conv:
+            return (shape[0], 1, shape[1])
         if self._is_flattened(name):
             return (math.prod(shape[:-1]), shape[-1])
         return (*shape[:-2], shape[-1], shape[-2]) if self._is_transposed(name) else shape
@@ -142,7 +161,7 @@ class GGUFCheckpoint:
 
     def block_kind(self, name: str) -> BlockKind | None:
         place = self._place(name)
-        if self._is_flattened(name) or any(map(self._is_swapped, place.names)):
+        if self._is_flattened(name) or any(map(self._is_swapped, place.names)) or self._restored(name).values:
             return None
         return common_kind([gguf_blocks.block_kind(self.file.tensors[stored].type_id) for stored in place.names])
 
@@ -151,8 +170,9 @@ class GGUFCheckpoint:
         assert kind is not None, "it has a block_kind"
         entry = entry if place.entry is None else place.entry
         whole = side_by_side([self._blocks(stored, entry) for stored in place.names], kind)
-        if len(place.names) > 1 and self._regroup is not None:
-            return whole.columns(self._regroup(np.arange(whole.shape[1])))
+        reorder = self._restored(name).rows or (self._regroup if len(place.names) > 1 else None)
+        if reorder is not None:
+            return whole.columns(reorder(np.arange(whole.shape[1])))
         if len(place.names) == 1 or not self.architecture.alternating:
             return whole
         return whole.columns(np.arange(whole.shape[1]).reshape(len(place.names), -1).T.reshape(-1))
@@ -172,8 +192,13 @@ class GGUFCheckpoint:
         elif self.architecture.alternating:
             whole = np.stack(values, axis=2).reshape(len(values[0]), -1, *values[0].shape[2:])
         else:
-            whole = np.concatenate(values, axis=self._joined_axis)
+            whole = np.concatenate(values, axis=self._joined_axis(values[0].shape))
             whole = whole if self._regroup is None else self._regroup(whole)
+        restored = self._restored(name)
+        if restored.is_flat or restored.is_conv:
+            whole = whole.reshape(self.shape(name))
+        for change in (restored.rows, restored.values):
+            whole = whole if change is None else change(whole)
         if self._is_flattened(name):
             return whole.reshape(-1, whole.shape[-1])
         return whole.swapaxes(-1, -2) if self._is_transposed(name) else whole
@@ -209,9 +234,11 @@ class GGUFCheckpoint:
         config = self.config
         return functools.partial(head_by_head, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
 
-    @property
-    def _joined_axis(self) -> int:
-        return 0 if self.architecture.joined_rows else 1
+    def _joined_axis(self, shape: tuple[int, ...]) -> int:
+        return 0 if self.architecture.joined_rows and len(shape) == 2 else 1
+
+    def _restored(self, name: str) -> Restored:
+        return next((restored for ending, restored in self.restored.items() if name.endswith(ending)), _AS_STORED)
 
     def _place(self, name: str) -> Place:
         if name not in self.places:
@@ -263,11 +290,17 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
         for ending, key in ARCHITECTURES[kind].of_metadata.items():
             if name.endswith(ending) and (values := file.metadata.get(key)):
                 return Place(names=(), number=float(values[int(name.split(".layers.")[1].split(".")[0])]))
-        name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # has the suffix ".bias" in GGUF
+        for ending, spelled in _SPELLED.items():
+            name = name.removesuffix(ending) + spelled if name.endswith(ending) else name
+        if ".mixer.experts." in name:  # of Nemotron 3
+            name = name.replace("backbone.", "model.").replace(".mixer.", ".mlp.")
         for ending, parts in joined.items():
             if name.endswith(ending):
                 layer = re.search(r"\.(\d+)\.", name)
-                return Place(names=tuple(f"blk.{layer.group(1)}.{part}" for part in parts)) if layer else None
+                found = [f"blk.{layer.group(1)}.{part}" for part in parts] if layer else []
+                # Without routed experts, Granite 4's shared one is an MLP.
+                found = [each if each in file.tensors else each.replace("_shexp", "") for each in found]
+                return Place(names=tuple(found)) if found else None
         one_of_many = re.search(r"\.(experts|norms)\.(\d+)\.", name)  # experts, or StableLM's norms of single heads
         if one_of_many is None:
             found = stored(name)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastgen_jax.checkpoint import gguf_own_fields as own
+from fastgen_jax.checkpoint import gguf_states as states
 from fastgen_jax.checkpoint.gguf_experts import (
     deepseek2,
     ernie4_5_moe,
@@ -32,6 +34,7 @@ from fastgen_jax.checkpoint.gguf_metadata import (
     rope_parameters,
 )
 from fastgen_jax.json_types import JsonObject
+from fastgen_jax.models.config import ModelConfig
 
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # the attention scale of the 27B differs, and only the depth identifies it
 
@@ -53,12 +56,16 @@ class Architecture:
     joined: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # suffix of a module -> the tensors that are concatenated to it
-    joined_rows: bool = False  # joined tensors are matrices, whose rows are concatenated, instead of stacks of them
+    joined_rows: bool = False  # joined matrices are concatenated by rows; without it there are only stacks, and their biases
     alternating: bool = False  # the rows of concatenated tensors are interleaved
     of_metadata: Mapping[str, str] = field(default_factory=dict)  # suffix of a tensor -> array in the metadata, by layer
     qkv_by_kind: bool = False  # rows of q, k and v, fused or to be joined, are all q, all k, all v, not head by head
     swapped: tuple[str, ...] = ()  # tensors of the file whose last two axes are swapped, before they are concatenated
     flattened: tuple[str, ...] = ()  # suffixes of the modules whose leading axes are merged, after concatenation
+    plain_norms: tuple[str, ...] = ()  # suffixes of the norms to which `stored_norm_offset` was not added
+    restored: Callable[[ModelConfig], Mapping[str, states.Restored]] = (
+        lambda config: {}
+    )  # by the suffixes of tensors of Hugging Face
 
 
 def _llama(m: Metadata) -> JsonObject:
@@ -259,6 +266,18 @@ _GPT_OSS_EXPERTS = {
     "experts.down_proj": ("ffn_down_exps.weight",),
     "experts.down_proj_bias": ("ffn_down_exps.bias",),
 }
+_NEMOTRON_H: dict[str, Any] = {
+    "fields": states.nemotron_h,
+    "own_fields": True,
+    "halves_interleaved": True,
+    "restored": states.mamba,
+}
+_DELTA_NET: dict[str, Any] = {
+    "fields": states.qwen3next,
+    "partial_rotary": True,
+    "stored_norm_offset": 1.0,
+    "plain_norms": ("linear_attn.norm.weight",),
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(name="LlamaForCausalLM", fields=_llama, halves_interleaved=True),
     "qwen2": Architecture(name="Qwen2ForCausalLM", fields=lambda m: {"use_sliding_window": False}),
@@ -354,6 +373,40 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "minimax-m2": Architecture(name="MiniMaxM2ForCausalLM", partial_rotary=True, fields=minimax_m2),
     "phimoe": Architecture(name="PhiMoEForCausalLM", partial_rotary=True, fields=phimoe),
+    "lfm2": Architecture(name="Lfm2ForCausalLM", fields=states.lfm2, restored=states.short_conv),
+    "lfm2moe": Architecture(name="Lfm2MoeForCausalLM", fields=states.lfm2, restored=states.short_conv),
+    "granitehybrid": Architecture(
+        name="GraniteMoeHybridForCausalLM",
+        fields=states.granitehybrid,
+        halves_interleaved=True,
+        joined={
+            "block_sparse_moe.input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+            "shared_mlp.output_linear.weight": ("ffn_down_shexp.weight",),
+        },
+        joined_rows=True,
+        restored=states.mamba,
+    ),
+    "falcon-h1": Architecture(name="FalconH1ForCausalLM", fields=states.falcon_h1, restored=states.mamba),
+    "nemotron_h": Architecture(name="NemotronHForCausalLM", **_NEMOTRON_H),
+    "nemotron_h_moe": Architecture(name="NemotronHForCausalLM", **_NEMOTRON_H),
+    "qwen3next": Architecture(
+        name="Qwen3NextForCausalLM",
+        joined={"in_proj_qkvz.weight": ("attn_qkv.weight", "attn_gate.weight")},
+        joined_rows=True,
+        restored=states.delta_net,
+        **_DELTA_NET,
+    ),
+    "qwen35": Architecture(name="Qwen3_5ForCausalLM", restored=states.tiled_delta_net, **_DELTA_NET),
+    "qwen35moe": Architecture(
+        name="Qwen3_5MoeForCausalLM",
+        joined={
+            "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "experts.down_proj": ("ffn_down_exps.weight",),
+        },
+        restored=states.tiled_delta_net,
+        **_DELTA_NET,
+    ),
     "deepseek2": Architecture(
         name="DeepseekV3ForCausalLM",
         fields=deepseek2,

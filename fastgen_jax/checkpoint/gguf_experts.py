@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgen_jax.checkpoint.gguf_metadata import Metadata, longrope, partial_rope, rope_parameters
 from fastgen_jax.json_types import JsonObject
 
-_SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
+_SOFTMAX, SIGMOID = 1, 2  # of expert_gating_func
 _MAVERICK_EXPERTS = 128
 _PHIMOE_MSCALE = 1.243163121016122
 # (groups, groups that a token may choose from) by the number of experts; files from before autumn 2025 leave them out.
@@ -49,9 +49,9 @@ def gpt_oss(m: Metadata) -> JsonObject:
 
 def deepseek2(m: Metadata) -> JsonObject:
     gating = m.get("expert_gating_func", _SOFTMAX)  # early files of V2 lack it
-    if gating not in (_SOFTMAX, _SIGMOID):
-        raise m.refusal(f"deepseek2.expert_gating_func is {gating}; supported: {_SOFTMAX} (softmax), {_SIGMOID} (sigmoid)")
-    v3 = gating == _SIGMOID
+    if gating not in (_SOFTMAX, SIGMOID):
+        raise m.refusal(f"deepseek2.expert_gating_func is {gating}; supported: {_SOFTMAX} (softmax), {SIGMOID} (sigmoid)")
+    v3 = gating == SIGMOID
     rope_dim, kv_rank = m.get("rope.dimension_count"), m.get("attention.kv_lora_rank")
     # Files with latent projections in two parts have other names for the sizes of a head.
     split = m.has("blk.0.attn_k_b.weight")
@@ -110,7 +110,7 @@ def _deepseek_groups(m: Metadata) -> tuple[int, int]:
 
 def glm4moe(m: Metadata) -> JsonObject:
     """GLM-4.5 and later. By default the experts are in one group, as in every release."""
-    m.only("expert_gating_func", _SIGMOID)
+    m.only("expert_gating_func", SIGMOID)
     return experts(m, "n_routed_experts") | {
         "num_hidden_layers": m.get("block_count") - m.get("nextn_predict_layers", 0),
         "attention_bias": m.has("blk.0.attn_q.bias"),
@@ -153,7 +153,7 @@ def llama4(m: Metadata) -> JsonObject:
 
 
 def minimax_m2(m: Metadata) -> JsonObject:
-    m.only("expert_gating_func", _SIGMOID)
+    m.only("expert_gating_func", SIGMOID)
     return experts(m, "num_local_experts") | {
         "intermediate_size": m.get("expert_feed_forward_length"),
         "rope_parameters": partial_rope(m),

@@ -96,7 +96,7 @@ def llama_like(m: Metadata, *, layer_norm: bool = False, partial_rotary: bool = 
         "num_attention_heads": heads,
         "num_key_value_heads": m.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "intermediate_size": m.get("feed_forward_length"),
+        "intermediate_size": m.get("feed_forward_length", m.fields.get("expert_feed_forward_length")),
         "max_position_embeddings": m.get("context_length"),
         **(
             {"layer_norm_eps": m.get("attention.layer_norm_epsilon")}

@@ -129,6 +129,9 @@ OF_32 = {
     "gptneox": {"qkv", "o", "up", "lm_head"},
     "falcon": {"qkv", "o", "up", "down", "lm_head"},
     "glm4": {"qkv", "o", "gate_up", "lm_head"},
+    "qwen3next": {"qkv", "o", "mix_in", "mix_out", "mix_gates", "expert_gate_up", "shared_gate_up", "lm_head"},
+    "qwen35": {"qkv", "o", "mix_in", "mix_gates", "gate_up", "lm_head"},
+    "nemotron_h_moe": {"qkv", "o", "mix_in", "mix_out", "expert_up", "shared_up", "lm_head"},
 }
 
 

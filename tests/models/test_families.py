@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 # 8 significant bits in weights and activations, two to four layers with weights of standard deviation 0.3.
 BFLOAT16_MEAN_TOLERANCE = 0.02
 # Rounding changes which experts tokens choose, and a state remembers it.
-WITH_STATES_AND_EXPERTS = {"qwen3_next": 0.08, "granitemoehybrid": 0.04}
+WITH_STATES_AND_EXPERTS = {"qwen3_next": 0.08, "qwen3_5_moe": 0.08, "granitehybrid": 0.04, "nemotron_h": 0.04}
 WITH_TESTS_OF_THEIR_OWN = ("llama", *test_moe_families.FAMILIES)
 ALL = [pytest.param(*names, id="-".join(names)) for names in variants()]
 OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if names[0] not in WITH_TESTS_OF_THEIR_OWN]

@@ -69,6 +69,22 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "experts in a latent": (
+        dataclasses.replace(
+            EXPERTS,
+            moe=dataclasses.replace(
+                MOE,
+                gated=False,
+                activation="relu2",
+                latent_dim=12,
+                swiglu_limit=None,
+                expert_bias=False,
+                shared_gate=False,
+            ),
+        ),
+        4,
+        None,
+    ),
     "latent attention": (
         dataclasses.replace(
             TINY,

@@ -23,7 +23,7 @@ from conversion.glm import Glm4Model
 from conversion.hunyuan import HunYuanModel
 from conversion.internlm import InternLM2Model
 from conversion.llama import LlamaModel
-from conversion.nemotron import NemotronModel
+from conversion.nemotron import NemotronHModel, NemotronModel
 from conversion.phi import Phi3MiniModel
 from conversion.stablelm import StableLMModel
 
@@ -33,7 +33,11 @@ of_baichuan = BaichuanModel.modify_tensors
 
 
 def load_all(path: Path, *_: Any, **__: Any) -> dict[str, Any]:
-    return load(path, False) | json.loads((path / "config.json").read_text())
+    fields = load(path, False) | json.loads((path / "config.json").read_text())
+    # Fields of experts, which the published configs of Nemotron-H without experts do not have.
+    of_experts = ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")
+    absent = [name for name in of_experts if fields.get(name, 0) is None]
+    return {name: value for name, value in fields.items() if name not in absent}
 
 
 def modify_all(*arguments: Any) -> Iterator[Any]:
@@ -56,5 +60,6 @@ TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = no
 TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = none
 for model in (Glm4Model, Exaone4Model, HunYuanModel, InternLM2Model, LlamaModel, NemotronModel, Phi3MiniModel):
     model.set_vocab = none
+NemotronHModel.set_vocab = none
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

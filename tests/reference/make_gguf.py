@@ -61,6 +61,42 @@ LATENT = {
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
+LFM2 = {**SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+GRANITE_HYBRID = {
+    **SIZES,
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,  # as in every release; llama.cpp would divide the norm into groups
+    "mamba_d_state": 16,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+DELTA_NET: dict[str, Any] = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+OF_IMAGES = DELTA_NET | {
+    "rope_parameters": DELTA_NET["rope_parameters"] | {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+}
+NEMOTRON_H = {
+    **{name: value for name, value in SIZES.items() if name != "num_hidden_layers"},
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+}
 CONFIGS = {
     "llama": hf.LlamaConfig(**SIZES, attention_bias=False),
     "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -234,6 +270,49 @@ CONFIGS = {
             "original_max_position_embeddings": 32,
         },
     ),
+    "lfm2": hf.Lfm2Config(**LFM2, block_auto_adjust_ff_dim=True, block_multiple_of=8, tie_embedding=True),
+    "lfm2moe": hf.Lfm2MoeConfig(
+        **LFM2, num_dense_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_embedding=True
+    ),
+    "granitehybrid": hf.GraniteMoeHybridConfig(
+        **GRANITE_HYBRID | {"intermediate_size": 40}, num_local_experts=0, num_experts_per_tok=0
+    ),
+    "granitehybrid-moe": hf.GraniteMoeHybridConfig(**GRANITE_HYBRID, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3next": hf.Qwen3NextConfig(
+        **DELTA_NET, **EXPERTS, shared_expert_intermediate_size=40, decoder_sparse_step=1, norm_topk_prob=True
+    ),
+    "qwen35": hf.Qwen3_5TextConfig(**OF_IMAGES),
+    "qwen35moe": hf.Qwen3_5MoeTextConfig(**OF_IMAGES, **EXPERTS, shared_expert_intermediate_size=40),
+    "falcon-h1": hf.FalconH1Config(
+        **SIZES,
+        head_dim=16,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=2,
+        mamba_d_state=16,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        embedding_multiplier=2.0,
+        lm_head_multiplier=0.5,
+        key_multiplier=0.5,
+        attention_in_multiplier=0.5,
+        attention_out_multiplier=2.0,
+        ssm_in_multiplier=2.0,
+        ssm_multipliers=[0.5, 2.0, 1.0, 0.25, 4.0],
+        ssm_out_multiplier=0.25,
+        mlp_multipliers=[2.0, 0.5],
+    ),
+    "nemotron_h": hf.NemotronHConfig(**NEMOTRON_H, hybrid_override_pattern="M-*M"),
+    "nemotron_h_moe": hf.NemotronHConfig(
+        **NEMOTRON_H,
+        hybrid_override_pattern="ME*M",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        routed_scaling_factor=2.5,
+    ),
     "deepseek2": hf.DeepseekV3Config(
         **LATENT,
         q_lora_rank=24,
@@ -257,7 +336,15 @@ FURTHER = {
     "mpt": {"architectures": ["MPTForCausalLM"]},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "deepseek2-lite": {"scoring_func": "softmax"},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-*M",
+        **dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")),
+    },
+    "granitehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "granitehybrid-moe": {"layer_types": ["mamba", "attention", "mamba"]},
 }
+# The converter expects layers for multi-token prediction, unless it is told that there are none.
+WITHOUT_PREDICTION = ("qwen3next", "qwen35", "qwen35moe")
 LLAMA_LIKE = {
     "vocab_size": 280,
     "hidden_size": 32,
@@ -398,6 +485,7 @@ def main() -> None:
                     "f16",
                     "--outfile",
                     home / f"{name}.gguf",
+                    *(["--no-mtp"] if name in WITHOUT_PREDICTION else []),
                 ],
                 check=True,
                 env={**os.environ, "PYTHONPATH": f"{converter.parent / 'gguf-py'}:{converter.parent}"},
@@ -410,7 +498,23 @@ def made(config: hf.PretrainedConfig, file: Path) -> tuple[dict[str, Any], dict[
     hf.AutoModelForCausalLM.from_config(config).float().save_pretrained(file.parent)
     with safe_open(file, "pt") as saved:  # names in the file can differ from those in memory
         shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in list(saved.keys())}
+    if config.model_type == "qwen3_5_moe_text":
+        shapes = joined_experts(shapes)
+    # As it is published; transformers 5 saves it under another name.
+    shapes = {name.replace("backbone.embedding.", "backbone.embeddings."): shape for name, shape in shapes.items()}
     return json.loads(file.with_name("config.json").read_text()), shapes
+
+
+def joined_experts(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes with one tensor for the experts of a layer, as Qwen3.5 is published."""
+    first = ".experts.0.down_proj.weight"
+    for name in [name for name in shapes if name.endswith(first)]:
+        block, (width, inner) = name.removesuffix(".0.down_proj.weight"), shapes[name]
+        own = [other for other in shapes if other.startswith(f"{block}.")]
+        count = len(own) // 3  # gate, up and down
+        shapes = {other: shape for other, shape in shapes.items() if other not in own}
+        shapes |= {f"{block}.gate_up_proj": (count, 2 * inner, width), f"{block}.down_proj": (count, width, inner)}
+    return shapes
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Regenerates `gguf/logits.npz`: the logits that llama.cpp computes for the tiny GGUF files.
 
-    python tests/reference/make_gguf_logits.py      # needs llama-cpp-python; the tests do not
+    python tests/reference/make_gguf_logits.py [NAME ...]     # needs llama-cpp-python; the tests do not
 
 For each file: "NAME.tokens" i32[T] and "NAME.logits" f32[R, V], for the last R tokens of a prompt of T tokens. Weights and
 cache are float32, because llama.cpp rounds the activations too if the weights are float16. Metadata that llama.cpp requires
@@ -78,7 +78,7 @@ def logits(file: Path, tokens: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Runs every file that llama.cpp can load, and prints the others."""
     home = Path(__file__).with_name("gguf")
-    saved = {}
+    saved = dict(np.load(home / "logits.npz")) if sys.argv[1:] else {}
     for file in sorted(home.glob("*.gguf")):
         if file.stem in ANOTHER_MODEL:
             continue

@@ -42,7 +42,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     hf.ignore("attention_bias", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap")
     hf.ignore("expand", "chunk_size", "time_step_limit", "time_step_min", "time_step_max", "time_step_floor", "norm_eps")
     hf.ignore("num_logits_to_keep", "rescale_prenorm_residual", "use_mamba_kernels")
-    hf.ignore("num_hidden_layers", "partial_rotary_factor", "rope_theta", "sliding_window", "residual_in_fp32")
+    hf.ignore(
+        "num_hidden_layers", "intermediate_size", "partial_rotary_factor", "rope_theta", "sliding_window", "residual_in_fp32"
+    )
     num_heads = hf["num_attention_heads"]
 
     def having(kind: str) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=hf.get("num_key_value_heads", 8) or num_heads,
         head_dim=hf.first("attention_head_dim", "head_dim", default=128),
-        mlp_dim=hf["intermediate_size"],
+        mlp_dim=hf["intermediate_size"] if moe is None or having("mlp") else moe.expert_dim,
         max_context_len=hf.get("max_position_embeddings", 4096),
         **common.special_tokens(hf),
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
