@@ -109,7 +109,17 @@ def run_lm_eval(folder: Path, url: str, model: str) -> Iterator[str]:
         (tasks / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     for kind, path, names in RUNS:
         out = folder / "results" / kind
-        command = [programs / "lm_eval", "run", "--model", kind, "--include_path", tasks, "--log_samples", "--output_path", out]
+        command = [
+            programs / "lm_eval",
+            "run",
+            "--model",
+            kind,
+            "--include_path",
+            tasks,
+            "--log_samples",
+            "--output_path",
+            out,
+        ]
         command += ["--model_args", f"model={model},base_url={url}{path},num_concurrent=4,max_retries=1"]
         command += ["--tasks", ",".join(f"own_{name}" for name in names)]
         chat = ["--apply_chat_template"] if "chat" in kind else []
@@ -138,7 +148,8 @@ def run_guidellm(folder: Path, url: str, model: str) -> Iterator[str]:
     command = [programs / "guidellm", "run", "--backend", f"kind=openai_http,target={url},model={model}"]
     command += ["--profile", f"kind=concurrent,streams={STREAMS}", "--constraint", f"kind=max_requests,count={REQUESTS}"]
     prompts = out / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Story {i}: once upon a time"}) + "\n" for i in range(REQUESTS)))
+    rows = [{"prompt": f"Story {i}: once upon a time", "output_tokens_count": 16} for i in range(REQUESTS)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = out / "report.json"
     command += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}", "--disable-console"]
     done = subprocess.run(command, env=_without_our_packages(), capture_output=True, text=True)
