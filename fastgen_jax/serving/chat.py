@@ -250,7 +250,9 @@ async def chat_parts(server: ServerState, tokenizer: Tokenizer, body: ChatReques
 
 def hint_variables(body: ChatRequest, template: ChatTemplate | None) -> JsonObject:
     """The variables of a template that express how much the model is to reason and to say."""
-    known = frozenset() if template is None else variables_of(template)
+    if template is None or (body.reasoning_effort is None and body.verbosity is None):
+        return {}
+    known = variables_of(template)
     variables = effort_variables(body.reasoning_effort, known)
     if body.verbosity is not None and "verbosity" in known:
         variables["verbosity"] = body.verbosity
