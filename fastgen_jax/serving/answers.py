@@ -302,10 +302,12 @@ class ChatAnswer:
         make_reader: Callable[[], Reader | None] = lambda: None,
         id_length: int = CALL_ID_LENGTH,
         fingerprint: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """`make_reader` makes a reader of the text of one sample; None: all of the text is content. `id_length` is that of
-        the ids of calls."""
+        the ids of calls, and `headers` are those of the response."""
         self.body, self.work, self.tokenizer = body, work, tokenizer
+        self.headers = dict(headers or {})
         self._head = head_of(body, "chatcmpl", f"{self.object}.chunk" if body.stream else self.object, fingerprint)
         self._texts = TokenTexts(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._scores = Scores(body, len(work.streams))

@@ -15,7 +15,7 @@ from fastgen_jax.api.options import DEFAULT_NEW_TOKENS
 from fastgen_jax.engine.prompts import Prompt
 from fastgen_jax.images import ImagePrompts, PromptParts, take_images
 from fastgen_jax.images.messages import has_images
-from fastgen_jax.json_types import JsonFields
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.scheduling import ContextLengthError, PromptImage, SamplingParams
 from fastgen_jax.serving.answers import ChatAnswer
 from fastgen_jax.serving.beams import start_beams
@@ -43,8 +43,11 @@ from fastgen_jax.serving.tool_formats.pieces import Reader, Schemas, Source, Ste
 from fastgen_jax.serving.tools import CALL_ID_LENGTH, guide_of, guide_of_calls, prepare_messages
 from fastgen_jax.serving.work import LONG_PROMPT, Backend, Work, beside, start_work, truncated
 from fastgen_jax.text import Tokenizer
-from fastgen_jax.text.chat import variables_of
+from fastgen_jax.text.chat import ChatTemplate, variables_of
 from fastgen_jax.text.grammar import Grammar, GrammarError
+
+RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
+IGNORED = "x-fastgen-ignored"  # the header that names fields that have no effect with this model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,8 @@ class AnswerForm:
         yield from until(source, (), "content")
 
 
-async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer, Guide | None]:
-    """Validates a conversation and starts its answer; also returns the grammar that the answer must follow.
-
-    Raises as `start_work` does.
-    """
+async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, ChatAnswer]:
+    """Validates a conversation and starts its answer. Raises as `start_work` does."""
     adapter = server.adapter_of(body.model)
     backend = server.ready()
     tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
@@ -127,8 +127,16 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
         make_reader=form.reader,
         id_length=form.tools.id_length if form.tools else CALL_ID_LENGTH,
         fingerprint=server.fingerprint,
+        headers=headers_of(guide, ignored_hints(body, tokenizer.template(with_tools=bool(body.described_tools)))),
     )
-    return work, answer, guide
+    return work, answer
+
+
+def headers_of(guide: Guide | None, ignored: Sequence[str] = ()) -> dict[str, str]:
+    """The headers of an answer that name what is not enforced of its schema, and fields that have no effect."""
+    told = {RELAXED: guide.relaxed if guide is not None else (), IGNORED: ignored}
+    texts = {name: ", ".join(words).encode("ascii", "backslashreplace").decode() for name, words in told.items() if words}
+    return {name: text[:1000].replace("\r", " ").replace("\n", " ") for name, text in texts.items()}
 
 
 async def guide_for(
@@ -213,9 +221,8 @@ async def chat_parts(server: ServerState, tokenizer: Tokenizer, body: ChatReques
     messages, tools = prepare_messages(tokenizer, body.messages or [], body.described_tools)
     template = tokenizer.template(with_tools=bool(tools))
     variables = _template_variables(body)
-    if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
-        known = frozenset() if template is None else variables_of(template)
-        variables = {**effort_variables(body.reasoning_effort, known), **variables}
+    if isinstance(body, ChatRequest):
+        variables = {**hint_variables(body, template), **variables}
     render = partial(
         tokenizer.apply_chat_template,
         tools=tools,
@@ -239,6 +246,25 @@ async def chat_parts(server: ServerState, tokenizer: Tokenizer, body: ChatReques
     contents = [message.get("content") or "" for message in messages]
     is_long = any(not isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_PROMPT
     return await asyncio.to_thread(encode) if is_long else encode()
+
+
+def hint_variables(body: ChatRequest, template: ChatTemplate | None) -> JsonObject:
+    """The variables of a template that express how much the model is to reason and to say."""
+    if template is None or (body.reasoning_effort is None and body.verbosity is None):
+        return {}
+    known = variables_of(template)
+    variables = effort_variables(body.reasoning_effort, known)
+    if body.verbosity is not None and "verbosity" in known:
+        variables["verbosity"] = body.verbosity
+    return variables
+
+
+def ignored_hints(body: ChatRequest, template: ChatTemplate | None) -> list[str]:
+    """The fields that have no effect, because this model cannot be told how much to reason or to say."""
+    variables = hint_variables(body, template)
+    effort = body.reasoning_effort not in (None, "none") and not variables.keys() - {"verbosity"}
+    verbosity = body.verbosity not in (None, "medium") and "verbosity" not in variables
+    return [*(["reasoning_effort"] if effort else []), *(["verbosity"] if verbosity else [])]
 
 
 def _reader(server: ServerState) -> ImagePrompts | None:
@@ -286,8 +312,6 @@ def _form(config: ServerConfig, tokenizer: Tokenizer, body: ChatRequest) -> Answ
     source = template.text if template is not None else ""
     reasoning = reasoning_format(config.reasoning_format, source)
     form = tool_format(config.tool_format, source)
-    if body.budget is not None and reasoning is None:
-        raise unsupported("thinking_budget", body.budget, "this model does not mark its reasoning; remove it")
     schemas: dict[str, JsonFields] = {tool.function.name: tool.function.schema_of_arguments for tool in tools}
     if isinstance(body.tool_choice, NamedTool):
         schemas = {body.tool_choice.function.name: schemas[body.tool_choice.function.name]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NotRequired, TypedDict, cast
@@ -18,10 +18,9 @@ from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
 from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice, finite
-from fastgen_jax.serving.chat import chat_prompt, guide_for, start_answer, start_chat
+from fastgen_jax.serving.chat import chat_prompt, guide_for, headers_of, start_answer, start_chat
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS, MAX_STOPS
-from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -38,7 +37,6 @@ from fastgen_jax.serving.stored_chats import owner_of
 from fastgen_jax.serving.work import Backend, Work, start_work
 
 Keep = Callable[[JsonFields], None]  # stores a complete answer
-RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
 
 
 class GeneratedAnswer(TypedDict):
@@ -73,14 +71,14 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
         backend, body, body.prompts, params, guide, add_special_tokens=body.add_special_tokens is not False
     )
     answer = CompletionAnswer(body, work, backend.intake.tokenizer, fingerprint=server.fingerprint)
-    return await _answer(server, "text_completion", body, work, answer, request, guide)
+    return await _answer(server, "text_completion", body, work, answer, request, headers_of(guide))
 
 
 async def chat(server: ServerState, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
     request.state.names = body.names
-    work, answer, guide = await start_chat(server, body)
-    return await _answer(server, "chat", body, work, answer, request, guide)
+    work, answer = await start_chat(server, body)
+    return await _answer(server, "chat", body, work, answer, request, answer.headers)
 
 
 async def render(server: ServerState, body: ChatRequest) -> dict[str, object]:
@@ -174,9 +172,8 @@ async def _answer(
     work: Work,
     answer: CompletionAnswer | ChatAnswer,
     request: Request,
-    guide: Guide | None,
+    headers: Mapping[str, str],
 ) -> Response:
-    relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
     end = at_end(server, operation, work, request)
     keep: Keep | None = None
     if isinstance(body, ChatRequest) and body.store:
@@ -185,7 +182,7 @@ async def _answer(
         request.state.log = {"user": body.user}
     if body.stream:
         events = _events(work, answer, body.stream_options or StreamOptions(), keep)
-        return EventStream(work, events, end, headers=relaxed)
+        return EventStream(work, events, end, headers=headers)
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
@@ -200,7 +197,7 @@ async def _answer(
             "x-fastgen-queue-ms": str(timing["queue_ms"]),
             "x-fastgen-first-token-ms": str(timing["first_token_ms"]),
             "x-fastgen-total-ms": str(timing["total_ms"]),
-            **relaxed,
+            **headers,
         },
     )
 
@@ -228,11 +225,6 @@ def _has_content(choice: CompletionChoice | ChatChoice) -> bool:
     # A token may add no text yet: part of a character, or the possible start of a stop string.
     is_shown = choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"]
     return bool(is_shown or choice.get("token_ids"))
-
-
-def _ascii(text: str) -> str:
-    """The text as the value of a header."""
-    return text.encode("ascii", "backslashreplace").decode()[:1000].replace("\r", " ").replace("\n", " ")
 
 
 async def _plain_events(work: Work) -> AsyncIterator[bytes]:

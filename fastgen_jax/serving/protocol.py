@@ -307,7 +307,6 @@ class ChatRequest(ChatPrompt, Sampling):
         "prediction": (None,),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "verbosity": (None, "medium"),
         "web_search_options": (None,),
         "moderation": (None,),
     }
@@ -333,7 +332,9 @@ class ChatRequest(ChatPrompt, Sampling):
     )
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = Field(None, description="vLLM's name of thinking_budget.")
     include_reasoning: bool | None = Field(None, description="Extension: false leaves the reasoning out of the answer.")
-    verbosity: object = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="A variable of the chat template; ignored if it reads none of that name."
+    )
     web_search_options: object = None
     moderation: object = None
 
@@ -356,8 +357,11 @@ class ChatRequest(ChatPrompt, Sampling):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
                 raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not in tools: {names}")
-        if self.forces_tool and self.is_guided:
-            raise ValueError("response_format cannot be combined with a forced tool call, which is JSON already; remove it")
+        # A response_format is that of the text, of which there is none beside a forced call.
+        if self.forces_tool and (others := self.constraints.keys() - {"response_format"}):
+            raise ValueError(
+                f"{min(others)} cannot be combined with a forced tool call, which has a grammar already; remove it"
+            )
         return self
 
     @property

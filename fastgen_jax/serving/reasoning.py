@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastgen_jax.json_types import JsonObject
-from fastgen_jax.serving.errors import unsupported
 from fastgen_jax.serving.tool_formats import harmony
 from fastgen_jax.serving.tool_formats.pieces import Source, Steps, until
 from fastgen_jax.text import Tokenizer
@@ -101,12 +100,10 @@ def read_reasoning(source: Source, form: ReasoningFormat, *, opened: bool) -> St
 
 
 def effort_variables(effort: str | None, variables: frozenset[str]) -> JsonObject:
-    """The variables of a template that ask for this effort; an error if it reads none."""
+    """The variables of a template that ask for this effort; none if it has no switch for it."""
     if effort is None:
         return {}
     switches = {name: effort != "none" for name in _SWITCHES if name in variables}
     if "reasoning_effort" in variables and effort != "none":
         return {**switches, "reasoning_effort": effort}
-    if not switches and effort != "none":
-        raise unsupported("reasoning_effort", effort, "this model's chat template has no switch for it; remove it")
     return dict(switches)

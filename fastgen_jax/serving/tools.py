@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NotRequired, TypedDict
 
 from fastgen_jax.json_types import JsonFields
@@ -17,7 +18,7 @@ from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.adapt import CALL_CLOSE, CALL_OPEN
 from fastgen_jax.text.grammar import GrammarError, check_size
-from fastgen_jax.text.schemas import Fitted, fitted
+from fastgen_jax.text.schemas import Fitted, closed, fitted
 
 CALL_ID_LENGTH = 24  # characters after "call_"
 
@@ -67,9 +68,13 @@ def guide_of_calls(body: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) ->
 
 
 def _schema_of(index: int, tool: Tool) -> Fitted:
-    """The schema of a tool's arguments; ApiError for a strict one that cannot be enforced to the letter."""
+    """The schema of a tool's arguments; ApiError for a strict one that cannot be enforced to the letter.
+
+    It has no arguments but those that are described: a function would fail with any other.
+    """
     try:
-        return fitted(tool.function.schema_of_arguments, strict=bool(tool.function.strict))
+        usable = fitted(tool.function.schema_of_arguments, strict=bool(tool.function.strict))
+        return replace(usable, schema=closed(usable.schema))
     except GrammarError as error:
         raise ApiError(f"tools[{index}].function.parameters: {error}", param="tools") from None
 

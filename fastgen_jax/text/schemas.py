@@ -15,6 +15,9 @@ from fastgen_jax.text.grammar import JSON_LAYOUT, GrammarError, check_size, libr
 _DATA = frozenset({"const", "default", "enum", "examples", "example"})  # words whose values are no schemas
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # name -> schema
 _KEPT_BESIDE_REF = frozenset({"$ref", "$defs", "definitions", "$id", "id", "$schema", "$anchor"})
+_COMBINING = frozenset({"allOf", "not", "if", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"})
+_CHOOSING = frozenset({"anyOf", "oneOf", "$ref"})
+_OTHERS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"})
 _LENIENT = {**JSON_LAYOUT, "lenient": True}
 _CACHED = 256  # schemas
 _MOST_ATTEMPTS = 12
@@ -50,6 +53,30 @@ def fitted(schema: JsonFields, *, strict: bool) -> Fitted:
         because = "strict is true" if usable else f"the json schema cannot be used: {error}"
         raise GrammarError(f"{because}{words}; {remedy}")
     return usable
+
+
+def closed(schema: JsonFields) -> JsonFields:
+    """The schema whose objects have no properties but those that it names, unless it says what others may be.
+
+    Unchanged if several of its parts describe the same object, because one may name what another one requires.
+    """
+    nodes: list[JsonFields] = []
+
+    def note(node: JsonFields) -> JsonFields:
+        nodes.append(node)
+        return node
+
+    _changed(schema, note)
+    if any(_COMBINING & node.keys() or ("properties" in node and _CHOOSING & node.keys()) for node in nodes):
+        return schema
+    return _changed(schema, _closed)
+
+
+def _closed(node: JsonFields) -> JsonFields:
+    named, required = node.get("properties"), node.get("required", [])
+    if not named or not isinstance(named, dict) or _OTHERS & node.keys() or not set(required) <= named.keys():
+        return node
+    return {**node, "additionalProperties": False}
 
 
 def _check_properties(schema: JsonFields) -> None:

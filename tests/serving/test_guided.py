@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from fastgen_jax.text.grammar import Grammar, GrammarCompiler, GrammarError
-from fastgen_jax.text.schemas import fitted
+from fastgen_jax.text.schemas import closed, fitted
 from tests.serving.tiny_server import MODEL, ask, events, with_server
 
 COMPLETION = {"model": MODEL, "prompt": "x", "max_tokens": 60, "temperature": 1.5, "seed": 3}
@@ -186,6 +186,46 @@ def test_a_model_of_pydantic_is_a_tool_that_can_be_required():
 def test_a_function_without_parameters_gets_no_arguments(fields):
     _, message = calls_of({"tools": [function(**fields)], "parallel_tool_calls": False})
     assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]] == [{}]
+
+
+def test_the_arguments_of_a_required_call_are_those_that_the_function_describes():
+    text, number = {"type": "string", "maxLength": 2}, {"type": "integer", "minimum": 0, "maximum": 9}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"c": text, "n": number}, "required": ["c"]}}
+    forced = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": "j", "schema": {"type": "object"}},
+    }  # of a text, if there were any
+    for seed in range(4):
+        body = {**CHAT, **forced, "max_tokens": 100, "seed": seed, "response_format": schema, "parallel_tool_calls": False}
+        (call,) = ask("/v1/chat/completions", body).json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() <= {"c", "n"}
+
+
+A, B = {"properties": {"a": {}}}, {"properties": {"b": {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (A, {**A, "additionalProperties": False}),
+        ({"items": A}, {"items": {**A, "additionalProperties": False}}),
+        ({"anyOf": [A, {"type": "null"}]}, {"anyOf": [{**A, "additionalProperties": False}, {"type": "null"}]}),
+        (
+            {"properties": {"default": A}},  # the name of a property, not a word of the schema
+            {"properties": {"default": {**A, "additionalProperties": False}}, "additionalProperties": False},
+        ),
+        ({**A, "additionalProperties": {"type": "string"}}, None),
+        ({**A, "patternProperties": {"^x": {}}}, None),
+        ({**A, "required": ["b"]}, None),
+        ({**A, "anyOf": [B]}, None),
+        ({"allOf": [A, B]}, None),
+        ({"type": "object"}, None),
+        ({"default": A}, None),
+    ],
+)
+def test_objects_are_closed_where_nothing_else_says_what_they_may_contain(schema, expected):
+    assert closed(schema) == (expected or schema)
 
 
 def test_several_calls_are_possible_unless_they_are_forbidden():

@@ -128,15 +128,21 @@ def test_the_number_of_replicas_follows_the_load(url, tmp_path):
     deploy(str(checkpoint), replicas=1, max_replicas=2, **options)
     assert len(replicas()) == 1
 
-    async def load() -> None:
+    async def load(num_clients: int, until: int) -> int:
+        """Requests of so many clients, until there are so many replicas; returns how many were answered."""
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
 
-            async def client(number: int) -> None:
-                while len(replicas()) < 2:
+            async def client(number: int) -> int:
+                answered = 0
+                while len(replicas()) != until:
                     answer = await http.post("/v1/completions", json={**BODY, "prompt": f"Number {number}"})
-                    assert answer.json()["choices"][0]["text"] == want(f"Number {number}")
+                    assert answer.json()["choices"][0]["text"] == texts[number]
+                    answered += 1
+                return answered
 
-            await asyncio.gather(*map(client, range(8)))
+            return sum(await asyncio.gather(*map(client, range(num_clients))))
 
-    asyncio.run(asyncio.wait_for(load(), 300))
-    eventually(lambda: len(replicas()) == 1, "the second replica is gone")
+    texts = [want(f"Number {number}") for number in range(8)]
+    for num_clients, until in ((8, 2), (1, 1), (8, 2)):  # requests are answered while a replica comes, goes, and comes again
+        assert asyncio.run(asyncio.wait_for(load(num_clients, until), 240)) > 0
+    eventually(lambda: len(replicas()) == 1, "the second replica is gone without any request")

@@ -126,6 +126,48 @@ def test_the_store_drops_the_oldest_responses():
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "ignored"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": HI, "reasoning_effort": "low", "verbosity": "low"},
+            "reasoning_effort, verbosity",
+        ),
+        ("/v1/chat/completions", {"messages": HI, "reasoning_effort": "none", "thinking_budget": 5}, None),
+        (
+            "/v1/responses",
+            {"input": "Hi", "reasoning": {"effort": "high"}, "text": {"verbosity": "high"}, "stream": True},
+            "reasoning_effort, verbosity",
+        ),
+        ("/v1/messages", {"messages": HI, "output_config": {"effort": "low"}}, "reasoning_effort"),
+        (
+            "/v1/messages",
+            {
+                "messages": HI,
+                "thinking": {"type": "enabled", "budget_tokens": 1024},
+                "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            },
+            None,
+        ),
+    ],
+)
+def test_how_much_to_think_and_to_say_is_a_hint_that_some_models_ignore(path, fields, ignored):
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    answer = ask(path, {"model": MODEL, limit: 2, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers.get("x-fastgen-ignored") == ignored
+
+
+def test_verbosity_is_a_variable_of_the_template():
+    template = SHORT_TEMPLATE.replace("a:", "{{ verbosity or '' }}a:")
+    body = {"model": MODEL, "messages": HI, "max_tokens": 1, "verbosity": "low"}
+    body |= {"chat_template": template}
+    answer = ask("/v1/chat/completions", body, trust_request_chat_template=True)
+    assert "x-fastgen-ignored" not in answer.headers
+    assert answer.json()["usage"]["prompt_tokens"] == len("u:Hi\nlowa:<think>")
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -135,7 +177,7 @@ def test_the_store_drops_the_oldest_responses():
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"text": {"format": {"type": "json_schema"}}}, None),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"text": {"verbosity": "x"}}, "text"),
         ({"input": ""}, "input"),
         ({"unknown": 1}, "unknown"),
         ({"previous_response_id": "x"}, "previous_response_id"),
@@ -218,7 +260,7 @@ def test_the_blocks_of_a_conversation_become_messages():
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers="),
         ({"model": "gpt"}, "is not served here"),
         ({"tool_choice": {"type": "x"}, "tools": [{"name": "f", "input_schema": {}}]}, "tool_choice.type is 'x'"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking_budget=10"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits.0.type"),
     ],
 )
 def test_what_a_message_cannot_do_is_refused_in_anthropics_format(fields, message):

@@ -28,15 +28,15 @@ def add_messages(app: FastAPI, server: ServerState, errors: ErrorResponses) -> N
     @app.post(PATH, responses=errors)
     async def create(body: MessagesRequest, request: Request) -> Response:
         try:
-            work, chat, _ = await start_chat(server, chat_of(body, switches=switches(body)))
+            work, chat = await start_chat(server, chat_of(body, switches=switches(body)))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "messages", work, request)
         answer = MessageAnswer(body, work, chat)
         if body.stream:
-            return EventStream(work, answer.events(), end, done=b"", error=answer.error)
+            return EventStream(work, answer.events(), end, headers=chat.headers, done=b"", error=answer.error)
         try:
-            return JSONResponse(await while_connected(request.receive, work, answer.collect()))
+            return JSONResponse(await while_connected(request.receive, work, answer.collect()), headers=chat.headers)
         finally:
             end()
 

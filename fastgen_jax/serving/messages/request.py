@@ -47,6 +47,19 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
+class ContextEdit(Body):
+    """What is removed from a conversation: only nothing. Thoughts of earlier turns are up to the chat template."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Body):
+    """What is removed from a conversation that has grown long."""
+
+    edits: list[ContextEdit] | None = None
+
+
 class CountRequest(Body):
     """POST /v1/messages/count_tokens: the fields that become part of the prompt."""
 
@@ -77,7 +90,6 @@ class MessagesRequest(CountRequest, ChatOptions):
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         **CountRequest.NEUTRAL,
         "container": (None,),
-        "context_management": (None,),
         "mcp_servers": (None, []),
         "service_tier": (None, "auto", "standard_only"),
         "inference_geo": (None,),
@@ -88,7 +100,7 @@ class MessagesRequest(CountRequest, ChatOptions):
     stop_sequences: list[str] | None = None
     metadata: JsonObject | None = None
     container: object = None
-    context_management: object = None
+    context_management: ContextManagement | None = None
     mcp_servers: object = None
     service_tier: object = None
     inference_geo: object = None

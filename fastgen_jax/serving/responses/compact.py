@@ -40,9 +40,9 @@ class CompactRequest(Body):
 
 def summary_of(body: CompactRequest, items: Sequence[JsonObject], *, model: str) -> ChatRequest:
     """The chat that asks for a summary of the conversation `items`."""
-    request = ResponsesRequest(
-        instructions=body.instructions, max_output_tokens=body.max_output_tokens or MAX_SUMMARY_TOKENS, temperature=0
-    )
+    limit = body.max_output_tokens or MAX_SUMMARY_TOKENS
+    fields = {"instructions": body.instructions, "max_output_tokens": limit, "temperature": 0}
+    request = ResponsesRequest.model_validate(fields)
     return chat_of(request, [*items, {"type": "message", "role": "user", "content": _TASK}], model=model)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
@@ -45,7 +45,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         if body.background:
             store.check_room(max_tokens)
         try:
-            work, chat, _ = await start_chat(server, chat_request)
+            work, chat = await start_chat(server, chat_request)
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)
@@ -54,8 +54,8 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
             running = BackgroundResponse(answer, work, max_tokens=max_tokens)
             store.start(running, items, end)
             if body.stream:
-                return _stream(running.follow(0))
-            return JSONResponse(answer.response)
+                return _stream(running.follow(0), chat.headers)
+            return JSONResponse(answer.response, headers=chat.headers)
 
         def stored_at_end() -> None:
             end()
@@ -63,9 +63,10 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
                 store.add(answer.response, items)
 
         if body.stream:
-            return EventStream(work, answer.events(), stored_at_end, done=b"", error=answer.error)
+            return EventStream(work, answer.events(), stored_at_end, headers=chat.headers, done=b"", error=answer.error)
         try:
-            return JSONResponse(await while_connected(request.receive, work, answer.collect()))
+            response = await while_connected(request.receive, work, answer.collect())
+            return JSONResponse(response, headers=chat.headers)
         finally:
             stored_at_end()
 
@@ -76,7 +77,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
             raise ApiError("input is empty; there is nothing to compact", param="input")
         server.adapter_of(body.model)
         try:
-            work, chat, _ = await start_chat(server, summary_of(body, items, model=body.model or server.model.name))
+            work, chat = await start_chat(server, summary_of(body, items, model=body.model or server.model.name))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)
@@ -129,9 +130,9 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         return page_of(items, after=after, limit=limit, order=order)
 
 
-def _stream(events: AsyncIterator[bytes]) -> EventStream:
+def _stream(events: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> EventStream:
     """The stream of a client without which the response continues."""
-    return EventStream(Follower(), events, lambda: None, done=b"")
+    return EventStream(Follower(), events, lambda: None, headers=headers, done=b"")
 
 
 async def _listed(events: Sequence[bytes]) -> AsyncIterator[bytes]:

@@ -26,6 +26,7 @@ _NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
 }
 
 
@@ -53,7 +54,7 @@ class TextOptions(Body):
     """The form of the text."""
 
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ConversationRequest(Body):
@@ -157,6 +158,7 @@ def chat_of(body: ConversationRequest, items: Sequence[JsonObject], *, model: st
         "tools": tools or None,
         "tool_choice": choice,
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+        "verbosity": body.text.verbosity if body.text else None,
         "response_format": _response_format(body.text.format if body.text else None),
     }
     if isinstance(body, ResponsesRequest):
