@@ -34,11 +34,11 @@ from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.vision import siglip
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.vision.read import tower_weights
-from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -305,14 +305,16 @@ def step_arguments(
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, kinds)
 
 
-def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> jax.ShapeDtypeStruct | Int8Weight:
+def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Leaf:
     """The shapes of a weight in the form that the engine stores."""
     if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
-    return jax.eval_shape(
-        lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32))
-    )
+    scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
+    if quantize == "fp8":
+        values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
+        return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
+    return jax.eval_shape(lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros(scales.shape, jnp.float32)))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -38,6 +38,7 @@ LAUNCHES_PER_LAYER = (
     16  # of kernels in a layer of a Llama, which has four products, two norms and three kernels of attention
 )
 LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
+LAUNCHES_PER_LAYER_IN_FP8 = 22  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
 SPILLED_BYTES = 32  # per thread, for plain attention
@@ -263,6 +264,12 @@ def main() -> int:
     )
     checks["H100 step of 64: Llama-3-8B on 8, int8"] = functools.partial(
         step, LLAMA_3_8B, eight_h100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_ON_SEVERAL
+    )
+    checks["H100 step of 64: Llama-3-8B, fp8"] = functools.partial(
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
+    )
+    checks["H100 step: Llama-3-8B, fp8"] = functools.partial(
+        step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
     )
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=LAUNCHES_ON_SEVERAL)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(

@@ -30,7 +30,8 @@ def test_llama_3_8b_on_eight_v5e_chips() -> None:
     made = plan(LLAMA_3_8B, "v5e:2x4")
     norms = 65 * 4096  # on every device; everything else is divided by eight
     assert made.num_params == 8_030_261_248
-    assert made.memory.weights == (made.num_params - norms) * 2 // 8 + norms * 2
+    padding = 2 * (16_064 - 128_256 // 8) * 4096  # of embedding and head, to multiples of 64
+    assert made.memory.weights == ((made.num_params - norms) // 8 + norms + padding) * 2
     assert made.memory.block == 128 * 2 * 32 * 1 * 128 * 2  # tokens, K and V, layers, one of eight KV heads, D, bytes
     assert made.memory.num_blocks == made.memory.free // made.memory.block
     assert made.sequences == made.memory.num_blocks // 64
@@ -157,6 +158,7 @@ def test_weights_that_are_copied_in_a_loop_or_outside_are_detected() -> None:
     expected = {("a", size, 8), ("e", size, 8), ("d", 8 * 4224 * 3584 * 2, 1)}
     assert set(copied_weights(PROGRAM, shapes)) == expected
     assert copied_weights(PROGRAM.replace("%a = bf16", "%a = f8e4m3fn"), shapes)[-1].bytes == size // 2
+    assert ("a", size, 8) in copied_weights(PROGRAM, {(4096, 3581)})  # padded to a multiple of 8
     assert copied_weights(PROGRAM, {(512, 28672)}) == []
 
 
