@@ -63,7 +63,7 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
     Args:
       shapes: those of the weights on one device, of one layer and of all.
     """
-    wanted = {_axes(form) for shape in shapes for form in (shape, _padded(shape, 128), _padded(shape, 8))}
+    wanted = {_axes(form) for shape in shapes for form in forms(shape)}
     copies = []
     for computation, times in _executed(hlo).items():
         for instruction in _instructions(hlo).get(computation, ()):
@@ -77,6 +77,11 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
 
 def _axes(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
+
+
+def forms(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a copy of a weight may have, apart from the order of the axes."""
+    return shape, _padded(shape, 128), _padded(shape, 8)
 
 
 def _padded(shape: tuple[int, ...], multiple: int) -> tuple[int, ...]:

@@ -250,7 +250,7 @@ def _matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
     for leaf in jax.tree.leaves(params):
         shape = leaf.sharding.shard_shape(leaf.shape)
         while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
-            if num_tokens not in shape:
+            if not any(num_tokens in form for form in hlo.forms(tuple(shape))):
                 shapes.add(tuple(shape))
             shape = shape[1:]
     return shapes

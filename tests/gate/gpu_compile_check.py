@@ -291,6 +291,12 @@ def main() -> int:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
+        checks["A100 step of 64: Llama-3-8B, int8"] = functools.partial(
+            step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int8"
+        )
+        checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
+            step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
+        )
         checks["A100 step: Llama-3-70B on 8"] = functools.partial(
             step, LLAMA_3_70B, eight_a100, launches=LAUNCHES_ON_SEVERAL
         )
