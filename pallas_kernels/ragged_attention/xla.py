@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import pack, quantize_packed
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ def ragged_attention_xla(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -111,35 +112,48 @@ def write_kv(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-) -> tuple[Cache, Cache]:
+) -> tuple[Cache, Cache | None]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
-    pool, num_kv_heads, block_size, head_dim = k_cache.shape
+    pool, num_kv_heads, block_size, width = k_cache.shape
     # A scatter of whole rows [D]: one that indexes the axes before and after the heads makes XLA:TPU transpose the pool.
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
     block = layer.first_block + kv_slots // block_size
-    first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
-    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
-    rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
-    if rows.shape[0] == 1:
-        # XLA:CPU rewrites a scatter of one row so that it copies the whole cache. A second, dropped row avoids this.
-        rows = jnp.concatenate([rows, jnp.full((1,), pool * num_kv_heads * block_size, jnp.int32)])
-        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
+
+    def rows_of(num_heads: int) -> jax.Array:
+        """Where each token and head is in an array [L*N, num_heads, B, ...]."""
+        first = block * (num_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
+        rows = first[:, None] + block_size * jnp.arange(num_heads, dtype=jnp.int32)[None, :]
+        rows = jnp.where(is_real[:, None], rows, pool * num_heads * block_size).reshape(-1)
+        if num_heads * kv_slots.shape[0] == 1:
+            # XLA:CPU rewrites a scatter of one row so that it copies the whole cache. A second, dropped row avoids this.
+            rows = jnp.concatenate([rows, jnp.full((1,), pool * num_heads * block_size, jnp.int32)])
+        return rows
+
+    rows = rows_of(num_kv_heads)
 
     def put(cache: Cache, new: jax.Array) -> Cache:
         if isinstance(cache, QuantizedCache):
-            values, scales = quantize(new, cache.dtype)
-            flat = cache.scales.reshape(-1).at[rows].set(scales.reshape(-1), mode="drop")
+            num_scales = cache.scales.shape[1]
+            is_packed = num_scales != num_kv_heads
+            values, scales = (quantize_packed if is_packed else quantize)(new, cache.dtype)
+            flat = put_flat(cache.scales.reshape(-1), rows_of(num_scales) if is_packed else rows, scales.reshape(-1))
             return QuantizedCache(values=put_rows(cache.values, values), scales=flat.reshape(cache.scales.shape))
         return put_rows(cache, new.astype(cache.dtype))
 
     def put_rows(cache: jax.Array, new: jax.Array) -> jax.Array:
-        flat = cache.reshape(-1, head_dim).at[rows].set(new.reshape(-1, head_dim), mode="drop")
-        return flat.reshape(cache.shape)
+        return put_flat(cache.reshape(-1, width), rows, new.reshape(-1, width)).reshape(cache.shape)
 
+    def put_flat(flat: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+        if rows.shape[0] > new.shape[0]:
+            new = jnp.concatenate([new, new])
+        return flat.at[rows].set(new, mode="drop")
+
+    if v_cache is None:
+        return put(k_cache, pack(k, v)), None
     return put(k_cache, k), put(v_cache, v)
 
 
@@ -223,7 +237,7 @@ def attend(
     contexts: jax.Array,
     tables: jax.Array,
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     *,
     tile_blocks: int,
     scoring: ScoringByKVHead,
@@ -259,7 +273,7 @@ def attend(
 
     def fetch(cache: Cache, ids: jax.Array) -> jax.Array:
         tile = gather_blocks(cache, ids).astype(rows.dtype).swapaxes(1, 2)  # [W, K, t, B, D]
-        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, head_dim)
+        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, tile.shape[-1])
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state
@@ -269,7 +283,8 @@ def attend(
         offset = jnp.arange(block_size, dtype=jnp.int32)
         key_position = (block[:, :, None] * block_size + offset[None, None, :]).reshape(width, -1)  # [W, J], J = t * B
 
-        scores = _einsum("wkrd,wkjd->wkrj", rows, fetch(k_cache, ids))  # [W, K, Q*G, J]
+        keys = fetch(k_cache, ids)  # [W, K, J, D], or 2D
+        scores = _einsum("wkrd,wkjd->wkrj", rows, keys if v_cache is not None else keys[..., :head_dim])  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
@@ -290,7 +305,8 @@ def attend(
         exists = key_position < contexts[:, None]
         if scoring.window is not None:
             exists &= key_position > positions[:, :1] - scoring.window
-        values = jnp.where(exists[:, None, :, None], fetch(v_cache, ids), jnp.zeros((), rows.dtype))
+        values = keys[..., head_dim:] if v_cache is None else fetch(v_cache, ids)
+        values = jnp.where(exists[:, None, :, None], values, jnp.zeros((), rows.dtype))
         acc = acc * keep[..., None] + _einsum("wkrj,wkjd->wkrd", weights.astype(rows.dtype), values)
         return new_top, total * keep + jnp.sum(weights, axis=-1), acc
 
