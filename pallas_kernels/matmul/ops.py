@@ -183,14 +183,18 @@ def _divided_product(x: jax.Array, w: Int8Weight | Float8Weight, division: Divis
 
 def _product_in_place(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
     """On a GPU, by a kernel that is imported on first use: it loads Pallas."""
-    if gpu_target.generation() == "ampere":
-        from pallas_kernels.matmul.ampere import multiply
-    else:
-        from pallas_kernels.matmul.hopper import multiply
-
     if w.layer is None:
         w = replace(w, values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
-    return multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, Int8Weight) and gpu_target.generation() == "ampere":
+        from pallas_kernels.matmul import ampere
+
+        y = ampere.multiply(rows, w)
+    else:
+        from pallas_kernels.matmul import hopper
+
+        y = hopper.multiply(rows, w)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None) -> jax.Array:
