@@ -166,6 +166,8 @@ DEVICES = {
         ),
     )
 }
+FLOAT8_KINDS = ("h100", "h200")
+"""Kinds on which 8-bit floats are multiplied."""
 ALIASES = {"a100-80gb": "a100"}
 
 

@@ -51,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8",),
+        choices=("int8", "fp8"),
         default=None,
-        help="quantize matrices to int8 with one scale per output channel (default: as in the snapshot, else none)",
+        help="quantize matrices to 8 bits with one scale per output channel; fp8 for H100 and H200 "
+        "(default: as in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",

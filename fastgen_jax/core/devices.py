@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def multiplies_float8(device: Any) -> bool:
+    """Whether `pallas_kernels.matmul` multiplies 8-bit floats on `device`: on NVIDIA GPUs of compute capability 9.0."""
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
+
+
 def supports_bfloat16(device: Any) -> bool:  # a jax.Device, which type checkers do not accept as a type
     """Whether bfloat16 is a good choice on `device`: not on NVIDIA GPUs before compute capability 8.0, such as a T4 (7.5).
 

@@ -57,9 +57,9 @@ def weight_bytes(
     def held(spec: WeightSpec, copies: int = 1) -> float:
         shares = num_devices if DIVIDED_AXES & set(spec.axes) else 1
         bits = bits_per_value(spec, itemsize, quantize=quantize, kept=dict(kept))
-        # With int8, each output has a scale, which is divided like the outputs.
-        is_int8 = spec.path not in dict(kept) and quantization_of(spec, quantize) == "int8"
-        scales = 4 * math.prod(spec.shape) / spec.shape[-2] if is_int8 else 0
+        # With 8 bits, each output has a scale, which is divided like the outputs.
+        has_scales = spec.path not in dict(kept) and quantization_of(spec, quantize) in ("int8", "fp8")
+        scales = 4 * math.prod(spec.shape) / spec.shape[-2] if has_scales else 0
         scales /= num_devices if spec.axes[-1] in DIVIDED_AXES else 1
         return copies * (math.prod(spec.shape) * bits / 8 / shares + scales)
 

@@ -32,7 +32,7 @@ from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
-from pallas_kernels.jax_versions import HOPPER_PRODUCT, too_old
+from pallas_kernels.jax_versions import AMPERE_PRODUCT, HOPPER_PRODUCT, too_old
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
@@ -48,8 +48,12 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
 }
 # XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
 # can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
-# written to memory as 16 bits and read again. Where the kernel for Hopper does not read them, Triton products remain.
-_GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
+# written to memory as 16 bits and read again. Where no kernel of ours reads them, Triton products remain.
+# Where sizes are no multiples of 8, such as those of a vocabulary of 49,155, it would copy both operands into padded ones.
+_GPU_OPTIONS: dict[str, bool | str] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_disable_hlo_passes": "cublas-pad-for-gemms",
+}
 
 
 @pytree
@@ -281,8 +285,10 @@ def step_program(
 
 
 def _reads_int8_in_place(device: Any) -> bool:
-    """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper`."""
-    return getattr(device, "compute_capability", None) == "9.0" and too_old(HOPPER_PRODUCT) is None
+    """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper` and `ampere`."""
+    capability = str(getattr(device, "compute_capability", ""))
+    needed = {"8": AMPERE_PRODUCT, "9": HOPPER_PRODUCT}.get(capability.partition(".")[0])
+    return needed is not None and too_old(needed) is None
 
 
 def compiler_options(device: Any) -> dict[str, bool | str] | None:

@@ -17,7 +17,7 @@ from fastgen_jax.models.mla import Expansions
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, param_specs
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import Int8Weight, PackedWeight
+from pallas_kernels.matmul import Float8Weight, Int8Weight, PackedWeight
 
 _Shape = tuple[int, ...]
 
@@ -69,7 +69,9 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devic
     for name, leaf in given.items():
         if name not in wanted:
             raise ValueError(f"{name} is not a weight of this model; remove it")
-        if not isinstance(leaf, jax.Array | np.ndarray | Int8Weight | PackedWeight | PackedGroups | Expansions):
+        if not isinstance(
+            leaf, jax.Array | np.ndarray | Float8Weight | Int8Weight | PackedWeight | PackedGroups | Expansions
+        ):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
         if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if _is_on_a_mesh(leaf) else None):
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")

@@ -26,6 +26,7 @@ from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels import native
+from pallas_kernels.jax_versions import HOPPER_PRODUCT
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
@@ -164,6 +165,11 @@ def resolve(
         raise ValueError(
             f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
             f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
+        )
+    if config.quantize == "fp8" and not machine.float8:
+        raise ValueError(
+            f"quantize='fp8' needs an H100 or H200 and jax {'.'.join(map(str, HOPPER_PRODUCT))} or newer, but this is "
+            f"{machine.kind} and jax {jax.__version__}; use quantize='int8'"
         )
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1

@@ -141,7 +141,7 @@ def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: b
         dtype=config.dtype,
         stack_layers=config.stack_layers,
         prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
-        keep_blocks=config.keeps_blocks,
+        keep_blocks="fp8" if config.quantize == "fp8" else config.keeps_blocks,
         progress=progress,
     )
 

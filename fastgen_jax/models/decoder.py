@@ -36,7 +36,7 @@ from fastgen_jax.models.sharding import in_place
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import Int8Weight, PackedWeight, linear
+from pallas_kernels.matmul import Float8Weight, Int8Weight, PackedWeight, linear
 from pallas_kernels.ragged_attention import Attention
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
 class _HeldStacks:
     """Weights of all layers that a loop over layers does not slice one by one."""
 
-    in_place: Mapping[str, Int8Weight]
+    in_place: Mapping[str, Int8Weight | Float8Weight]
     """Weights that products read where they are."""
     vectors: Sequence[tuple[jax.Array, Mapping[str, tuple[int, int]]]]
     """Norms and biases side by side [L, all of them], and where each begins and ends."""

@@ -75,27 +75,26 @@ def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     moe = config.moe
 
-    def wide(size: int) -> int:
-        return -(-size // num_devices) * num_devices
-
     slopes = config.alibi_slopes and tuple(0.0 if head is None else config.alibi_slopes[head] for head in heads.query)
     return dataclasses.replace(
         config,
         num_heads=len(heads.query),
         num_kv_heads=len(heads.kv),
-        mlp_dim=wide(config.mlp_dim),
-        vocab_size=wide(config.vocab_size),
+        mlp_dim=_wide(config.mlp_dim, num_devices),
+        vocab_size=_wide(config.vocab_size, num_devices),
         alibi_slopes=slopes,
         state=config.state and divided_state(config.state, num_devices),
         moe=moe
-        and dataclasses.replace(moe, expert_dim=_expert_width(moe.expert_dim, num_devices), shared_dim=wide(moe.shared_dim)),
+        and dataclasses.replace(
+            moe, expert_dim=_wide(moe.expert_dim, num_devices), shared_dim=_wide(moe.shared_dim, num_devices)
+        ),
     )
 
 
-def _expert_width(size: int, num_devices: int) -> int:
-    """The width of the experts of a divided model.
+def _wide(size: int, num_devices: int) -> int:
+    """The number of columns, of an MLP, an expert or the vocabulary, that a divided model has for `size`.
 
-    On several devices each share of 64 and more is a multiple of 64, so that the kernels of accelerators read the experts
+    On several devices each share of 64 and more is a multiple of 64, so that the kernels of accelerators read the weights
     where they are; otherwise each step would copy them: 2,880 on eight devices are 360 each, and become 384.
     """
     share = -(-size // num_devices)
@@ -154,9 +153,7 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int)
         parts = (queries, *parts[1:], queries)
     starts = np.cumsum((0, *parts[:-1]))
     if letter in ("F", "V"):
-        is_expert = letter == "F" and spec.axes[0] == "X"
-        widths = [_expert_width(part, num_devices) if is_expert else -(-part // num_devices) * num_devices for part in parts]
-        wide = [np.arange(width) for width in widths]
+        wide = [np.arange(_wide(part, num_devices)) for part in parts]
         return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
     if letter in STATE_AXES and config.state is not None:
         return state_sources(spec.bias_of or spec.name, size, config.state, num_devices)

@@ -64,7 +64,9 @@ def route(
     x: Float[Array, "T E"], w: LayerWeights, *, config: MoEConfig, num_tokens: Int[Array, ""] | None = None
 ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
     """The weights, in float32, and the numbers of the k experts that each token is routed to."""
-    logits = linear(x.astype(jnp.float32), w["router"], num_rows=num_tokens)  # float32: scores of similar rank are close
+    # In float32, since scores of similar rank are close. x stays as it is: products of 16 bits are exact, and with two
+    # dtypes XLA would convert the matrix.
+    logits = linear(x, w["router"], num_rows=num_tokens, out_dtype=jnp.float32)
     if config.router_bias:
         logits = logits + w["router_bias"].astype(jnp.float32)[None, :]
     k = config.experts_per_token

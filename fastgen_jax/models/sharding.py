@@ -25,7 +25,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.matmul import Division, Int8Weight, reads_in_place
+from pallas_kernels.matmul import Division, Float8Weight, Int8Weight, reads_in_place
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
@@ -50,20 +50,22 @@ def partition_params(config: ModelConfig, params: Params) -> Params:
 
 
 def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
-    """The PartitionSpec of a weight, array or shape, of one layer or stacked; an `Int8Weight` gets one for each part."""
+    """The PartitionSpec of a weight, array or shape, of one layer or stacked; one with scales gets one for each part."""
     axes = tuple(TENSOR if axis in DIVIDED_AXES else None for axis in spec.axes)
 
     def partition(axes: tuple[str | None, ...], ndim: int) -> PartitionSpec:
         return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack over layers has one more leading axis
 
-    if isinstance(leaf, Int8Weight):
+    if isinstance(leaf, Int8Weight | Float8Weight):
         of_columns = partition((*axes[:-2], axes[-1]), leaf.scales.ndim)
         selected = [] if leaf.layer is None else [PartitionSpec()]
+        if isinstance(leaf, Float8Weight):
+            axes = (*axes[:-2], axes[-1], axes[-2])
         return jax.tree.unflatten(jax.tree.structure(leaf), [partition(axes, leaf.values.ndim), of_columns, *selected])
     return partition(axes, leaf.ndim)
 
 
-def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> Int8Weight | None:
+def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> Int8Weight | Float8Weight | None:
     """`leaf` in the form in which `linear` reads it where it is, for activations of `dtype`; None if it does not."""
     division = None
     if mesh is not None and mesh.size > 1 and spec.kind is Kind.MATRIX and not DIVIDED_AXES.isdisjoint(spec.axes):
@@ -72,23 +74,29 @@ def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) 
 
 
 def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -> Leaf:
-    """A weight of a checkpoint, plain or `Int8Weight`, sharded over `mesh`.
+    """A weight of a checkpoint, plain or with scales, sharded over `mesh`.
 
     It has the sizes of the divided model (see `division`) and its columns are reordered (see `columns`).
     """
     every_axis = range(-len(spec.axes), 0)
     parts = divided_parts(spec, config, mesh.size)
 
-    def placed(array: jax.Array | np.ndarray, partition: PartitionSpec, axes: Sequence[int], fill: int = 0) -> jax.Array:
+    def sized(array: jax.Array | np.ndarray, axes: Sequence[int], fill: int = 0) -> np.ndarray:
         array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill)
-        array = deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
+        return deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
+
+    def placed(array: np.ndarray, partition: PartitionSpec) -> jax.Array:
         return jax.device_put(array, NamedSharding(mesh, partition))
 
     partition = partition_leaf(spec, leaf)
-    if not isinstance(leaf, Int8Weight):
-        return placed(leaf, partition, every_axis)
-    scales = placed(leaf.scales, partition.scales, [axis for axis in every_axis if axis != -2], fill=1)
-    return Int8Weight(values=placed(leaf.values, partition.values, every_axis), scales=scales)
+    if not isinstance(leaf, Int8Weight | Float8Weight):
+        return placed(sized(leaf, every_axis), partition)
+    scales = sized(leaf.scales, [axis for axis in every_axis if axis != -2], fill=1)
+    if isinstance(leaf, Float8Weight):
+        values = sized(np.asarray(leaf.values).swapaxes(-1, -2), every_axis).swapaxes(-1, -2)
+    else:
+        values = sized(leaf.values, every_axis)
+    return dataclasses.replace(leaf, values=placed(values, partition.values), scales=placed(scales, partition.scales))
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fastgen_jax.devices import Topology, parse_topology
+from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.machine import Machine
@@ -101,7 +101,13 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         )
     check_num_devices(model, num_devices)
     memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes))
-    machine = Machine(platform=platform, kind=target.device.kind, memory=memory, num_devices=target.num_devices)
+    machine = Machine(
+        platform=platform,
+        kind=target.device.kind,
+        memory=memory,
+        float8=target.device.kind in FLOAT8_KINDS,
+        num_devices=target.num_devices,
+    )
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
     bytes_per_weight = jnp.dtype(formats.dtype).itemsize
     weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize)

@@ -55,7 +55,7 @@ class Copy(NamedTuple):
 
 
 def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
-    """Every result that has the shape of a weight, in any order of the axes and padded to whole tiles or not, largest first.
+    """Every result of the shape of a weight, in any order of its axes and padded to whole tiles, to 8 or not, largest first.
 
     A program should read its weights where they are: such a result is a slice of a stack, a conversion, a copy in another
     layout, or a padded copy. On a TPU, prefetches into VMEM do not count.
@@ -63,7 +63,7 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
     Args:
       shapes: those of the weights on one device, of one layer and of all.
     """
-    wanted = {form for shape in shapes for form in (_axes(shape), _axes(_padded(shape)))}
+    wanted = {_axes(form) for shape in shapes for form in forms(shape)}
     copies = []
     for computation, times in _executed(hlo).items():
         for instruction in _instructions(hlo).get(computation, ()):
@@ -79,8 +79,13 @@ def _axes(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
 
 
-def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], *(-(-n // 128) * 128 for n in shape[-2:]))
+def forms(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a copy of a weight may have, apart from the order of the axes."""
+    return shape, _padded(shape, 128), _padded(shape, 8)
+
+
+def _padded(shape: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    return (*shape[:-2], *(-(-n // multiple) * multiple for n in shape[-2:]))
 
 
 def _may_copy(instruction: _Instruction) -> bool:

@@ -33,11 +33,11 @@ from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig
-from fastgen_jax.models.weight_spec import DType, Params, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -244,7 +244,7 @@ def _matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
     for leaf in jax.tree.leaves(params):
         shape = leaf.sharding.shard_shape(leaf.shape)
         while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
-            if num_tokens not in shape:
+            if not any(num_tokens in form for form in hlo.forms(tuple(shape))):
                 shapes.add(tuple(shape))
             shape = shape[1:]
     return shapes
@@ -299,14 +299,16 @@ def step_arguments(
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, kinds)
 
 
-def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> jax.ShapeDtypeStruct | Int8Weight:
+def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Leaf:
     """The shapes of a weight in the form that the engine stores."""
     if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
-    return jax.eval_shape(
-        lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32))
-    )
+    scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
+    if quantize == "fp8":
+        values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
+        return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
+    return jax.eval_shape(lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros(scales.shape, jnp.float32)))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

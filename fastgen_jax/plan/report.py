@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
-from fastgen_jax.devices import DEVICES, GIB, NoCompiler, Topology, parse_topology
+from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.cache_groups import choose_groups
@@ -44,7 +44,7 @@ class Plan:
     block_size: int
     windows: tuple[int | None, ...]  # of the cache groups; None: one whose layers attend to all tokens
     dtype: str
-    quantize: str | None  # "int8" if matrices are stored as int8
+    quantize: str | None  # "int8" or "fp8" if matrices are stored in 8 bits
     stored_as: str  # how the weights are quantized on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
@@ -97,6 +97,10 @@ def make_plan(
         )
     if min(budgets) < 1 or max_num_seqs < 1 or block_size < 1 or context < 1:
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
+    if quantize == "fp8" and devices.device.kind not in FLOAT8_KINDS:
+        raise ValueError(
+            f"quantize is 'fp8', but {devices.device.kind} does not multiply it; choose 'int8', or h100 or h200"
+        )
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
     shown = images_from_hf(config, {}) if images else None

@@ -1,4 +1,4 @@
-"""Grouped matmul on a Hopper GPU: each group's rows times its matrix, which is read where it is in the stack of all layers.
+"""Grouped matmul on a Hopper or Ampere GPU: each group's rows times its matrix, which is read in the stack of all layers.
 
 TMA reads and writes rows from multiples of 8 on, so every group gets whole granules of 8 rows; tiles of rows never cross
 from one group to the next:
@@ -10,14 +10,15 @@ from one group to the next:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import Int8Weight
-from pallas_kernels.matmul.hopper import multiply_tiles, sum_of_splits
-from pallas_kernels.matmul.hopper_support import GRANULE, Tiles, fits, modeled
+from pallas_kernels import gpu_target
+from pallas_kernels.matmul import Float8Weight, Int8Weight, ampere, ampere_support, hopper, hopper_support
+from pallas_kernels.matmul.hopper_support import GRANULE, sum_of_splits
+from pallas_kernels.matmul.narrow import float8_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -38,34 +39,48 @@ class Plan(NamedTuple):
 
 def grouped_matmul_gpu(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight,
+    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
-    tiles: Tiles | None = None,
-    interpret: object = False,
+    tiles: hopper_support.Tiles | ampere_support.Tiles | None = None,
+    interpret: Any = False,
 ) -> Float[Array, "T F"]:
-    """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
+    """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`. A `Float8Weight` also rounds rows to 8 bits.
 
-    If `tiles` is None, they are modeled. `interpret` is passed to `plgpu.kernel`. Raises ValueError if `fits` is false.
+    If `tiles` is None, they are modeled for the GPU that the program is lowered for; their type chooses the kernel.
+    `interpret` is passed to it. Raises ValueError if it does not support `w`.
     """
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
-    stored = w.values.dtype if isinstance(w, Int8Weight) else w.dtype
-    if not fits(w.shape, stored, x.dtype):
+    stored = w.values.dtype if isinstance(w, Int8Weight | Float8Weight) else w.dtype
+    is_ampere = gpu_target.generation() == "ampere" if tiles is None else isinstance(tiles, ampere_support.Tiles)
+    support = ampere_support if is_ampere else hopper_support
+    if not support.fits(w.shape, stored, x.dtype):
         raise ValueError(
-            f"implementation='gpu' multiplies bfloat16 or float16 by weights of that dtype or int8, [G, E, F] with E and F "
-            f"multiples of 64 (F of 32 for int8) and F at least 128, but x is {x.dtype} and w {stored}{list(w.shape)}; pad "
-            f"w with zeros, or pass implementation='tiles'"
+            f"implementation='gpu' multiplies bfloat16 or float16 by weights of that dtype or 8 bits, [G, E, F] with E and "
+            f"F multiples of 64 (F of 32 for 8 bits) and F at least 128, but x is {x.dtype} and w {stored}{list(w.shape)}; "
+            f"pad w with zeros, or pass implementation='tiles'"
         )
     if tiles is None:
         rows = 64 if num_rows <= 96 * num_groups else 128  # tiles of 128 rows only if most of them are full
+        if is_ampere:
+            rows = ampere_support.tile_rows(-(-4 * num_rows // (3 * num_groups)))
         most = -(-num_rows // rows) + min(num_groups, num_rows)
         # One split: the sums of several would have to be gathered by row.
-        tiles = modeled(num_rows, most, w.shape, stored, rows=rows, splits=1)
+        if is_ampere:
+            tiles = ampere_support.modeled(most, w.shape, stored, rows=rows, splits=1)
+        else:
+            tiles = hopper_support.modeled(num_rows, most, w.shape, stored, rows=rows, splits=1)
     plan = plan_groups(group_sizes, first_group, num_rows=num_rows, rows=tiles.rows)
+    factors = None
+    if isinstance(w, Float8Weight):
+        x, factors = float8_rows(x)
     rows = jnp.take(x, plan.source, axis=0, mode="clip")
-    y = sum_of_splits(multiply_tiles(rows, w, plan.work, jnp.int32(0), tiles=tiles, interpret=interpret))
+    multiply_tiles = ampere.multiply_tiles if isinstance(tiles, ampere_support.Tiles) else hopper.multiply_tiles
+    y = multiply_tiles(rows, w, plan.work, jnp.int32(0), tiles=tiles, interpret=interpret)  # pyright: ignore[reportArgumentType]
+    y = sum_of_splits(y)
     y = jnp.take(y, plan.place, axis=0, mode="clip")
+    y = y if factors is None else y * factors
     return jnp.where(plan.is_used[:, None], y, 0.0)
 
 

@@ -13,9 +13,9 @@ from pallas_kernels.grouped_matmul import cpu, tpu_support
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
-from pallas_kernels.matmul import Int8Weight, hopper_support
+from pallas_kernels.matmul import Float8Weight, Int8Weight
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
-from pallas_kernels.matmul.ops import gated
+from pallas_kernels.matmul.ops import gated, has_kernel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -69,7 +69,7 @@ def grouped_matmul(
       out_dtype: dtype of the result; None means the dtype of x.
       implementation: a key of `IMPLEMENTATIONS`. None picks the fastest for the platform that the program is lowered
         for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles and the program is for
-        one device or inside a shard_map; on GPUs of compute capability 9.0 it is ours if w consists of whole tiles;
+        one device or inside a shard_map; on GPUs of compute capability 8.x and 9.0 it is ours if w consists of whole tiles;
         elsewhere it is a loop over tiles of rows. `PackedGroups` have a single implementation.
 
     Raises:
@@ -125,18 +125,22 @@ def _product(
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _plain_product(
-    x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array, implementation: str | None
+    x: jax.Array,
+    w: jax.Array | Int8Weight | Float8Weight,
+    group_sizes: jax.Array,
+    first: jax.Array,
+    implementation: str | None,
 ) -> jax.Array:
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     on_tpu = grouped_matmul_ragged_dot
     if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
         on_tpu = _grouped_matmul_tpu
-    stored = w.values.dtype if isinstance(w, Int8Weight) else w.dtype
+    stored = w.values.dtype if isinstance(w, Int8Weight | Float8Weight) else w.dtype
     if is_narrowed(x.dtype, stored):
         rows, factors = float16_rows(x)
         return _plain_product(rows, w, group_sizes, first, implementation) * factors
-    kernels = {"cuda": _grouped_matmul_gpu} if hopper_support.supported(w.shape, stored, x.dtype) else {}
+    kernels = {"cuda": _grouped_matmul_gpu} if has_kernel(w.shape, stored, x.dtype) else {}
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, **kernels, default=grouped_matmul_tiles)
 
 
@@ -144,7 +148,9 @@ def _plain_product(
 def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """The derivative of XLA's own grouped product; the loops and kernels do not define one."""
 
-    def product(x: jax.Array, w: jax.Array | Int8Weight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
+    def product(
+        x: jax.Array, w: jax.Array | Int8Weight | Float8Weight, group_sizes: jax.Array, first: jax.Array
+    ) -> jax.Array:
         if isinstance(w, Int8Weight):
             w = (w.values * w.scales[:, None, :]).astype(x.dtype)
         return grouped_matmul_ragged_dot(x, w, group_sizes, first)

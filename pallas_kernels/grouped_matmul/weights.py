@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aligned import aligned_empty
 from pallas_kernels.grouped_matmul import cpu
-from pallas_kernels.matmul import BlockFormat, BlockWeight, Int8Weight, quantize_int4, quantize_int8
+from pallas_kernels.matmul import BlockFormat, BlockWeight, Float8Weight, Int8Weight, quantize_int4, quantize_int8
 from pallas_kernels.matmul.blocks import pack, rounds_to_bfloat16
 from pallas_kernels.pytree import pytree, static
 
@@ -69,7 +69,7 @@ class PackedGroups:
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
-GroupedWeight = jax.Array | Int8Weight | PackedGroups
+GroupedWeight = jax.Array | Int8Weight | Float8Weight | PackedGroups
 
 
 def prepare(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int8Weight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -16,7 +16,10 @@ _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
 
 def grouped_matmul_ragged_dot(
-    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+    x: Float[Array, "T E"],
+    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
     """float32[T, F] by `jax.lax.ragged_dot`: a compiler kernel on TPUs; elsewhere every group multiplies all rows.
 
@@ -24,15 +27,20 @@ def grouped_matmul_ragged_dot(
     are copied out first.
     """
     count = group_sizes.shape[0]
-    values = w.values if isinstance(w, Int8Weight) else w
+    values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
     if values.shape[0] != count:
         values = jax.lax.dynamic_slice_in_dim(values, first_group, count)
+    if isinstance(w, Float8Weight):
+        values = values.swapaxes(1, 2).astype(x.dtype)
     y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
     return scaled_rows(y, w, group_sizes, first_group)
 
 
 def grouped_matmul_tiles(
-    x: Float[Array, "T E"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+    x: Float[Array, "T E"],
+    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
     """float32[T, F] by a loop over tiles of rows; each tile belongs to one group.
 
@@ -46,7 +54,7 @@ def grouped_matmul_tiles(
     group_ends = jnp.cumsum(group_sizes)
     tiles = (group_sizes + tile - 1) // tile  # of each group
     tile_ends = jnp.cumsum(tiles)
-    values = w.values if isinstance(w, Int8Weight) else w
+    values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         group = jnp.searchsorted(tile_ends, i, side="right")
@@ -55,25 +63,29 @@ def grouped_matmul_tiles(
         start = jnp.minimum(first, num_rows - tile)  # the last tile is shifted back to end with the rows
         rows = jax.lax.dynamic_slice_in_dim(x, start, tile)
         weight = jax.lax.dynamic_index_in_dim(values, first_group + group, keepdims=False)
+        weight = weight.T if isinstance(w, Float8Weight) else weight
         y = jax.lax.dot(rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-        if isinstance(w, Int8Weight):
+        if isinstance(w, Int8Weight | Float8Weight):
             y = y * jax.lax.dynamic_index_in_dim(w.scales, first_group + group)
         row = start + jnp.arange(tile)
         mine = (row >= first) & (row < end)
         before = jax.lax.dynamic_slice_in_dim(out, start, tile)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], y, before), start, axis=0)
 
-    zeros = jnp.zeros((num_rows, values.shape[2]), jnp.float32)
+    zeros = jnp.zeros((num_rows, w.shape[2]), jnp.float32)
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
 
 
 def scaled_rows(
-    y: Float[Array, "T F"], w: Float[Array, "G E F"] | Int8Weight, group_sizes: Int[Array, " X"], first_group: Int[Array, ""]
+    y: Float[Array, "T F"],
+    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    group_sizes: Int[Array, " X"],
+    first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
-    """`y`, times the scales of each row's group if w is int8; zero in rows without a group, even where `y` is NaN."""
+    """`y`, times the scales of each row's group if w has scales; zero in rows without a group, even where `y` is NaN."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])
-    if isinstance(w, Int8Weight):
+    if isinstance(w, Int8Weight | Float8Weight):
         group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), group_sizes.shape[0] - 1)
         y = y * w.scales[first_group + group]
     return jnp.where((row < ends[-1])[:, None], y, 0.0)

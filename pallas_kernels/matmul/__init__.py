@@ -8,7 +8,16 @@ scale for every few inputs. A `PairedWeight` is differentiable and has the produ
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
-from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight, prepare, quantize_int8
+from pallas_kernels.matmul.weights import (
+    Division,
+    Float8Weight,
+    Int8Weight,
+    PackedWeight,
+    Weight,
+    prepare,
+    quantize_float8,
+    quantize_int8,
+)
 
 __all__ = [
     "BLOCK_SIZES",
@@ -16,6 +25,7 @@ __all__ = [
     "BlockFormat",
     "BlockWeight",
     "Division",
+    "Float8Weight",
     "Int8Weight",
     "PackedWeight",
     "PairedWeight",
@@ -25,6 +35,7 @@ __all__ = [
     "linear",
     "pair",
     "prepare",
+    "quantize_float8",
     "quantize_int4",
     "quantize_int8",
     "reads_in_place",

@@ -9,14 +9,15 @@ its own columns, with a ring of buffers between them that is not drained between
   copy      | x0 w0 | x1 w1 | x2 w2 | x3 w3 | ...       waits until the buffer to overwrite has been read
   compute   |       | x0 w0 | x1 w1 | x2 w2 | ...       waits until the buffer is full
 
-WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of 8 bits into one
-of two further buffers while the tensor cores multiply those in the other.
+WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of int8 into one
+of two further buffers while the tensor cores multiply those in the other. 8-bit floats are multiplied as they are, with rows
+that are rounded to them. The tensor cores keep fewer than 24 bits of their sums, so those of each step are added up in
+float32 registers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.matmul.hopper_support import DEPTH, GRANULE, Tiles, modeled
-from pallas_kernels.matmul.weights import Int8Weight
+from pallas_kernels.matmul.hopper_support import (
+    FLOAT8,
+    GRANULE,
+    GRANULES,
+    MATRIX,
+    ROW,
+    Tiles,
+    depth_of,
+    modeled,
+    one_matrix,
+    sum_of_splits,
+)
+from pallas_kernels.matmul.narrow import float8_rows
+from pallas_kernels.matmul.weights import Float8Weight, Int8Weight
 from pallas_kernels.pallas_types import Ref, Scratch
 
 if TYPE_CHECKING:
@@ -43,37 +56,30 @@ WARPGROUP_ROWS = 64  # rows of one WGMMA
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 STORED = 64  # columns that a warpgroup writes to memory at a time
 
-MATRIX, ROW, GRANULES = range(3)
-NUM_COLUMNS = 3
-"""Columns of a work list, i32[tiles + 1, NUM_COLUMNS]: the matrix of a tile, its first row (a multiple of 8), and how many
-times 8 rows of its result are stored. The last row holds the number of tiles that have work."""
 
+def multiply(
+    x: Float[Array, "T K"], w: Int8Weight | Float8Weight, *, tiles: Tiles | None = None, interpret: object = False
+) -> jax.Array:
+    """float32[T, N]: x times the matrix of `w` that its layer selects. If `tiles` is None, they are modeled.
 
-def multiply(x: Float[Array, "T K"], w: Int8Weight, *, tiles: Tiles | None = None, interpret: object = False) -> jax.Array:
-    """float32[T, N]: x times the matrix of `w` that its layer selects. If `tiles` is None, they are modeled."""
+    With a `Float8Weight`, x is rounded to 8 bits, with a scale for each row.
+    """
     assert w.layer is not None, "a stack without a selected layer is no matrix"
     num_rows = x.shape[0]
     if tiles is None:
         rows = 64 if num_rows <= 64 else 128
-        tiles = modeled(num_rows, -(-num_rows // rows), w.values.shape, w.values.dtype, rows=rows)
-    unit = GRANULE if num_rows <= tiles.rows else tiles.rows
-    x = jnp.pad(x, ((0, -num_rows % unit), (0, 0)))
-    first_row = np.arange(0, x.shape[0], tiles.rows)
-    granules = np.minimum(x.shape[0] - first_row, tiles.rows) // GRANULE
-    tile = np.stack([np.zeros_like(first_row), first_row, granules], axis=1)
-    work = jnp.asarray(np.concatenate([tile, np.full((1, NUM_COLUMNS), len(tile))]), jnp.int32)
-    y = multiply_tiles(x, w, work, w.layer, tiles=tiles, interpret=interpret)
-    return sum_of_splits(y)[:num_rows]
-
-
-def sum_of_splits(y: Float[Array, "splits P N"]) -> Float[Array, "P N"]:
-    """The sum of the splits, in a form that XLA computes where the result is used, without a kernel of its own."""
-    return functools.reduce(jnp.add, [y[split] for split in range(y.shape[0])])
+        tiles = modeled(num_rows, -(-num_rows // rows), w.shape, w.values.dtype, rows=rows)
+    factors = None
+    if isinstance(w, Float8Weight):
+        x, factors = float8_rows(x)
+    x, work = one_matrix(x, tiles.rows)
+    y = sum_of_splits(multiply_tiles(x, w, work, w.layer, tiles=tiles, interpret=interpret))[:num_rows]
+    return y if factors is None else y * factors
 
 
 def multiply_tiles(
     x: Float[Array, "P K"],
-    w: Float[Array, "G K N"] | Int8Weight,
+    w: Float[Array, "G K N"] | Int8Weight | Float8Weight,
     work: Int[Array, "tiles columns"],
     first: Int[Array, ""],
     *,
@@ -84,22 +90,26 @@ def multiply_tiles(
 
     Args:
       x: [P, K], P a multiple of 8; each tile has `min(tiles.rows, P)` rows of it.
-      w: [G, K, N] in the dtype of x, or 8 bits.
-      work: see NUM_COLUMNS.
+      w: [G, K, N] in the dtype of x, or int8.
+      work: see `hopper_support.NUM_COLUMNS`.
       first: i32, the matrix that `work` calls 0.
       tiles: how the work is divided. The results of its splits are to be added up.
       interpret: passed to `plgpu.kernel`.
     """
-    values: jax.Array = w.values if isinstance(w, Int8Weight) else w
-    operands = {"scales": w.scales} if isinstance(w, Int8Weight) else {}
-    num_rows, depth = x.shape
-    most_items = (work.shape[0] - 1) * tiles.splits * -(-values.shape[2] // (WARPGROUPS * tiles.columns))
+    has_scales = isinstance(w, Int8Weight | Float8Weight)
+    values: jax.Array = w.values if has_scales else w
+    operands = {"scales": w.scales} if has_scales else {}
+    num_rows, num_inputs = x.shape
+    num_columns = values.shape[1 if isinstance(w, Float8Weight) else 2]
+    most_items = (work.shape[0] - 1) * tiles.splits * -(-num_columns // (WARPGROUPS * tiles.columns))
     spec = _Spec(
         tiles=tiles,
         rows_in=min(tiles.rows, num_rows),
         blocks=min(tiles.blocks, most_items),
-        steps=depth // DEPTH,
-        num_columns=values.shape[2],
+        depth=depth_of(values.dtype, num_inputs),
+        num_inputs=num_inputs,
+        num_columns=num_columns,
+        has_scales=has_scales,
         dtype=np.dtype(x.dtype),
         stored=np.dtype(values.dtype),
         interpreted=bool(interpret),
@@ -131,15 +141,26 @@ class _Spec:
     tiles: Tiles
     rows_in: int  # rows of x that are read for a tile; the others are left unchanged
     blocks: int  # thread blocks
-    steps: int  # of DEPTH inputs
+    depth: int  # inputs per step
+    num_inputs: int  # K
     num_columns: int  # N
+    has_scales: bool  # of columns
     dtype: np.dtype  # of the operands of products
-    stored: np.dtype  # `dtype`, or 8 bits
+    stored: np.dtype  # `dtype`, or int8
     interpreted: bool  # runs in the Pallas interpreter, which lacks some constructs
 
     @property
     def converted(self) -> bool:
         return self.stored != self.dtype
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the weights are 8-bit floats [G, N, K]."""
+        return self.stored == FLOAT8
+
+    @property
+    def steps(self) -> int:
+        return self.num_inputs // self.depth
 
     @property
     def steps_per_split(self) -> int:
@@ -166,10 +187,14 @@ class _Item:
 def _multiply(refs: dict[str, Ref], spec: _Spec) -> None:
     """Runs in every warpgroup of the block."""
     tiles = spec.tiles
-    ring = (tiles.stages, WARPGROUPS, DEPTH, tiles.columns)
+    ring = (tiles.stages, WARPGROUPS, spec.depth, tiles.columns)
+    x_layout = _tiled(spec.depth, spec.dtype.itemsize)
+    w_layout = _tiled(math.gcd(64, spec.num_columns), spec.stored.itemsize)
+    if spec.is_float8:
+        ring, w_layout = (*ring[:2], tiles.columns, spec.depth), x_layout
     scratch: dict[str, Scratch] = {
-        "x_buffer": plgpu.SMEM((tiles.stages, tiles.rows, DEPTH), spec.dtype, transforms=_tiled(DEPTH, 2)),
-        "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=_tiled(math.gcd(64, spec.num_columns), spec.stored.itemsize)),
+        "x_buffer": plgpu.SMEM((tiles.stages, tiles.rows, spec.depth), spec.dtype, transforms=x_layout),
+        "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=w_layout),
         "out_buffer": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, STORED), jnp.float32, transforms=_tiled(STORED, 4)),
         "full": plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
@@ -258,14 +283,15 @@ class _Block:
             n = steps_before + i
             slot = self.slot(n)
             pl.when(n >= spec.tiles.stages)(lambda: plgpu.barrier_wait(refs["free"].at[slot]))
-            inputs = pl.ds((item.first_step + i) * DEPTH, DEPTH)
+            inputs = pl.ds((item.first_step + i) * spec.depth, spec.depth)
             full, target = refs["full"].at[slot], refs["x_buffer"].at[slot]
             if spec.rows_in < spec.tiles.rows:
                 target = target.at[pl.ds(0, spec.rows_in)]
             plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(item.row, spec.rows_in), inputs], target, full)
             for warpgroup in range(WARPGROUPS):
                 columns = pl.ds(self.first_column(item, warpgroup), spec.tiles.columns)
-                source = refs["w"].at[item.matrix, inputs, columns]
+                part = (columns, inputs) if spec.is_float8 else (inputs, columns)
+                source = refs["w"].at[item.matrix, *part]
                 plgpu.copy_gmem_to_smem(source, refs["w_buffer"].at[slot, warpgroup], full)
 
         lax.fori_loop(0, item.num_steps, step, None)
@@ -279,6 +305,37 @@ class _Block:
     # The computing warpgroups.
 
     def compute(self, item: _Item, steps_before: jax.Array) -> None:
+        work = self.summed_steps if self.spec.is_float8 else self.one_sum
+        self.store(item, work(item, steps_before))
+
+    def summed_steps(self, item: _Item, steps_before: jax.Array) -> jax.Array:
+        """The products of each step, added up in registers."""
+        spec, refs = self.spec, self.refs
+        shape = (spec.tiles.rows, spec.tiles.columns)
+        zeros = jnp.zeros(shape, jnp.float32)
+
+        def step(i: jax.Array, total: jax.Array) -> jax.Array:
+            slot = self.slot(steps_before + i)
+            plgpu.barrier_wait(refs["full"].at[slot])
+            x, w = refs["x_buffer"].at[slot], refs["w_buffer"].at[slot, self.warpgroup]
+
+            def multiply(acc: Ref) -> jax.Array:
+                plgpu.wgmma(acc, x, plgpu.transpose_ref(w, (1, 0)))
+                return acc[...]
+
+            if spec.interpreted:
+                part = jnp.dot(x[...].astype(jnp.float32), w[...].astype(jnp.float32).T)
+                plgpu.commit_smem()  # WGMMA needs no fence here, but the race detector requires one for plain reads
+            else:
+                part = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+            plgpu.barrier_arrive(refs["free"].at[slot])
+            return total + part
+
+        start = zeros if spec.interpreted else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        return lax.fori_loop(0, item.num_steps, step, start)
+
+    def one_sum(self, item: _Item, steps_before: jax.Array) -> jax.Array:
+        """The products of all steps, summed by the tensor cores."""
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
 
         def multiply(acc: Ref) -> jax.Array:
@@ -301,10 +358,10 @@ class _Block:
 
         result = pl.run_scoped(multiply, plgpu.ACC((spec.tiles.rows, spec.tiles.columns), jnp.float32))
         plgpu.barrier_arrive(refs["free"].at[self.slot(steps_before + item.num_steps - 1)])
-        self.store(item, result)
+        return result
 
     def convert(self, source: Ref, target: Ref) -> None:
-        """Writes the numbers of 8 bits [DEPTH, columns] as those of the products; they are the same in 16 bits."""
+        """Writes the int8 [depth, columns] as those of the products; they are the same in 16 bits."""
         dtype = self.spec.dtype
         if self.spec.interpreted:
             target[...] = source[...].astype(dtype)
@@ -317,7 +374,7 @@ class _Block:
     def store(self, item: _Item, result: jax.Array) -> None:
         spec, refs = self.spec, self.refs
         column = self.first_column(item, self.warpgroup)
-        if spec.converted:
+        if spec.has_scales:
             scales = refs["scales"].at[item.matrix, pl.ds(column, spec.tiles.columns)]
             if spec.interpreted:
                 result = result * scales[...][None, :]

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target, jax_versions
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 GRANULE = 8  # rows: TMA reads a matrix that is tiled in shared memory from multiples of this
-DEPTH = 64  # inputs per step
+DEPTH = 64  # inputs per step, if not of 8-bit floats
+MATRIX, ROW, GRANULES = range(3)
+NUM_COLUMNS = 3
+"""Columns of a work list, i32[tiles + 1, NUM_COLUMNS]: the matrix of a tile, its first row (a multiple of 8), and how many
+times 8 rows of its result are stored. The last row holds the number of tiles that have work."""
 MULTIPROCESSORS = 132  # of an H100, if the device does not report it
 SHARED_BYTES = 224 * 1024  # for buffers; a thread block has 227 KiB
 MOST_STAGES, MOST_SPLITS = 8, 8
+FLOAT8 = jnp.float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +54,35 @@ def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, di
 
 
 def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
-    """Whether weights [G, K, N] consist of whole tiles, in dtypes that the kernel multiplies."""
-    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8):
+    """Whether weights [G, K, N] consist of whole tiles, in dtypes that the kernel multiplies.
+
+    `dtype` is that of the activations before they are rounded for 8-bit floats.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8, FLOAT8):
         return False
-    # A swizzle of 128 bytes is 64 numbers of 16 bits; numbers of 8 bits are converted, from narrower ones too.
-    return shape[-2] % DEPTH == 0 and shape[-1] % (32 if stored == jnp.int8 else 64) == 0 and shape[-1] >= 128
+    # A swizzle of 128 bytes is 64 numbers of 16 bits; numbers of 8 bits are converted, from narrower ones too, or are stored
+    # with their inputs adjacent.
+    return shape[-2] % DEPTH == 0 and shape[-1] % (64 if stored == dtype else 32) == 0 and shape[-1] >= 128
+
+
+def depth_of(stored: DTypeLike, num_inputs: int) -> int:
+    """Inputs per step: of 8-bit floats as many as fit into a swizzle of 128 bytes, if they divide the inputs."""
+    return 2 * DEPTH if stored == FLOAT8 and num_inputs % (2 * DEPTH) == 0 else DEPTH
+
+
+def one_matrix(x: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """(x filled up to whole granules or tiles of so many rows, the work list of all its rows with matrix 0)."""
+    unit = GRANULE if x.shape[0] <= rows else rows
+    x = jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
+    first_row = np.arange(0, x.shape[0], rows)
+    granules = np.minimum(x.shape[0] - first_row, rows) // GRANULE
+    tile = np.stack([np.zeros_like(first_row), first_row, granules], axis=1)
+    return x, jnp.asarray(np.concatenate([tile, np.full((1, NUM_COLUMNS), len(tile))]), jnp.int32)
+
+
+def sum_of_splits(y: Float[Array, "splits P N"]) -> Float[Array, "P N"]:
+    """The sum of the splits, in a form that XLA computes where the result is used, without a kernel of its own."""
+    return functools.reduce(jnp.add, [y[split] for split in range(y.shape[0])])
 
 
 def modeled(
@@ -77,33 +112,37 @@ def modeled(
     depth, num_columns = shape[-2:]
     itemsize = jnp.dtype(stored).itemsize
     blocks = blocks or gpu_target.multiprocessors() or MULTIPROCESSORS
-    steps = depth // DEPTH
+    step = depth_of(stored, depth)
+    steps = depth // step
 
     def cost(columns: int, splits: int) -> int:
         items = num_tiles * -(-num_columns // (2 * columns)) * splits
-        per_item = -(-steps // splits) * DEPTH * (2 * columns * itemsize + rows)
+        per_item = -(-steps // splits) * step * (2 * columns * itemsize + rows)
         sums = 4 * splits * num_rows * num_columns if splits > 1 else 0
         return -(-items // blocks) * per_item * blocks + sums
 
     widths = [64, 128] if num_columns % 128 == 0 and num_columns >= 256 else [64]
+    if stored == FLOAT8 and rows > 64:
+        widths = [64]  # the sums of a step and those of all steps take registers
     # Every split must have a step.
     counts = [n for n in range(1, MOST_SPLITS + 1) if (n - 1) * -(-steps // n) < steps] if splits is None else [splits]
     columns, parts = min(itertools.product(widths, counts), key=lambda choice: cost(*choice))
-    return Tiles(rows=rows, columns=columns, splits=parts, stages=_stages(rows, columns, itemsize), blocks=blocks)
+    stages = min(MOST_STAGES, (SHARED_BYTES - _other_bytes(columns, stored)) // _stage_bytes(rows, columns, stored))
+    return Tiles(rows=rows, columns=columns, splits=parts, stages=stages, blocks=blocks)
 
 
-def _stages(rows: int, columns: int, itemsize: int) -> int:
-    stage = 2 * DEPTH * rows + 2 * DEPTH * columns * itemsize
-    return min(MOST_STAGES, (SHARED_BYTES - _other_bytes(columns, itemsize)) // stage)
+def _stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
+    """Of the operands of a step, for two warpgroups."""
+    if stored == FLOAT8:
+        return 2 * DEPTH * (rows + 2 * columns)
+    return 2 * DEPTH * rows + 2 * DEPTH * columns * jnp.dtype(stored).itemsize
 
 
-def _other_bytes(columns: int, itemsize: int) -> int:
+def _other_bytes(columns: int, stored: DTypeLike) -> int:
     """Of the results on their way to memory, and of converted operands."""
-    return 2 * 64 * 64 * 4 + (2 * 2 * DEPTH * columns * 2 if itemsize == 1 else 0)
+    return 2 * 64 * 64 * 4 + (2 * 2 * DEPTH * columns * 2 if stored == jnp.int8 else 0)
 
 
 def shared_bytes(tiles: Tiles, stored: DTypeLike) -> int:
     """Bytes of the kernel's buffers, without barriers."""
-    itemsize = jnp.dtype(stored).itemsize
-    stage = 2 * DEPTH * tiles.rows + 2 * DEPTH * tiles.columns * itemsize
-    return tiles.stages * stage + _other_bytes(tiles.columns, itemsize)
+    return tiles.stages * _stage_bytes(tiles.rows, tiles.columns, stored) + _other_bytes(tiles.columns, stored)

@@ -1,4 +1,4 @@
-"""Rows of float32 in the dtype of a weight, for GPUs: with two dtypes XLA would convert the weight, which is a copy."""
+"""Rows of activations in the dtype of a weight, for GPUs: with two dtypes XLA would convert the weight, which is a copy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pallas_kernels import gpu_target
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
 
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
 _LARGEST_POWER = 10  # sums of products of numbers up to 2^10 with weights stay far below the largest float32
 
 
@@ -29,3 +30,11 @@ def float16_rows(x: Float32[Array, "*rows K"]) -> tuple[Float[Array, "*rows K"],
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     exponent = jnp.frexp(largest)[1] - _LARGEST_POWER
     return jnp.ldexp(x, -exponent).astype(jnp.float16), jnp.ldexp(jnp.float32(1), exponent)
+
+
+def float8_rows(x: Float[Array, "*rows K"]) -> tuple[Float[Array, "*rows K"], Float32[Array, "*rows one"]]:
+    """(float8_e4m3fn[..., K], f32[..., 1]) whose product is nearest to `x`: the largest number of a row becomes 448."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    factors = jnp.where(largest > 0, largest * (1.0 / LARGEST_FLOAT8), 1.0)
+    return jnp.clip(wide / factors, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(jnp.float8_e4m3fn), factors

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
-from pallas_kernels.matmul import cpu, hopper_support
+from pallas_kernels.matmul import ampere_support, cpu, hopper_support
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight
+from pallas_kernels.matmul.weights import Division, Float8Weight, Int8Weight, PackedWeight, Weight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -52,7 +52,12 @@ def linear(
         return _packed(x, w, residual, num_rows).astype(out_dtype)
     if isinstance(w, PairedWeight):
         return _paired(x, w, residual, num_rows).astype(out_dtype)
-    if gpu_target.is_gpu() and not isinstance(w, Int8Weight) and x.dtype == out_dtype and x.dtype.itemsize == 2:
+    if (
+        gpu_target.is_gpu()
+        and not isinstance(w, Int8Weight | Float8Weight)
+        and x.dtype == out_dtype
+        and x.dtype.itemsize == 2
+    ):
         # A GPU's library sums in float32, adds the residual, and rounds once. XLA would have it write float32, and launch
         # kernels that convert the residual before and the result after it. Without the barrier XLA would also have it add a
         # bias and apply an activation, and then copy the layer's weight out of the stack for it.
@@ -85,20 +90,25 @@ def swiglu(
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
-def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[Int8Weight]:
+def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[Int8Weight | Float8Weight]:
     """Whether `linear` reads this weight [K, N], or one layer of this stack [L, K, N], where it is; see `at_layer`.
 
     If not, a slice of the layer is the better operand: XLA may fuse it. `dtype` is that of the activations; `division` is
     how the weight is divided, if the program is one of several devices.
     """
-    if not isinstance(w, Int8Weight):
+    if not isinstance(w, Int8Weight | Float8Weight):
         return False
     if division is None:
-        return hopper_support.supported(w.shape, w.values.dtype, dtype)
+        return has_kernel(w.shape, w.values.dtype, dtype)
     *layers, inputs, outputs = w.shape
     share = division.mesh.size
     shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
-    return hopper_support.supported(shape, w.values.dtype, dtype, divided=True)
+    return has_kernel(shape, w.values.dtype, dtype, divided=True)
+
+
+def has_kernel(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+    """Whether a GPU's kernel multiplies activations of `dtype` with weights [G, K, N]; see `hopper_support.supported`."""
+    return any(kernel.supported(shape, stored, dtype, divided=divided) for kernel in (hopper_support, ampere_support))
 
 
 def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
@@ -117,18 +127,18 @@ def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
         raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]")
 
 
-def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array | Int8Weight | Float8Weight) -> jax.Array:
     """float32[..., N]"""
-    if not isinstance(w, Int8Weight):
+    if not isinstance(w, Int8Weight | Float8Weight):
         if is_narrowed(x.dtype, w.dtype):
             rows, factors = float16_rows(x)
             return _dot(rows, w) * factors
         return _dot(x, w)
     if w.division is not None:
         return _divided_product(x, w, w.division)
-    if not hopper_support.supported(w.shape, w.values.dtype, x.dtype):
-        return _int8_product(x, w)
-    return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_int8_product)
+    if not has_kernel(w.shape, w.values.dtype, x.dtype):
+        return _scaled_product(x, w)
+    return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_scaled_product)
 
 
 def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -136,23 +146,28 @@ def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Arra
     return jax.lax.dot_general(x, w, contract_last_with_first, preferred_element_type=dtype)
 
 
-def _int8_product(x: jax.Array, w: Int8Weight) -> jax.Array:
+def _scaled_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+    """With a `Float8Weight`, activations are not rounded."""
     values, scales = w.values, w.scales
     if w.layer is not None:
         values, scales = (jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False) for part in (values, scales))
+    values = values.T if isinstance(w, Float8Weight) else values
     return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
 
 
-def _divided_product(x: jax.Array, w: Int8Weight, division: Division) -> jax.Array:
+def _divided_product(x: jax.Array, w: Int8Weight | Float8Weight, division: Division) -> jax.Array:
     mesh, axis, of_inputs = division
     lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
-    parts = Int8Weight(
-        values=PartitionSpec(*layers, *((axis, None) if of_inputs else (None, axis))),  # pyright: ignore[reportArgumentType]
+    of_values = (axis, None) if of_inputs != isinstance(w, Float8Weight) else (None, axis)
+    parts = replace(
+        w,
+        values=PartitionSpec(*layers, *of_values),  # pyright: ignore[reportArgumentType]
         scales=PartitionSpec(*layers, None if of_inputs else axis),  # pyright: ignore[reportArgumentType]
         layer=None if w.layer is None else PartitionSpec(),  # pyright: ignore[reportArgumentType]
+        division=None,
     )
 
-    def local(x: jax.Array, w: Int8Weight) -> jax.Array:
+    def local(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
         y = _product(x, w)
         return jax.lax.psum(y, axis) if of_inputs else y
 
@@ -166,13 +181,20 @@ def _divided_product(x: jax.Array, w: Int8Weight, division: Division) -> jax.Arr
     return run(x, replace(w, division=None))
 
 
-def _product_in_place(x: jax.Array, w: Int8Weight) -> jax.Array:
-    """On a Hopper GPU, by a kernel that is imported on first use: it loads Pallas."""
-    from pallas_kernels.matmul.hopper import multiply
-
+def _product_in_place(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+    """On a GPU, by a kernel that is imported on first use: it loads Pallas."""
     if w.layer is None:
-        w = Int8Weight(values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
-    return multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+        w = replace(w, values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, Int8Weight) and gpu_target.generation() == "ampere":
+        from pallas_kernels.matmul import ampere
+
+        y = ampere.multiply(rows, w)
+    else:
+        from pallas_kernels.matmul import hopper
+
+        y = hopper.multiply(rows, w)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _packed(x: jax.Array, w: PackedWeight, residual: jax.Array | None, num_rows: jax.Array | None) -> jax.Array:

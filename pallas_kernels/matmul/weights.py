@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from ml_dtypes import float8_e4m3fn
 
 from pallas_kernels.matmul import blocks, cpu
 from pallas_kernels.matmul.blocks import BlockFormat, BlockWeight
+from pallas_kernels.matmul.narrow import LARGEST_FLOAT8
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -59,6 +61,35 @@ class Int8Weight:
 
 
 @pytree
+class Float8Weight:
+    """w[k, n] = values[n, k] * scales[n]; a GPU that multiplies 8-bit floats rounds activations to them, too.
+
+    Both arrays may have a leading layer axis, as in `Int8Weight`.
+
+    Attributes:
+      values: float8_e4m3fn[..., N, K]: the tensor cores read 8-bit floats with their inputs adjacent.
+      scales: float32[..., N], positive.
+      layer: as in `Int8Weight`.
+      division: as in `Int8Weight`.
+    """
+
+    values: Float[Array, "*layers N K"]
+    scales: Float32[Array, "*layers N"]
+    layer: Int[Array, ""] | None = None
+    division: Division | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, N) of a layer, or (L, K, N) of all layers."""
+        layers = self.values.shape[:-2] if self.layer is None else self.values.shape[1:-2]
+        return (*layers, self.values.shape[-1], self.values.shape[-2])
+
+    def at_layer(self, layer: int | jax.Array) -> Float8Weight:
+        """The weight [K, N] of one layer, in the same memory; see `Int8Weight.at_layer`."""
+        return replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+
+@pytree
 class PackedWeight:
     """A weight [K, N] in the layout of this CPU's native kernel. It cannot be saved or differentiated.
 
@@ -99,7 +130,7 @@ class PackedWeight:
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
-Weight = jax.Array | Int8Weight | PackedWeight
+Weight = jax.Array | Int8Weight | Float8Weight | PackedWeight
 
 
 def prepare(
@@ -176,6 +207,19 @@ def quantize_int8(
     scales = np.where(largest > 0, largest / _LARGEST, 1).astype(np.float32)
     values = np.clip(np.rint(wide / scales[..., None, :]), -_LARGEST, _LARGEST)
     return values.astype(np.int8), scales
+
+
+def quantize_float8(
+    w: Float[np.ndarray, "*groups K N"],
+) -> tuple[Float[np.ndarray, "*groups N K"], Float32[np.ndarray, "*groups N"]]:
+    """(float8_e4m3fn[..., N, K], float32[..., N]) whose product is nearest to `w`, one scale per output column."""
+    wide = np.swapaxes(w, -1, -2).astype(np.float32)
+    largest = np.abs(wide).max(axis=-1)
+    if not np.isfinite(largest).all():
+        raise ValueError("w has infinite or NaN values, which fp8 cannot represent; check the checkpoint")
+    scales = np.where(largest > 0, largest / LARGEST_FLOAT8, 1).astype(np.float32)
+    values = np.clip(wide / scales[..., None], -LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return values.astype(float8_e4m3fn), scales
 
 
 def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedWeight:

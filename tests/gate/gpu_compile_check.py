@@ -38,6 +38,7 @@ LAUNCHES_PER_LAYER = (
     16  # of kernels in a layer of a Llama, which has four products, two norms and three kernels of attention
 )
 LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
+LAUNCHES_PER_LAYER_IN_FP8 = 22  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
 SPILLED_BYTES = 32  # per thread, for plain attention
@@ -264,6 +265,12 @@ def main() -> int:
     checks["H100 step of 64: Llama-3-8B on 8, int8"] = functools.partial(
         step, LLAMA_3_8B, eight_h100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_ON_SEVERAL
     )
+    checks["H100 step of 64: Llama-3-8B, fp8"] = functools.partial(
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
+    )
+    checks["H100 step: Llama-3-8B, fp8"] = functools.partial(
+        step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
+    )
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=LAUNCHES_ON_SEVERAL)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
         step, MIXTRAL_8X7B, eight_h100, work="greedy", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
@@ -284,6 +291,12 @@ def main() -> int:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
+        checks["A100 step of 64: Llama-3-8B, int8"] = functools.partial(
+            step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int8"
+        )
+        checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
+            step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
+        )
         checks["A100 step: Llama-3-70B on 8"] = functools.partial(
             step, LLAMA_3_70B, eight_a100, launches=LAUNCHES_ON_SEVERAL
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from fastgen_jax.models.sharding import partition_leaf
 from fastgen_jax.models.weight_spec import Kind, WeightSpec, bias, experts, matrix
 from pallas_kernels import native
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import Int8Weight, PackedWeight
+from pallas_kernels.matmul import BlockWeight, Float8Weight, Int8Weight, PackedWeight
 from tests.models.parity import folder, variants
 
 DEEPSEEK_V2 = {  # the sizes of the release
@@ -146,6 +147,27 @@ def test_a_sharding_follows_the_logical_axes_and_scales_follow_the_columns():
     assert (tuple(of_rows.values), tuple(of_rows.scales)) == (("tensor", None), (None,))
     of_columns = partition_leaf(matrix("anything", (8, 16), ("E", "HD")), int8)
     assert (tuple(of_columns.values), tuple(of_columns.scales)) == ((None, "tensor"), ("tensor",))
+    float8 = Float8Weight(values=jnp.zeros((16, 8), jnp.float8_e4m3fn), scales=jnp.ones(16))  # [out, in]
+    of_rows = partition_leaf(spec, float8)
+    assert (tuple(of_rows.values), tuple(of_rows.scales)) == ((None, "tensor"), (None,))
+
+
+@pytest.mark.parametrize("is_per_output", [True, False])
+def test_8_bit_floats_of_a_checkpoint_stay_as_they_are_with_one_scale_for_each_output(is_per_output: bool) -> None:
+    rng = np.random.default_rng(0)
+    spec = matrix("anything", (64, 48), ("E", "F"))
+    scales = rng.uniform(0.5, 2.0, (48, 1 if is_per_output else 2)).astype(np.float32)
+    values = rng.normal(size=(48, 64)).astype(jnp.float8_e4m3fn)
+    blocks = BlockWeight(values=values, scales=np.repeat(scales, 2 // scales.shape[1], axis=1))
+    stored = host_leaf(spec, blocks, dtype="bfloat16", quantize="fp8")
+    assert isinstance(stored, Float8Weight)
+    if is_per_output:
+        np.testing.assert_array_equal(np.asarray(stored.values, np.float32), values.astype(np.float32))
+    as_matrix = np.asarray(stored.values, np.float32).T * np.asarray(stored.scales)
+    largest = np.abs(blocks.dequantize()).max(axis=0)
+    assert (np.abs(as_matrix - blocks.dequantize()) <= (0 if is_per_output else 2.0**-4) * largest).all()
+    plain = host_leaf(replace(spec, never_quantized="a test"), blocks, dtype="float32", quantize="fp8")
+    np.testing.assert_array_equal(plain, blocks.dequantize())
 
 
 def test_the_spec_of_a_tied_head_is_that_of_a_head_stored_apart():

@@ -18,6 +18,7 @@ from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
 
+VOCAB_OF_EIGHT = 16_064  # rows of Llama 3's embedding on each of eight devices: a multiple of 64
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
@@ -30,7 +31,8 @@ def test_llama_3_8b_on_eight_v5e_chips() -> None:
     made = plan(LLAMA_3_8B, "v5e:2x4")
     norms = 65 * 4096  # on every device; everything else is divided by eight
     assert made.num_params == 8_030_261_248
-    assert made.memory.weights == (made.num_params - norms) * 2 // 8 + norms * 2
+    padding = 2 * (VOCAB_OF_EIGHT - 128_256 // 8) * 4096  # of embedding and head
+    assert made.memory.weights == ((made.num_params - norms) // 8 + norms + padding) * 2
     assert made.memory.block == 128 * 2 * 32 * 1 * 128 * 2  # tokens, K and V, layers, one of eight KV heads, D, bytes
     assert made.memory.num_blocks == made.memory.free // made.memory.block
     assert made.sequences == made.memory.num_blocks // 64
@@ -157,6 +159,7 @@ def test_weights_that_are_copied_in_a_loop_or_outside_are_detected() -> None:
     expected = {("a", size, 8), ("e", size, 8), ("d", 8 * 4224 * 3584 * 2, 1)}
     assert set(copied_weights(PROGRAM, shapes)) == expected
     assert copied_weights(PROGRAM.replace("%a = bf16", "%a = f8e4m3fn"), shapes)[-1].bytes == size // 2
+    assert ("a", size, 8) in copied_weights(PROGRAM, {(4096, 3581)})  # padded to a multiple of 8
     assert copied_weights(PROGRAM, {(512, 28672)}) == []
 
 
@@ -185,7 +188,8 @@ def test_weights_are_divided_except_those_that_every_device_needs() -> None:
 
     model = family_of("LlamaForCausalLM").config_from_hf(LLAMA_3_8B)
     norms = 2 * 65 * 4096
-    assert weight_bytes(model, 8, 2) == (model_bytes - norms) // 8 + norms
+    padding = 2 * 2 * (VOCAB_OF_EIGHT - 128_256 // 8) * 4096  # of embedding and head
+    assert weight_bytes(model, 8, 2) == (model_bytes - norms) // 8 + norms + padding
 
 
 def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
@@ -263,14 +267,22 @@ def test_a_quantization_that_cannot_be_loaded_cannot_be_planned() -> None:
 
 def test_int8_weights_take_a_byte_each_and_a_scale_per_column() -> None:
     wide, narrow = plan(LLAMA_3_8B, "v5e:2x4"), plan(LLAMA_3_8B, "v5e:2x4", quantize="int8")
-    matrices = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 2 * 14336 + 14336 * 4096) + 4096 * 128256
-    divided = 4 * (32 * (6144 + 2 * 14336) + 128256) // 8  # each device has its own columns of qkv, gate_up and lm_head
+    vocab = 8 * VOCAB_OF_EIGHT
+    matrices = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 2 * 14336 + 14336 * 4096) + 4096 * vocab
+    divided = 4 * (32 * (6144 + 2 * 14336) + vocab) // 8  # each device has its own columns of qkv, gate_up and lm_head
     whole = 4 * 32 * (4096 + 4096)  # it has its own rows of o and down, with the scales of all columns
     assert wide.memory.weights - narrow.memory.weights == matrices // 8 - divided - whole
     assert narrow.steps[0].memory < wide.steps[0].memory
     assert narrow.sequences > wide.sequences
     assert "int8 matrices, the rest bfloat16" in table(narrow)
     assert any("--quantize int8" in line for line in plan(LLAMA_3_8B, "l4", dtype="float32").advice)
+
+
+def test_fp8_weights_take_the_bytes_of_int8_on_gpus_that_multiply_them() -> None:
+    int8, fp8 = (plan(LLAMA_3_8B, "h100:8", quantize=quantize).memory.weights for quantize in ("int8", "fp8"))
+    assert int8 == fp8
+    with pytest.raises(ValueError, match="quantize is 'fp8', but a100 does not multiply it; choose 'int8', or h100 or h200"):
+        plan(LLAMA_3_8B, "a100:8", quantize="fp8")
 
 
 def test_int8_experts_are_read_as_bytes() -> None:

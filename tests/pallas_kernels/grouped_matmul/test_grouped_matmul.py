@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import jax_versions, native
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, PackedGroups, grouped_matmul, grouped_swiglu, prepare
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int8Weight, quantize_float8
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
@@ -33,10 +33,18 @@ def _weights(w: np.ndarray, storage: str, *, platform: str = "cpu", gated: bool 
     return prepare(w, quantize="int8" if storage == "int8" else None, platform=platform, gated=gated)
 
 
+def _float8(w: np.ndarray) -> Float8Weight:
+    values, scales = quantize_float8(w)
+    return Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+
+
 def _exact(w: np.ndarray, storage: str) -> np.ndarray:
     """float64: the weights that are stored."""
     if storage == "bfloat16":
         return np.asarray(jnp.asarray(w).astype(jnp.bfloat16), np.float64)
+    if storage == "fp8":
+        stored = _float8(w)
+        return np.asarray(stored.values, np.float64).swapaxes(1, 2) * np.asarray(stored.scales, np.float64)[:, None]
     if storage == "int8":
         stored = prepare(w, quantize="int8", platform="tpu")
         assert isinstance(stored, Int8Weight)
@@ -69,13 +77,13 @@ def test_packed_groups_equal_numpy(sizes: list[int], storage: str):
     _close(grouped_matmul(jnp.asarray(x), packed, jnp.asarray(sizes, jnp.int32)), expected)
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "int8", "fp8"])
 @pytest.mark.parametrize(
     "implementation", [name for name in IMPLEMENTATIONS if name not in ("tpu", "gpu")]
 )  # see test_tpu.py, test_hopper.py
 def test_every_implementation_equals_numpy(implementation: str, storage: str):
     x, w = _normal(_T, _K), _normal(_G, _K, _N, seed=1)
-    plain = _weights(w, storage, platform="tpu")
+    plain = _float8(w) if storage == "fp8" else _weights(w, storage, platform="tpu")
     run = jax.jit(lambda sizes: grouped_matmul(jnp.asarray(x), plain, sizes, implementation=implementation))
     for sizes in _SIZES:
         _close(run(jnp.asarray(sizes, jnp.int32)), _numpy(x, _exact(w, storage), sizes))

@@ -19,9 +19,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.matmul import Int8Weight, quantize_int8
+from pallas_kernels.matmul import Float8Weight, Int8Weight, quantize_float8, quantize_int8
 from pallas_kernels.matmul.hopper import multiply
 from pallas_kernels.matmul.hopper_support import Tiles
+from pallas_kernels.matmul.narrow import float8_rows
 from tests.pallas_kernels.ragged_attention.gpu_interpreter import compile_once
 
 LAYERS, LAYER = 3, 1
@@ -34,7 +35,8 @@ class Case:
     num_rows: int = 20
     depth: int = 256
     num_columns: int = 192
-    int8: bool = True
+    stored: str = "int8"
+    """The dtype of the weights, "" for that of the activations."""
     dtype: str = "bfloat16"
     rows: int = 64
     columns: int = 64
@@ -47,7 +49,7 @@ class Case:
         return Tiles(rows=self.rows, columns=self.columns, splits=self.splits, stages=self.stages, blocks=self.blocks)
 
 
-QUICK = [Case(splits=3, depth=320), Case(groups=(5, 0, 70, 9), num_rows=90, int8=False, num_columns=128)]
+QUICK = [Case(splits=3, depth=320), Case(groups=(5, 0, 70, 9), num_rows=90, stored="", num_columns=128)]
 ALL = [
     *QUICK,
     Case(num_rows=200, rows=128, columns=128, num_columns=384, dtype="float16"),
@@ -55,7 +57,9 @@ ALL = [
     Case(num_rows=1, blocks=1, stages=3, num_columns=160),
     Case(groups=(0, 130, 1), num_rows=131, rows=128, columns=128, num_columns=256, blocks=5),
     Case(groups=(0, 0, 0), num_rows=9),
-    Case(groups=(1,) * 20, num_rows=24, depth=64, int8=False, stages=4),
+    Case(groups=(1,) * 20, num_rows=24, depth=64, stored="", stages=4),
+    Case(stored="float8_e4m3fn", splits=2, depth=384, stages=3),
+    Case(stored="float8_e4m3fn", groups=(5, 0, 70, 9), num_rows=90, rows=128, depth=192),
 ]
 
 
@@ -72,18 +76,24 @@ def check_case(case: Case) -> None:
     x = jnp.asarray(rng.normal(size=(case.num_rows, case.depth)), dtype)
     num_groups = max(1, len(case.groups))
     plain = rng.normal(size=(LAYERS * num_groups, case.depth, case.num_columns)).astype(np.float32)
-    w = jnp.asarray(plain, dtype)
-    if case.int8:
+    w, of_reference = jnp.asarray(plain, dtype), x.astype(jnp.float32)
+    if case.stored == "float8_e4m3fn":
+        values, scales = quantize_float8(plain)
+        w = Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+        rounded, factors = float8_rows(x)  # by this function in the product, too
+        of_reference = rounded.astype(jnp.float32) * factors
+    elif case.stored:
         values, scales = quantize_int8(plain)
         w = Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    sizes = [jnp.asarray(case.groups, jnp.int32), jnp.int32(LAYER * num_groups)]
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     if case.groups:
-        arguments = (x, w, jnp.asarray(case.groups, jnp.int32), jnp.int32(LAYER * num_groups))
-        result, expected = compiled(case, True)(*arguments), grouped_matmul_reference(*arguments)
+        result, expected = compiled(case, True)(x, w, *sizes), grouped_matmul_reference(of_reference, w, *sizes)
     else:
-        assert isinstance(w, Int8Weight), "without groups, weights are int8"
+        assert isinstance(w, Int8Weight | Float8Weight), "without groups, weights have scales"
         result = compiled(case, False)(x, w.at_layer(LAYER))
-        expected = x.astype(jnp.float32) @ (w.values[LAYER].astype(jnp.float32) * w.scales[LAYER][None, :])
+        values = w.values[LAYER].T if isinstance(w, Float8Weight) else w.values[LAYER]
+        expected = of_reference @ (values.astype(jnp.float32) * w.scales[LAYER][None, :])
     assert not interpret_pallas_call.get_races().races_found
     # Both sum in float32, in different orders.
     np.testing.assert_allclose(np.asarray(result), np.asarray(expected), atol=2e-4, rtol=1e-5)

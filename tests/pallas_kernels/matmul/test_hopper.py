@@ -15,14 +15,14 @@ from pallas_kernels import jax_versions
 from pallas_kernels.grouped_matmul.gpu import plan_groups
 from pallas_kernels.jax_versions import AbstractGpu
 from pallas_kernels.matmul import Int8Weight, linear, reads_in_place
-from pallas_kernels.matmul.hopper_support import GRANULE, fits, modeled, shared_bytes
+from pallas_kernels.matmul.hopper_support import GRANULE, depth_of, fits, modeled, shared_bytes
 
 TOO_OLD = jax_versions.too_old(jax_versions.GPU_KERNELS)
 
 
 @pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel {TOO_OLD}")
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["quick", "2", "3", "4", "5", "6", "7"])
+@pytest.mark.parametrize("which", ["quick", "2", "3", "4", "5", "6", "7", "8", "9"])
 def test_the_product_in_the_interpreter_is_that_of_plain_matrices(which: str) -> None:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -70,6 +70,9 @@ def test_every_row_of_a_group_is_in_one_tile_of_its_matrix(sizes: tuple[int, ...
         ((32, 4096, 720), "int8", "bfloat16", False),
         ((32, 4096, 64), "int8", "bfloat16", False),
         ((32, 4096, 6144), "float32", "bfloat16", False),
+        ((32, 2880, 5760), "float8_e4m3fn", "bfloat16", True),
+        ((1, 4096, 16032), "float8_e4m3fn", "bfloat16", True),
+        ((32, 360, 2880), "float8_e4m3fn", "bfloat16", False),
     ],
 )
 def test_weights_of_whole_tiles_are_supported(shape: tuple[int, ...], stored: str, dtype: str, expected: bool) -> None:
@@ -77,13 +80,13 @@ def test_weights_of_whole_tiles_are_supported(shape: tuple[int, ...], stored: st
 
 
 @pytest.mark.parametrize("shape", [(1, 4096, 6144), (1, 14336, 4096), (1, 896, 128256), (1, 64, 160)])
-@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
+@pytest.mark.parametrize("stored", ["int8", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("rows", [64, 128])
 def test_modeled_tiles_fit_and_every_split_has_work(shape: tuple[int, ...], stored: str, rows: int) -> None:
     tiles = modeled(rows, 1, shape, jnp.dtype(stored), rows=rows)
     assert tiles.stages >= 2
     assert shared_bytes(tiles, jnp.dtype(stored)) <= 227 * 1024 - 1024
-    steps = shape[1] // 64
+    steps = shape[1] // depth_of(jnp.dtype(stored), shape[1])
     assert (tiles.splits - 1) * -(-steps // tiles.splits) < steps
 
 
@@ -93,15 +96,15 @@ def test_a_product_with_few_columns_is_split_so_that_all_multiprocessors_read() 
     assert modeled(64, 8, (8, 4096, 28672), jnp.dtype("bfloat16"), rows=64, blocks=132).splits == 1
 
 
-def test_a_layer_of_a_stack_is_read_in_place_on_a_hopper_alone() -> None:
+def test_a_layer_of_a_stack_is_read_in_place_on_a_hopper() -> None:
     stack = Int8Weight(values=jnp.ones((3, 64, 128), jnp.int8), scales=jnp.ones((3, 128), jnp.float32))
     found = {}
-    for capability in ("7.5", "8.0", "9.0"):
+    for capability in ("7.5", "9.0", "10.0"):
         device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability=capability)
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
             found[capability] = reads_in_place(stack, jnp.bfloat16)
     is_new = jax_versions.too_old(jax_versions.HOPPER_PRODUCT) is None
-    assert found == {"7.5": False, "8.0": False, "9.0": is_new}
+    assert found == {"7.5": False, "9.0": is_new, "10.0": False}
     assert not reads_in_place(stack, jnp.bfloat16)  # on this CPU
     assert not reads_in_place(stack.values, jnp.bfloat16)
 

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu_target, native
-from pallas_kernels.matmul import Int8Weight, PackedWeight, cpu, linear, prepare, quantize_int8, swiglu
+from pallas_kernels.matmul import (
+    Float8Weight,
+    Int8Weight,
+    PackedWeight,
+    cpu,
+    linear,
+    prepare,
+    quantize_float8,
+    quantize_int8,
+    swiglu,
+)
+from pallas_kernels.matmul.narrow import float8_rows
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
@@ -138,6 +149,21 @@ def test_on_other_platforms_a_weight_stays_a_plain_array_or_becomes_int8():
     assert quantized.shape == (20, 30)
     x = jnp.asarray(_normal(2, 3, 20))
     _close(linear(x, quantized), np.asarray(x, np.float64) @ _exact(w, "int8"), 20)
+
+
+def test_8_bit_floats_are_multiplied_as_the_numbers_that_they_are():
+    w = _normal(64, 32)
+    values, scales = quantize_float8(w)
+    exact = values.astype(np.float64).T * scales
+    assert (np.abs(exact - w) <= 2.0**-4 * np.abs(w).max(axis=0)).all()
+    stack = Float8Weight(values=jnp.asarray(values)[None], scales=jnp.asarray(scales)[None])
+    x = _normal(3, 64)
+    assert stack.shape == (1, 64, 32)
+    _close(linear(jnp.asarray(x), stack.at_layer(0)), x.astype(np.float64) @ exact, 64)
+    rows, factors = float8_rows(jnp.asarray(x) * jnp.float32([[0.0], [1e-30], [1e30]]))
+    assert rows.dtype == jnp.float8_e4m3fn
+    error = np.abs(np.asarray(rows, np.float64) * np.asarray(factors) - x.astype(np.float64) * [[0.0], [1e-30], [1e30]])
+    assert (error <= 2.0**-4 * np.abs(x) * [[0.0], [1e-30], [1e30]] + 448 * 2.0**-19 * np.asarray(factors)).all()
 
 
 def test_stacked_int8_layers_can_be_scanned():

@@ -1,0 +1,79 @@
+"""When the kernel of `ampere.py` may be used, and how it divides its work. Does not import Pallas."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels import gpu_target, jax_versions
+
+DEPTH = 64  # inputs per step
+MULTIPROCESSORS = 108  # of an A100, if the device does not report it
+SHARED_BYTES = 96 * 1024  # of 99 KiB on GPUs of compute capability 8.6 and 8.9
+MOST_STAGES, MOST_SPLITS = 4, 8
+LARGEST_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the kernel divides its work. Only `splits` changes the order in which a result is summed."""
+
+    rows: int  # of a tile, a power of two of at least 16
+    columns: int  # of a program of the grid, likewise
+    splits: int  # parts of the inputs, whose products are summed separately
+    stages: int  # steps whose operands are in shared memory at the same time
+    warps: int
+    depth: int = DEPTH
+
+
+def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+    """Whether the program is for Amperes, and the kernel supports activations of `dtype` and weights [G, K, N].
+
+    `divided` as for `hopper_support.supported`.
+    """
+    if gpu_target.generation() != "ampere" or jax_versions.too_old(jax_versions.AMPERE_PRODUCT):
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if not divided and not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
+        return False
+    return fits(shape, stored, dtype)
+
+
+def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
+    """Whether weights [G, K, N] have whole steps and aligned rows, in dtypes that the kernel multiplies."""
+    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8):
+        return False
+    return shape[-2] % DEPTH == 0 and shape[-1] % 16 == 0
+
+
+def modeled(num_tiles: int, shape: tuple[int, ...], stored: DTypeLike, *, rows: int, splits: int | None = None) -> Tiles:
+    """Two programs for each multiprocessor, if the inputs can be split into so many parts, and as many stages as fit.
+
+    Args:
+      num_tiles: how many tiles are expected to have work.
+      shape: [G, K, N].
+      stored: the dtype of the weights.
+      rows: of a tile.
+      splits: how many parts the inputs have; None: as many as are best.
+    """
+    columns = 128 if rows == LARGEST_ROWS else 64
+    steps = shape[-2] // DEPTH
+    if splits is None:
+        wanted = 2 * (gpu_target.multiprocessors() or MULTIPROCESSORS)
+        programs = num_tiles * -(-shape[-1] // columns)
+        splits = max(1, min(-(-wanted // programs), MOST_SPLITS, steps // MOST_STAGES))
+    stages = min(MOST_STAGES, SHARED_BYTES // stage_bytes(rows, columns, stored))
+    return Tiles(rows=rows, columns=columns, splits=splits, stages=stages, warps=8 if rows == LARGEST_ROWS else 4)
+
+
+def tile_rows(num_rows: int) -> int:
+    """Rows of a tile for so many of one matrix: tensor cores multiply 16 at a time."""
+    return next((rows for rows in (16, 32, 64) if num_rows <= rows), LARGEST_ROWS)
+
+
+def stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
+    """Of shared memory, for the operands of a step."""
+    return DEPTH * (2 * rows + columns * jnp.dtype(stored).itemsize)
