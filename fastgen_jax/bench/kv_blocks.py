@@ -69,7 +69,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from fastgen_jax.core import KVCache, stored_head_dim
+    from fastgen_jax.core import KVCache
     from fastgen_jax.engine.packing import Bucket
     from fastgen_jax.engine.programs import step_program
     from fastgen_jax.engine.sampling.state import init_state
@@ -109,8 +109,9 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
                     num_blocks=n,
                     num_kv_heads=model.num_kv_heads,
                     block_size=block_size,
-                    head_dim=stored_head_dim(model.head_dim, "tpu"),
+                    head_dim=model.head_dim,
                     dtype=jnp.bfloat16,
+                    platform="tpu",
                 )
             )
         )
@@ -128,7 +129,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
                 lowered = program.lower(params, cache, state, packed)
             memory = lowered.compile().memory_analysis()
             assert memory is not None  # the TPU compiler always reports it
-            size = 2 * cache.k.size * 2
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
             print(
                 f"{num_blocks:10d} {budget:8d} {size / MIB:9.1f} {memory.alias_size_in_bytes / MIB:9.1f} "
                 f"{memory.temp_size_in_bytes / MIB:10.1f}"

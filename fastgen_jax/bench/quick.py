@@ -25,7 +25,7 @@ from fastgen_jax.flags import DEFAULT_MODEL, MODEL_HELP
 if TYPE_CHECKING:
     from fastgen_jax import Engine
     from fastgen_jax.bench.driver import StepTime
-    from fastgen_jax.plan.roofline import Roofline, StepShape
+    from fastgen_jax.plan.roofline import Roofline
 
 PROMPT = 16  # tokens of a prompt whose generation is measured
 SHORTEST = 64  # tokens of a stream, prompt included, that the KV cache must hold for every stream
@@ -130,9 +130,11 @@ def rate(engine: Engine, run: Run, peaks: Peaks) -> Rate:
     """What the steps of a run reached, and what the roofline of these peaks allows; ValueError for less than two steps."""
     if len(run.steps) < 2:
         raise ValueError("too few steps were measured; raise --seconds, or the KV cache with --option num_blocks=N")
-    cost = _roofline(engine, peaks, tokens=max(step.num_tokens for step in run.steps))
+    from fastgen_jax.plan.roofline import step_shape
+
+    cost, windows = _roofline(engine, peaks, tokens=max(step.num_tokens for step in run.steps)), engine.config.windows
     steps = run.steps[1:]  # from the end of the first step to that of the last
-    parts = [cost.parts(_shape(step)) for step in steps]
+    parts = [cost.parts(step_shape([chunk[1:] for chunk in step.chunks], step.num_sample_rows, windows)) for step in steps]
     arithmetic = sum(part.compute for part in parts) >= sum(part.memory for part in parts)
     return Rate(
         tokens=sum(step.num_sample_rows if run.generates else step.num_tokens for step in steps),
@@ -239,18 +241,6 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes / num_devices,
         activation_bytes=itemsize,
-    )
-
-
-def _shape(step: StepTime) -> StepShape:
-    from fastgen_jax.plan.roofline import StepShape
-
-    return StepShape(
-        num_tokens=step.num_tokens,
-        num_sample_rows=step.num_sample_rows,
-        decode_attended=sum(start + 1 for _, start, n in step.chunks if n == 1),
-        prompt_attended=sum(n * start + n * (n + 1) // 2 for _, start, n in step.chunks if n > 1),
-        prompt_context=sum(start + n for _, start, n in step.chunks if n > 1),
     )
 
 

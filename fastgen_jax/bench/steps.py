@@ -23,6 +23,7 @@ from fastgen_jax.bench.options import add_engine_arguments, make_engine
 from fastgen_jax.bench.results import measured_context
 from fastgen_jax.bench.tables import table
 from fastgen_jax.json_types import JsonObject
+from fastgen_jax.plan.roofline import step_shape
 
 if TYPE_CHECKING:
     from fastgen_jax import Engine
@@ -36,8 +37,8 @@ class Point:
     """Tokens of the compiled step that ran."""
     num_tokens: int
     num_sample_rows: int
-    decode_attended: int
-    prompt_attended: int
+    decode_attended: float
+    prompt_attended: float
     seconds: float
 
 
@@ -97,16 +98,15 @@ def measure(engine: Engine, *, contexts: Sequence[int], generated: int, rounds: 
     for before, step in zip(log.steps, log.steps[1:], strict=False):
         if step.start > before.read:  # the device was idle before, so this step is not like the others
             continue
-        decode = sum(start + 1 for _, start, length in step.chunks if length == 1)
-        prompt = sum(n * start + n * (n + 1) // 2 for _, start, n in step.chunks if n > 1)
+        shape = step_shape([chunk[1:] for chunk in step.chunks], step.num_sample_rows, engine.config.windows)
         size = sizes[bisect_left(sizes, step.num_tokens)]
         points.append(
             Point(
                 size=size,
                 num_tokens=step.num_tokens,
                 num_sample_rows=step.num_sample_rows,
-                decode_attended=decode,
-                prompt_attended=prompt,
+                decode_attended=shape.decode_attended,
+                prompt_attended=shape.prompt_attended,
                 seconds=step.seconds,
             )
         )

@@ -21,6 +21,7 @@ from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES, family_of
 from fastgen_jax.models.families.common import Source
+from fastgen_jax.models.families.experts import by_expert
 from fastgen_jax.models.families.fields import is_multimodal
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind
@@ -98,7 +99,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        return FAMILIES[self.config.family].sources(self.config)
+        return by_expert(self.config, FAMILIES[self.config.family].sources(self.config), self.tensors)
 
     @property
     def tokenizer_source(self) -> Path:

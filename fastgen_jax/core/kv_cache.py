@@ -25,19 +25,38 @@ class KVCache:
     is the number of layers of a group, and layers of different groups use different blocks of the same row.
     """
 
-    k: Float[Array, "LN K B D"] | QuantizedCache
-    v: Float[Array, "LN K B D"] | QuantizedCache
+    k: Float[Array, "LN K B _"] | QuantizedCache
+    v: Float[Array, "LN K B D"] | QuantizedCache | None
+    """None: `k` is packed, each row being a key and its value; see `packs_heads`."""
     states: dict[str, Float[Array, "_ ..."]] = field(default_factory=dict)
     """What sequences hold beside their blocks: see `core.states`. Empty for most models."""
 
     @staticmethod
     def zeros(
-        *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: DTypeLike
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        platform: str = "cpu",
     ) -> KVCache:
-        """An empty cache of `num_blocks` blocks per layer, `block_size` tokens each; see `stored_head_dim`."""
-        shape = (num_layers * num_blocks, num_kv_heads, block_size, head_dim)
-        zeros = QuantizedCache.zeros if is_quantized(dtype) else jnp.zeros
-        return KVCache(k=zeros(shape, dtype), v=zeros(shape, dtype))
+        """An empty cache of `num_blocks` blocks per layer, `block_size` tokens each, for heads of `head_dim` numbers."""
+        packed, stored = packs_heads(head_dim, platform), stored_head_dim(head_dim, platform)
+        shape = (num_layers * num_blocks, num_kv_heads, block_size, 2 * stored if packed else stored)
+
+        def zeros() -> jax.Array | QuantizedCache:
+            if is_quantized(dtype):
+                return QuantizedCache.zeros(shape, dtype, scales_per_row=2 if packed else 1)
+            return jnp.zeros(shape, dtype)
+
+        return KVCache(k=zeros(), v=None if packed else zeros())
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers that are stored for a head: those of the model, and zeros."""
+        return self.k.shape[-1] // (2 if self.v is None else 1)
 
     def with_states(self, **states: Float[Array, "_ ..."]) -> KVCache:
         """The cache with some of its states replaced."""
@@ -61,8 +80,15 @@ def scale_bytes(dtype: DTypeLike) -> int:
 
 
 def stored_head_dim(head_dim: int, platform: str) -> int:
-    """Numbers that the cache stores for a head of `head_dim`: on a TPU a multiple of its 128 lanes.
+    """Numbers that the cache stores for a head of `head_dim`: on a TPU 64, or a multiple of its 128 lanes.
 
     XLA:TPU would pad the minor axis to 128 in memory anyway, or store the pool transposed and copy it in every step.
     """
-    return -(-head_dim // 128) * 128 if platform == "tpu" else head_dim
+    if platform != "tpu":
+        return head_dim
+    return 64 if packs_heads(head_dim, platform) else -(-head_dim // 128) * 128
+
+
+def packs_heads(head_dim: int, platform: str) -> bool:
+    """Whether the cache stores a key and its value in one row: on a TPU, if both fit into its 128 lanes."""
+    return platform == "tpu" and head_dim <= 64

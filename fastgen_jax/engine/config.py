@@ -278,6 +278,11 @@ def default_dtype(platform: str, *, bfloat16: bool) -> DType:
     return "float32" if platform == "cpu" else "bfloat16" if bfloat16 else "float16"
 
 
+def wide_enough(dtype: DType, *, exceeds_float16: bool) -> DType:
+    """The data type of the activations of a model with weights of `dtype`, on a device that multiplies these."""
+    return "float32" if dtype == "float16" and exceeds_float16 else dtype
+
+
 def default_block_size(platform: str, kv_dtype: KVDType) -> int:
     """Tokens per KV block: kernels cannot read smaller blocks of an 8-bit cache than these."""
     return 128 if platform in ("tpu", "gpu") and kv_dtype in QUANTIZED_DTYPES else 32

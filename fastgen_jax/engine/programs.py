@@ -27,7 +27,8 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import head_spec
-from fastgen_jax.models.sharding import TENSOR, in_place, partition_kv_cache, shardings
+from fastgen_jax.models.sharding import TENSOR, in_place, partition_kv_cache, partition_states, shardings
+from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
@@ -271,8 +272,9 @@ def step_program(
     if mesh is None:
         return jit(step)
     whole = NamedSharding(mesh, PartitionSpec())
-    cache = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-    return jit(step, out_shardings=(whole, cache, whole))
+    blocks = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+    states = shardings(mesh, partition_states(state_shapes(model, device.platform).of_layer))
+    return jit(step, out_shardings=(whole, KVCache(k=blocks, v=blocks, states=states), whole))  # pyright: ignore[reportArgumentType]
 
 
 def _reads_int8_in_place(device: Any) -> bool:

@@ -8,7 +8,16 @@ from typing import get_args
 import jax
 
 from fastgen_jax.engine import footprint, generation
-from fastgen_jax.engine.config import DType, EngineConfig, KVDType, Quantization, default_block_size, formats_of, shown
+from fastgen_jax.engine.config import (
+    DType,
+    EngineConfig,
+    KVDType,
+    Quantization,
+    default_block_size,
+    formats_of,
+    shown,
+    wide_enough,
+)
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
@@ -209,7 +218,7 @@ def resolve(
         num_blocks=num_blocks,
         windows=windows,
         stack_layers=stack_layers,
-        activation_dtype="float32" if packs or (dtype == "float16" and model.exceeds_float16) else dtype,
+        activation_dtype="float32" if packs else wide_enough(dtype, exceeds_float16=model.exceeds_float16),
         prefix_caching=prefix_caching,
         budget_ladder=_step_sizes(
             config,

@@ -132,6 +132,7 @@ def prepare_step(
             num_tokens=batch.positions.shape[0],
             num_heads=local.num_heads // num_devices,
             num_blocks=num_blocks,
+            packed=kv_cache.v is None,
             implementation=implementation,
         )
     attend = attend if mesh is None else divide_heads(attend, mesh)
@@ -202,7 +203,8 @@ def attention(
     if config.mla is None:
         x = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D], and with a gate H * D more
         if config.attention_gate:
-            x, gate = jnp.split(x, (x.shape[1] - config.num_heads * d,), axis=-1)
+            widths = (x.shape[1] - config.num_heads * d, config.num_heads * d)
+            x, gate = split_columns(x, widths, 1 if step.mesh is None else step.mesh.size)
     q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
     if config.qk_norm == "unit":
         q, key = _unit_norms(q, key, step, config, index)
@@ -213,8 +215,8 @@ def attention(
         q = (q.astype(jnp.float32) * scale[:, None, None]).astype(q.dtype)
     if config.attention_scale_by_layer:
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
-    if cache.k.shape[-1] != d:  # heads are zero-padded in the cache, which does not change a dot product
-        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.k.shape[-1] - d))) for part in (q, key, value))
+    if cache.head_dim != d:  # heads are zero-padded in the cache, which does not change a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.head_dim - d))) for part in (q, key, value))
     out, k_cache, v_cache = step.attend(
         q,
         key,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from jax.typing import DTypeLike
 
-from fastgen_jax.core import KVCache, stored_head_dim
+from fastgen_jax.core import KVCache
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.states import state_shapes
 
@@ -23,7 +23,8 @@ def empty_cache(
         num_blocks=num_blocks,
         num_kv_heads=config.num_kv_heads,
         block_size=block_size,
-        head_dim=stored_head_dim(config.head_dim, platform),
+        head_dim=config.head_dim,
         dtype=dtype,
+        platform=platform,
     )
     return replace(cache, states=state_shapes(config, platform).zeros(num_slots))

@@ -256,9 +256,8 @@ def _held_stacks(
     mesh: Mesh | None,
 ) -> _HeldStacks:
     # Shared experts are divided with the others, in a shard_map that gets the weights of one layer.
-    matrices = [
-        name for name, spec in specs.items() if spec.kind is Kind.MATRIX and not (mesh and name.startswith("shared_"))
-    ]
+    beside = ("shared_", "latent_") if mesh else ()
+    matrices = [name for name, spec in specs.items() if spec.kind is Kind.MATRIX and not name.startswith(beside)]
     found = {name: in_place(specs[name], layers[name], dtype, mesh) for name in matrices if name in layers}
     kept = {name: leaf for name, leaf in found.items() if leaf is not None}
     # A GPU's compiler launches a kernel for each slice. On several devices XLA would divide what lies side by side.

@@ -60,11 +60,11 @@ def causal_attention(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """`ragged_attention` for sequences that start in this batch and have the same length; the caches are not changed."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_sequences = k.shape[1], index.context_lens.shape[0]

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.state_division import AXES as STATE_AXES
+from fastgen_jax.models.state_division import check_state, divided_state, state_sources
 from fastgen_jax.models.weight_spec import WeightSpec
 
 if TYPE_CHECKING:
@@ -38,11 +40,7 @@ class Heads:
 
 def check_num_devices(config: ModelConfig, num_devices: int) -> None:
     """Raises ValueError if a device would have no attention head, or the model cannot be divided."""
-    if num_devices > 1 and (config.state is not None or config.attention_gate):
-        raise ValueError(
-            f"a {config.family} model cannot be divided over {num_devices} devices: layers with a state are not sharded; "
-            "use one device, and quantize='int8' if it does not fit"
-        )
+    check_state(config, num_devices)
     if num_devices > config.num_heads:
         raise ValueError(
             f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "
@@ -88,6 +86,7 @@ def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
         mlp_dim=wide(config.mlp_dim),
         vocab_size=wide(config.vocab_size),
         alibi_slopes=slopes,
+        state=config.state and divided_state(config.state, num_devices),
         moe=moe
         and dataclasses.replace(moe, expert_dim=_expert_width(moe.expert_dim, num_devices), shared_dim=wide(moe.shared_dim)),
     )
@@ -112,8 +111,9 @@ def row_norm_heads(config: ModelConfig, num_devices: int) -> tuple[int, int]:
 
 
 def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
-    """`spec.parts` of the weight in the divided model."""
-    return tuple(map(len, _sources(spec, -1, config, num_devices))) if len(spec.parts) > 1 else spec.parts
+    """The widths of the projections that are side by side in the weight in the divided model; () for a single one."""
+    found = _sources(spec, -1, config, num_devices)
+    return tuple(map(len, found)) if len(found) > 1 else ()
 
 
 def divided_shape(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
@@ -149,17 +149,23 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int)
     """For each part of an axis, the entries of the axis that the divided model has; one past the end for padding."""
     size, letter = spec.shape[axis], spec.axes[axis]
     parts = spec.parts if axis == -1 and len(spec.parts) > 1 else (size,)
+    if config.attention_gate and len(parts) == 3 and letter == "HD":  # the gates, of the size of the queries, come last
+        queries = parts[0] // 2
+        parts = (queries, *parts[1:], queries)
     starts = np.cumsum((0, *parts[:-1]))
     if letter in ("F", "V"):
         is_expert = letter == "F" and spec.axes[0] == "X"
         widths = [_expert_width(part, num_devices) if is_expert else -(-part // num_devices) * num_devices for part in parts]
         wide = [np.arange(width) for width in widths]
         return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
+    if letter in STATE_AXES and config.state is not None:
+        return state_sources(spec.bias_of or spec.name, size, config.state, num_devices)
     if letter not in ("HD", "H", "KD", "K"):
         return [np.arange(size)]
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
-    # The parts of a fused axis are queries, keys and values.
-    of_parts = (heads.query, heads.kv, heads.kv) if len(parts) == 3 else (heads.query if letter[0] == "H" else heads.kv,)
+    # The parts of a fused axis are queries, keys, values and gates.
+    alone = heads.query if letter[0] == "H" else heads.kv
+    of_parts = (heads.query, heads.kv, heads.kv, heads.query)[: len(parts)] if len(parts) > 1 else (alone,)
     found = []
     for own, part, start in zip(of_parts, parts, starts, strict=True):
         width = part // (config.num_heads if own is heads.query else config.num_kv_heads)

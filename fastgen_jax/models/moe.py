@@ -145,7 +145,8 @@ def _weighted_experts(
     expert = jnp.where(used[:, None], chosen, config.num_experts).reshape(-1)  # [T * k]
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts)[None, :], axis=0, dtype=jnp.int32)
-    rows = jnp.take(x, order // k, axis=0)  # [T * k, E]
+    read = x if config.latent_dim is None else linear(x, w["latent_in"], num_rows=num_tokens)
+    rows = jnp.take(read, order // k, axis=0)  # [T * k, E]
     if config.weigh_inputs:
         rows = (rows.astype(jnp.float32) * jnp.take(weights.reshape(-1), order)[:, None]).astype(x.dtype)
         weights = jnp.ones_like(weights)
@@ -154,6 +155,8 @@ def _weighted_experts(
     # is not defined.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
     y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    if config.latent_dim is not None:
+        y = linear(y.astype(x.dtype), w["latent_out"], num_rows=num_tokens, out_dtype=jnp.float32)
     return y + _shared_expert(x, w, num_tokens, config=config) if config.shared_dim else y
 
 
@@ -170,16 +173,20 @@ def _experts(
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
     if config.fused_swiglu:
         return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))
+    name = "expert_gate_up" if config.gated else "expert_up"
     # Padding has expert number X, one past the last bias; any bias will do.
-    hidden = grouped_matmul(rows, w["expert_gate_up"], sizes, first_group=first)
+    hidden = grouped_matmul(rows, w[name], sizes, first_group=first)
     if config.expert_bias:
-        hidden = hidden + jnp.take(w["expert_gate_up_bias"], expert, axis=0, mode="clip")
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    if config.swiglu_limit is None:
-        hidden = ACTIVATIONS[config.activation](gate) * up
+        hidden = hidden + jnp.take(w[f"{name}_bias"], expert, axis=0, mode="clip")
+    if not config.gated:
+        y = down(ACTIVATIONS[config.activation](hidden))
     else:
-        hidden = clamped_swiglu(gate, up, limit=config.swiglu_limit)
-    y = down(hidden)
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        if config.swiglu_limit is None:
+            hidden = ACTIVATIONS[config.activation](gate) * up
+        else:
+            hidden = clamped_swiglu(gate, up, limit=config.swiglu_limit)
+        y = down(hidden)
     if not config.expert_bias:
         return y
     return y + jnp.take(w["expert_down_bias"], expert, axis=0, mode="clip").astype(jnp.float32)
@@ -196,7 +203,9 @@ def _shared_expert(
     x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], *, config: MoEConfig
 ) -> Float[Array, "T E"]:
     """In float32."""
-    if config.activation == "silu":
+    if not config.gated:
+        hidden = ACTIVATIONS[config.activation](linear(x, w["shared_up"], num_rows=num_tokens))
+    elif config.activation == "silu":
         hidden = swiglu(x, w["shared_gate_up"], num_rows=num_tokens)
     else:
         gate, up = jnp.split(linear(x, w["shared_gate_up"], num_rows=num_tokens), 2, axis=-1)

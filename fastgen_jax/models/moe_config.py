@@ -47,15 +47,17 @@ class MoEConfig:
     groups_per_token: int = 1
     group_score: Literal["max", "two_best"] = "max"  # score of a group: its best expert, or the sum of its best two
     activation: Activation = "silu"  # of the routed experts and the shared one
+    gated: bool = True  # an expert is act(x @ gate) * (x @ up), else act(x @ up)
     expert_bias: bool = False
     swiglu_limit: float | None = None  # clamp of the gpt-oss activation, see `moe.clamped_swiglu`; None: `activation`
     shared_dim: int = 0  # F of the expert that is applied to every token; 0: none
     shared_gate: bool = False  # scale the output of the shared expert by a sigmoid
+    latent_dim: int | None = None  # width that routed experts read and write, projected from and to E; None: E
 
     @property
     def fused_swiglu(self) -> bool:
         """Whether the routed experts are the SwiGLU that `pallas_kernels.grouped_matmul.grouped_swiglu` computes."""
-        return self.activation == "silu" and self.swiglu_limit is None and not self.expert_bias
+        return self.gated and self.activation == "silu" and self.swiglu_limit is None and not self.expert_bias
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:

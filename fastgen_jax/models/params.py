@@ -223,13 +223,23 @@ def _router_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
 
 def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
     x, f, s = moe.num_experts, moe.expert_dim, moe.shared_dim
-    gate_up = experts("expert_gate_up", (x, e, 2 * f), ("X", "E", "F"), parts=(f, f), gated=moe.fused_swiglu)
-    down = experts("expert_down", (x, f, e), ("X", "F", "E"))
-    yield from (gate_up, down)
+    width = moe.latent_dim or e
+    if moe.gated:
+        up = experts("expert_gate_up", (x, width, 2 * f), ("X", "E", "F"), parts=(f, f), gated=moe.fused_swiglu)
+    else:
+        up = experts("expert_up", (x, width, f), ("X", "E", "F"))
+    down = experts("expert_down", (x, f, width), ("X", "F", "E"))
+    yield from (up, down)
     if moe.expert_bias:
-        yield from (bias(gate_up), bias(down))
+        yield from (bias(up), bias(down))
+    if moe.latent_dim is not None:
+        yield matrix("latent_in", (e, width), ("E", "latent"))
+        yield matrix("latent_out", (width, e), ("latent", "E"))
     if s:
-        yield matrix("shared_gate_up", (e, 2 * s), ("E", "F"), parts=(s, s), gated=moe.activation == "silu")
+        if moe.gated:
+            yield matrix("shared_gate_up", (e, 2 * s), ("E", "F"), parts=(s, s), gated=moe.activation == "silu")
+        else:
+            yield matrix("shared_up", (e, s), ("E", "F"))
         yield matrix("shared_down", (s, e), ("F", "E"))
     if moe.shared_gate:
         yield matrix("shared_gate", (e, 1), ("E", "one"), never_quantized=_ROUTES, dtype="activations")

@@ -1,4 +1,4 @@
-"""Tensor parallelism: heads, MLP columns and vocabulary are divided over one axis of a device mesh.
+"""Tensor parallelism: heads, states, MLP columns and vocabulary are divided over one axis of a device mesh.
 
 The forward pass is the same as on one device: weights and cache carry shardings, and XLA inserts the sums, two per layer.
 Two things are explicit: the order of fused columns (see `columns`) and, because kernels are opaque to XLA, the division of
@@ -9,8 +9,8 @@ hidden units of every expert.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.models import state_division
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_parts
@@ -33,7 +34,9 @@ T = TypeVar("T")
 TENSOR = "tensor"
 """Name of the mesh axis."""
 
-DIVIDED_AXES = frozenset({"HD", "KD", "F", "V"})  # logical axes of `WeightSpec`; all others are replicated
+DIVIDED_AXES = (
+    frozenset({"HD", "KD", "F", "V"}) | state_division.AXES
+)  # logical axes of `WeightSpec`; all others are replicated
 
 
 def tensor_mesh(devices: Sequence[object]) -> Mesh:
@@ -89,8 +92,15 @@ def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:
-    """The PartitionSpecs of `cache`, arrays or shapes: each device holds the blocks of its own KV heads."""
-    return jax.tree.map(lambda _: PartitionSpec(None, TENSOR), cache)
+    """The PartitionSpecs of `cache`, arrays or shapes: each device holds the blocks and states of its own heads."""
+    parts = jax.tree.map(lambda _: PartitionSpec(None, TENSOR), dataclasses.replace(cache, states={}))
+    return dataclasses.replace(parts, states=partition_states(cache.states))
+
+
+def partition_states(names: Iterable[str]) -> dict[str, PartitionSpec]:
+    """The PartitionSpecs of the pools of states (see `models.states`) that have these names."""
+    # Heads or channels; the inputs of tokens are those of all heads side by side.
+    return {name: PartitionSpec(None, None, TENSOR) if name == "recent" else PartitionSpec(None, TENSOR) for name in names}
 
 
 def shardings(mesh: Mesh, specs: T) -> T:
@@ -106,11 +116,11 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
         k: jax.Array,
         v: jax.Array,
         k_cache: Cache,
-        v_cache: Cache,
+        v_cache: Cache | None,
         index: RaggedIndex,
         layer: CacheLayer,
         scoring: Scoring,
-    ) -> tuple[jax.Array, Cache, Cache]:
+    ) -> tuple[jax.Array, Cache, Cache | None]:
         layer = dataclasses.replace(layer, number=jnp.asarray(layer.number, jnp.int32))
         scoring = jax.tree.map(jnp.asarray, scoring)
         heads, whole = PartitionSpec(None, TENSOR), PartitionSpec()
@@ -122,6 +132,35 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
             out_specs=heads,
             check_vma=False,
         )(q, k, v, k_cache, v_cache, index, layer, scoring)
+
+    return divided
+
+
+def divide_state(compute: Callable[..., Any], mesh: Mesh, specs: Mapping[str, WeightSpec]) -> Callable[..., Any]:
+    """`compute(y, gates, weights, states, *others)`, run by each device of `mesh` on its own heads of a layer with a state.
+
+    `y` and `gates` are projections whose columns are divided, `specs` the declarations of the weights. The result is divided
+    by columns too, and returned with the states.
+    """
+
+    def divided(
+        y: jax.Array,
+        gates: jax.Array | None,
+        weights: dict[str, jax.Array],
+        states: dict[str, jax.Array],
+        rows: dict[str, jax.Array],
+        row: jax.Array | int,
+        num_tokens: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        columns, whole, kept = PartitionSpec(None, TENSOR), PartitionSpec(), partition_states(states)
+        of_weights = {name: partition_leaf(specs[name], leaf) for name, leaf in weights.items()}
+        return jax.shard_map(
+            compute,
+            mesh=mesh,
+            in_specs=(columns, columns, of_weights, kept, whole, whole, whole),
+            out_specs=(columns, kept),
+            check_vma=False,
+        )(y, gates, weights, states, rows, jnp.asarray(row, jnp.int32), num_tokens)
 
     return divided
 

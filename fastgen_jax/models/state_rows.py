@@ -63,34 +63,37 @@ def state_rows(batch: RaggedBatch) -> StateRows:
 def convolved(
     x: Float[Array, "T C"],
     kernel: Float[Array, "W C"],
-    tails: Float[Array, "places _ C"],
+    tails: Float[Array, "places _"],
     rows: StateRows,
     layer: Int[Array, ""] | int,
     num_layers: int,
-) -> tuple[Float[Array, "T C"], Float[Array, "places _ C"]]:
+) -> tuple[Float[Array, "T C"], Float[Array, "places _"]]:
     """sum_j kernel[W - 1 - j] x[position - j] in float32 for each token, and the tails with those of this step.
 
-    The tail of a slot holds the last W - 1 inputs of its sequence, that of position p in row p mod (W - 1). The terms are
-    added in a fixed order, so the result does not depend on which of them come from the tail.
+    The tail of a slot holds the last W - 1 inputs of its sequence one after another, that of position p in place
+    p mod (W - 1). (Rows that fill no tile on a TPU would make its compiler copy the pool into another layout.)
+    The terms are added in a fixed order, so the result does not depend on which of them come from the tail.
     """
     width = kernel.shape[0]
     if width == 1:
         return x.astype(jnp.float32) * kernel.astype(jnp.float32), tails
     x32, weights = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    num_places, num_back, _ = tails.shape
+    num_places, num_back = tails.shape[0], width - 1
     places = rows.places(layer, num_places, num_layers)
-    flat = tails.reshape(num_places * num_back, -1)
-    mine = jnp.take(places, rows.of_tokens)  # [T]
-    start = jnp.take(rows.starts, rows.of_tokens)
+    held = jnp.take(tails, places, axis=0, mode="clip").reshape(-1, x.shape[1])  # [S * (W - 1), C]
+    start = jnp.take(rows.starts, rows.of_tokens)  # [T]
     y = x32 * weights[-1][None, :]
     for back in range(1, width):
         position = rows.positions - back
         in_chunk = jnp.roll(x32, back, axis=0)  # used only where the token `back` places before belongs to the same chunk
-        in_tail = jnp.take(flat, mine * num_back + position % num_back, axis=0, mode="clip")
+        in_tail = jnp.take(held, rows.of_tokens * num_back + position % num_back, axis=0, mode="clip")
         before = jnp.where((position >= start)[:, None], in_chunk, in_tail)
         y = y + jnp.where((position >= 0)[:, None], before, 0.0) * weights[width - 1 - back][None, :]
-    stop = jnp.take(rows.stops, rows.of_tokens)
-    kept = rows.is_token & (rows.positions >= stop - num_back)
-    target = jnp.where(kept, mine * num_back + rows.positions % num_back, flat.shape[0])
-    flat = flat.at[target].set(x32, mode="drop", unique_indices=True)
-    return y, flat.reshape(tails.shape)
+    # The last position before `stops` that belongs in each place of the tail.
+    last = rows.stops[:, None] - 1
+    last = last - (last - jnp.arange(num_back, dtype=jnp.int32)[None, :]) % num_back  # [S, W - 1]
+    is_new = last >= rows.starts[:, None]
+    token = rows.first_tokens[:, None] + last - rows.starts[:, None]
+    new = jnp.take(x32, token, axis=0, mode="clip")
+    kept = jnp.where(is_new[..., None], new, held.reshape(new.shape)).reshape(-1, tails.shape[1])
+    return y, tails.at[places].set(kept, mode="drop", unique_indices=True)

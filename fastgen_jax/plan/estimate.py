@@ -11,7 +11,7 @@ from fastgen_jax.engine.footprint import bits_per_value, temporary_bytes, weight
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.weight_spec import DType, Kind
-from fastgen_jax.plan.roofline import StepShape, roofline
+from fastgen_jax.plan.roofline import StepShape, Windows, decode_attended, roofline
 from fastgen_jax.scheduling import BlockGroups
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers
@@ -129,8 +129,12 @@ def planned_step(
     itemsize: int,
     quantize: str | None = None,
     token_bytes: float,
+    windows: Windows = (None,),
 ) -> PlannedStep:
-    """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest."""
+    """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest.
+
+    `windows` are those of the cache groups.
+    """
     cost = roofline(
         model,
         topology.device,
@@ -140,11 +144,13 @@ def planned_step(
         activation_bytes=itemsize,
     )
     prompt = tokens - sequences
+    seen = decode_attended((context,), windows)
+    read = decode_attended((context,), [None if window is None else window + prompt - 1 for window in windows])
     shape = StepShape(
         num_tokens=tokens,
         num_sample_rows=sequences + (prompt > 0),
-        decode_attended=sequences * context,
-        prompt_attended=prompt * context,
-        prompt_context=context if prompt else 0,
+        decode_attended=sequences * seen,
+        prompt_attended=prompt * seen,
+        prompt_context=read if prompt else 0,
     )
     return PlannedStep(tokens=tokens, sequences=sequences, **cost.parts(shape)._asdict())

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.devices import NoCompiler, Topology
+from fastgen_jax.engine.config import wide_enough
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import further_arguments, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
@@ -181,7 +182,15 @@ def compile_step(
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    step = step_program(model, bucket, attention=attention, mesh=mesh, has_int8_weights=quantize == "int8", work=work)
+    step = step_program(
+        model,
+        bucket,
+        attention=attention,
+        activation_dtype=wide_enough(jnp.dtype(dtype).name, exceeds_float16=model.exceeds_float16),  # pyright: ignore[reportArgumentType]
+        mesh=mesh,
+        has_int8_weights=quantize == "int8",
+        work=work,
+    )
     start = time.perf_counter()
     with lowering_for(mesh):
         lowered = step.lower(

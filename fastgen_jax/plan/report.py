@@ -154,6 +154,7 @@ def make_plan(
             itemsize=itemsize,
             quantize=quantize,
             token_bytes=token_bytes / devices.num_devices,
+            windows=groups.windows,
         )
         for budget in budgets
         if sequences

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from fastgen_jax.devices import Device
@@ -16,15 +17,49 @@ from fastgen_jax.models.counts import flops_per_token
 class StepShape(NamedTuple):
     """What the cost of a step depends on.
 
-    `decode_attended` adds up the contexts of the sequences that compute one token. `prompt_attended` adds up, over
-    the tokens of longer chunks, the positions that each attends to, and `prompt_context` the contexts at their ends.
+    `decode_attended` adds up the positions that the sequences with a single token attend to. `prompt_attended` adds them up
+    over the tokens of longer chunks, and `prompt_context` those that a chunk attends to at all. Where layers have sliding
+    windows, all three are averages over the layers.
     """
 
     num_tokens: int
     num_sample_rows: int
-    decode_attended: int
-    prompt_attended: int
-    prompt_context: int
+    decode_attended: float
+    prompt_attended: float
+    prompt_context: float
+
+
+Windows = Sequence[int | None]
+"""The sliding window of each cache group, of which all have the same number of layers; None: its layers have none."""
+
+
+def step_shape(chunks: Iterable[tuple[int, int]], num_sample_rows: int, windows: Windows = (None,)) -> StepShape:
+    """The shape of a step of these chunks, each (first position, number of tokens)."""
+    tokens = decode = prompt = context = 0
+    for start, length in chunks:
+        tokens += length
+        for window in windows:
+            whole = length if window is None else min(length, max(0, window - start))  # tokens before the window is full
+            attended = whole * start + whole * (whole + 1) // 2
+            if whole < length:
+                assert window is not None
+                attended += (length - whole) * window
+            if length == 1:
+                decode += attended
+            else:
+                prompt += attended
+                context += start + length if window is None else min(start + length, window + length - 1)
+    if len(windows) > 1:
+        decode, prompt, context = (x / len(windows) for x in (decode, prompt, context))
+    return StepShape(tokens, num_sample_rows, decode, prompt, context)
+
+
+def decode_attended(contexts: Collection[int], windows: Windows) -> float:
+    """`StepShape.decode_attended` of sequences with these contexts, the computed token included."""
+    total = 0
+    for window in windows:
+        total += sum(contexts) if window is None else sum(min(context, window) for context in contexts)
+    return total / len(windows) if len(windows) > 1 else total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

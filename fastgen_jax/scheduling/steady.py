@@ -13,12 +13,13 @@ from fastgen_jax.scheduling.sequence import Sequence
 class SteadyRun(NamedTuple):
     """`num_steps` steps that would each compute one token of `num_sequences` sequences, and change nothing else.
 
-    `attended` adds up the contexts in the first step; each later step has `num_sequences` more.
+    `contexts` are those of the sequences in the first step, with the token that it computes; each later step has one more
+    token of each.
     """
 
     num_steps: int
     num_sequences: int
-    attended: int
+    contexts: list[int]
 
 
 def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, in_flight: bool) -> SteadyRun | None:
@@ -31,12 +32,10 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
     if not 0 < num_sequences <= min(limits.token_budget, limits.max_sample_rows):
         return None
     num_steps = running[0].max_total_tokens
-    attended = num_sequences
     for sequence in running:
         computed = sequence.num_computed
         if computed != sequence.num_tokens - 1 or sequence.stop_ids:
             return None
-        attended += computed
         # The very last token is never computed; a commit follows each step, immediately unless one is in flight.
         left = min(sequence.max_total_tokens - 1, sequence.next_block_end - 1, sequence.next_free - 1) - computed
         if left < num_steps:
@@ -45,7 +44,9 @@ def steady_run(running: list[Sequence], limits: StepLimits, pool: BlockPool, *, 
     if num_steps < 1:
         return None
     most_blocks = num_sequences * (1 + num_steps // limits.block_size) * limits.groups.num_groups
-    return SteadyRun(num_steps, num_sequences, attended) if most_blocks <= pool.num_free else None
+    if most_blocks > pool.num_free:
+        return None
+    return SteadyRun(num_steps, num_sequences, [sequence.num_computed + 1 for sequence in running])
 
 
 def advance(running: list[Sequence], num_steps: int, token_ids: Iterable[int], pool: BlockPool) -> None:

@@ -352,7 +352,10 @@ class ChatAnswer:
 
     async def collect(self) -> dict[str, object]:
         """Waits until all samples have finished; returns the complete response."""
-        chunks = [choice async for index, outputs in self.work for choice in self.chunk(index, outputs)]
+        return self.complete([choice async for index, outputs in self.work for choice in self.chunk(index, outputs)])
+
+    def complete(self, chunks: Sequence[ChatChoice]) -> dict[str, object]:
+        """The complete response, from all the choices of `chunk`."""
         choices: list[dict[str, object]] = []
         for position, index in enumerate(self._scores.chosen()):
             mine = [chunk for chunk in chunks if chunk["index"] == index]
@@ -387,7 +390,7 @@ class ChatAnswer:
         prompt: dict[str, object] = {"prompt_token_ids": list(self.work.prompts[0])} if self.body.return_token_ids else {}
         if self._prompt_logprobs is not None:
             prompt["prompt_logprobs"] = self._prompt_logprobs
-        return {**self._head, "choices": choices, "usage": self.usage(), **prompt}
+        return {**self._head, "object": self.object, "choices": choices, "usage": self.usage(), **prompt}
 
     def usage(self) -> Usage:
         """Returns the request's token counts."""

@@ -36,6 +36,7 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.responses.endpoints import add_responses
 from fastgen_jax.serving.sse import ClientDisconnectedError
 from fastgen_jax.serving.state import ServerState
+from fastgen_jax.serving.stored_chats import add_stored_chats
 from fastgen_jax.serving.trace import perfetto
 from fastgen_jax.serving.weights import add_weights
 
@@ -58,6 +59,7 @@ def create_app(server: ServerState) -> FastAPI:
     app.state.server = server
     _add_errors(app)
     _add_openai(app, server)
+    add_stored_chats(app, server.chats, _ERRORS)
     add_responses(app, server, _ERRORS)
     add_messages(app, server, _ERRORS)
     add_embeddings(app, server, _ERRORS)

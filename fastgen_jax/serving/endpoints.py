@@ -6,7 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import NotRequired, TypedDict
+from functools import partial
+from typing import NotRequired, TypedDict, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -33,8 +34,10 @@ from fastgen_jax.serving.protocol import (
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
+from fastgen_jax.serving.stored_chats import owner_of
 from fastgen_jax.serving.work import Backend, Work, start_work
 
+Keep = Callable[[JsonFields], None]  # stores a complete answer
 RELAXED = "x-fastgen-schema-relaxed"  # the header that names what is not enforced of a schema
 
 
@@ -175,16 +178,21 @@ async def _answer(
 ) -> Response:
     relaxed = {RELAXED: _ascii(", ".join(guide.relaxed))} if guide and guide.relaxed else {}
     end = at_end(server, operation, work, request)
+    keep: Keep | None = None
+    if isinstance(body, ChatRequest) and body.store:
+        keep = partial(server.chats.add, owner_of(request), messages=body.messages, metadata=body.metadata)
     if body.user is not None:
         request.state.log = {"user": body.user}
     if body.stream:
-        events = _events(work, answer, body.stream_options or StreamOptions())
+        events = _events(work, answer, body.stream_options or StreamOptions(), keep)
         return EventStream(work, events, end, headers=relaxed)
 
     try:
         result = await while_connected(request.receive, work, answer.collect())
     finally:
         end()
+    if keep is not None:
+        keep(result)
     timing = work.timing()
     return JSONResponse(
         result,
@@ -197,13 +205,20 @@ async def _answer(
     )
 
 
-async def _events(work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions) -> AsyncIterator[bytes]:
+async def _events(
+    work: Work, answer: CompletionAnswer | ChatAnswer, options: StreamOptions, keep: Keep | None
+) -> AsyncIterator[bytes]:
     encoder = answer.encoder()
+    kept: list[CompletionChoice | ChatChoice] = []
     async for index, outputs in work:
         choices = answer.chunk(index, outputs)
+        if keep is not None:
+            kept += choices
         if _has_content(choices[0]):
             usage = work.usage_so_far() if options.counts_in_each_event else bool(options.include_usage)
             yield encoder.choices(choices, usage=usage)
+    if keep is not None and isinstance(answer, ChatAnswer):
+        keep(answer.complete(cast("list[ChatChoice]", kept)))
     if options.include_usage or options.include_timing:
         usage = answer.usage() if options.include_usage else None
         yield encoder.usage(usage, work.timing() if options.include_timing else None)

@@ -167,8 +167,10 @@ class RequestMiddleware:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         # Anthropic's clients send their key in a header of its own.
         given = [headers.get(b"x-api-key", b""), bearer if scheme.lower() == b"bearer" else b""]
-        if any(secrets.compare_digest(one.strip(), key) for one in given for key in self._keys):
-            return
+        for key in self._keys:
+            if any(secrets.compare_digest(one.strip(), key) for one in given):
+                scope["state"]["key"] = key.decode()
+                return
         raise ApiError(
             "this server requires an API key; send the header 'Authorization: Bearer KEY'",
             status=401,

@@ -301,7 +301,7 @@ class ChatRequest(ChatPrompt, Sampling):
     """POST /v1/chat/completions."""
 
     NEUTRAL: ClassVar = {
-        **Sampling.NEUTRAL,
+        **{name: values for name, values in Sampling.NEUTRAL.items() if name != "store"},
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
@@ -314,6 +314,7 @@ class ChatRequest(ChatPrompt, Sampling):
 
     messages: Annotated[list[JsonObject], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    store: bool | None = Field(None, description="Keep the answer, for the other requests to /v1/chat/completions.")
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

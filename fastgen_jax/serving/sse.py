@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.answers import DONE, SseEncoder
 from fastgen_jax.serving.errors import as_api_error
-from fastgen_jax.serving.work import Work
 
 T = TypeVar("T")
 
@@ -31,6 +30,19 @@ class ClientDisconnectedError(Exception):
     """The client disconnected before the response was complete."""
 
 
+class Source(Protocol):
+    """What produces the events of a stream."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has ended by itself."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...
+
+
 class EventStream(Response):
     """Sends `events`, and ends `work` as soon as the client disconnects.
 
@@ -41,7 +53,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        work: Work,
+        work: Source,
         events: AsyncIterator[bytes],
         on_end: Callable[[], object],
         *,
@@ -67,8 +79,9 @@ class EventStream(Response):
                     started = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            if started:
-                await send({"type": "http.response.body", "body": self._done, "more_body": False})
+            if not started:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._done, "more_body": False})
         except Exception as error:
             answer = as_api_error(error)
             if not started:
@@ -84,7 +97,7 @@ class EventStream(Response):
             self._on_end()
 
 
-async def while_connected(receive: Receive, work: Work, answer: Awaitable[T]) -> T:
+async def while_connected(receive: Receive, work: Source, answer: Awaitable[T]) -> T:
     """Returns the result of `answer`; if the client disconnects first, ends `work` and raises ClientDisconnectedError."""
     watcher = asyncio.create_task(_close_on_disconnect(receive, work))
     try:
@@ -98,7 +111,7 @@ async def while_connected(receive: Receive, work: Work, answer: Awaitable[T]) ->
         work.close()
 
 
-async def _close_on_disconnect(receive: Receive, work: Work) -> None:
+async def _close_on_disconnect(receive: Receive, work: Source) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     work.close()

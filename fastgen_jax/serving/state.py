@@ -10,6 +10,7 @@ from fastgen_jax import __version__
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.metrics import ServerMetrics
 from fastgen_jax.serving.settings import ServedModel
+from fastgen_jax.serving.stored_chats import ChatStore
 from fastgen_jax.serving.work import Backend
 
 
@@ -25,6 +26,7 @@ class ServerState:
         self.failure: str | None = None
         self.started = time.time()
         self.metrics = ServerMetrics(model.name)
+        self.chats = ChatStore()
 
     def ready(self) -> Backend:
         """Returns the backend; ApiError 503 while there is none."""

@@ -19,16 +19,18 @@ from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.division import divided
-from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, roofline
+from fastgen_jax.plan.roofline import Efficiency, Roofline, StepShape, Windows, roofline, step_shape
 from fastgen_jax.scheduling import Chunk, Step
 from fastgen_jax.simulation.models import MODELS
 
 _START = itemgetter(1)
 
 
-def shape_of(step: Step) -> StepShape:
-    """The shape of a step."""
+def shape_of(step: Step, windows: Windows = (None,)) -> StepShape:
+    """The shape of a step, for layers with these windows."""
     chunks = step.chunks
+    if windows != (None,):
+        return step_shape([chunk[1:3] for chunk in chunks], step.num_sample_rows, windows)
     decode = sum(map(_START, chunks)) + len(chunks)
     prompt = context = 0
     if step.num_tokens != len(chunks):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
-from fastgen_jax.plan.roofline import StepShape
+from fastgen_jax.plan.roofline import StepShape, decode_attended
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
 from fastgen_jax.simulation.costs import StepCost, shape_of
 
@@ -127,7 +127,7 @@ class Replica:
         step = self.scheduler.schedule()
         self._keep = 0
         if step is not None:
-            seconds = self.cost(shape_of(step))
+            seconds = self.cost(shape_of(step, self.config.windows))
             start = max(self._device_free, now + self.config.host_seconds)
             self._device_free = start + seconds
             self.busy_seconds += seconds
@@ -171,11 +171,14 @@ class Replica:
         run = self.scheduler.steady_run()
         if run is None:
             return now
-        most, num_sequences, attended = run
+        most, num_sequences, contexts = run
         cost, host_seconds, times = self.cost, self.config.host_seconds, self._commit_times
         first = len(times)
         free, due, busy = self._device_free, in_flight[0][1] if overlap else 0.0, self.busy_seconds
-        for _ in range(most):
+        windows, attended = self.config.windows, sum(contexts)
+        for i in range(most):
+            if windows != (None,):
+                attended = decode_attended([context + i for context in contexts], windows)
             seconds = cost(StepShape(num_sequences, num_sequences, attended, 0, 0))
             start = now + host_seconds
             end = (start if start > free else free) + seconds

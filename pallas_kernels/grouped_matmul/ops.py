@@ -15,6 +15,7 @@ from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 from pallas_kernels.matmul import Int8Weight, hopper_support
+from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.ops import gated
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ def _plain_product(
     if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
         on_tpu = _grouped_matmul_tpu
     stored = w.values.dtype if isinstance(w, Int8Weight) else w.dtype
+    if is_narrowed(x.dtype, stored):
+        rows, factors = float16_rows(x)
+        return _plain_product(rows, w, group_sizes, first, implementation) * factors
     kernels = {"cuda": _grouped_matmul_gpu} if hopper_support.supported(w.shape, stored, x.dtype) else {}
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, **kernels, default=grouped_matmul_tiles)
 

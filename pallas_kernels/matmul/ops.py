@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
 from pallas_kernels.matmul import cpu, hopper_support
+from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
 from pallas_kernels.matmul.weights import Division, Int8Weight, PackedWeight, Weight
 
@@ -119,6 +120,9 @@ def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
 def _product(x: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     """float32[..., N]"""
     if not isinstance(w, Int8Weight):
+        if is_narrowed(x.dtype, w.dtype):
+            rows, factors = float16_rows(x)
+            return _dot(rows, w) * factors
         return _dot(x, w)
     if w.division is not None:
         return _divided_product(x, w, w.division)

@@ -50,14 +50,14 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-def _ragged_attention_tpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache]:
+def _ragged_attention_tpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache | None]:
     """`ragged_attention_tpu`, imported on first use: it loads Pallas."""
     from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
 
     return ragged_attention_tpu(*arguments)
 
 
-def _ragged_attention_gpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache]:
+def _ragged_attention_gpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache | None]:
     """`ragged_attention_gpu`, imported on first use: it loads Pallas."""
     from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 
@@ -78,13 +78,13 @@ def ragged_attention(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """Attention of every token over its own sequence, and the two caches with this step's keys and values written.
 
     Token t of chunk s (`query_starts[s] <= t < query_starts[s+1]`) is at position
@@ -97,12 +97,14 @@ def ragged_attention(
       k, v: [T, K, D], converted to the dtype of the caches.
       k_cache, v_cache: [L*N, K, B, D], one flat pool; layer l owns blocks [l*N, (l+1)*N). Donate them to the jitted
         program: they are updated in place. A `QuantizedCache` keeps 8 bits per number, and one scale per token and head.
+        If v_cache is None, k_cache is [L*N, K, B, 2D] and holds both (see `packed`).
       index: which tokens belong to which sequence, and where their keys and values are.
       layer: the layer whose blocks are written and read.
       scoring: scale, window, cap, slopes and sinks.
       implementation: a key of `IMPLEMENTATIONS`. None chooses the fastest for the platform that the program is lowered
         for: "cpu" on a CPU if a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU if the kernel
-        supports the cache (float32, bfloat16 or 8 bits, D a multiple of 128, B a power of two of at least 8, 16 or 128);
+        supports the cache (float32, bfloat16 or 8 bits, rows of a multiple of 128, B a power of two of at least 8, 16 or
+        128);
         "gpu" on a GPU of compute capability 9.0 or 8.x (bfloat16, float16 or 8 bits, D a multiple of 16 up to 256, B a
         power of two); both with a new enough jax; otherwise "xla". If "xla" is chosen on such a device, the log says why.
 
@@ -119,6 +121,11 @@ def ragged_attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
+    if implementation in ("cpu", "gpu") and v_cache is None:
+        raise ValueError(
+            f"implementation={implementation!r} needs keys and values in two caches but v_cache is None; pass a v_cache, or "
+            "use implementation='xla'"
+        )
     if implementation == "cpu":
         _require_cpu(k_cache)
 
@@ -128,11 +135,11 @@ def ragged_attention(
     if implementation is not None:
         return with_derivative(IMPLEMENTATIONS[implementation])(*operands)
     kernels: dict[str, Attention] = {}
-    if k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
+    if v_cache is not None and k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = ragged_attention_cpu
     if _runs_on_tpu(k_cache, index):
         kernels["tpu"] = _ragged_attention_tpu
-    if _runs_on_gpu(k_cache, q.shape[1]):
+    if v_cache is not None and _runs_on_gpu(k_cache, q.shape[1]):
         kernels["cuda"] = _ragged_attention_gpu
     best = partial(jax.lax.platform_dependent, **kernels, default=ragged_attention_xla)
     return with_derivative(best)(*operands)
@@ -146,6 +153,7 @@ def plan_layers(
     num_tokens: int,
     num_heads: int,
     num_blocks: int,
+    packed: bool = False,
     implementation: str | None = None,
 ) -> list[RaggedIndex]:
     """`indices` with what a kernel derives from them, so that a loop over layers does not derive it in every layer.
@@ -156,6 +164,7 @@ def plan_layers(
       k_cache: an array or a `jax.ShapeDtypeStruct` like the cache of later calls; H and K are those of one device.
       windows: the sliding window of each kind of layer.
       num_tokens, num_heads, num_blocks: T, H and N of later calls.
+      packed: whether later calls have no v_cache.
       implementation: as for `ragged_attention`.
 
     Returns:
@@ -165,15 +174,15 @@ def plan_layers(
     index = indices[0]
     if implementation == "tpu" or (implementation is None and _runs_on_tpu(k_cache, index)):
         from pallas_kernels.ragged_attention.tpu.call import plan_tpu
-    if implementation == "gpu" or (implementation is None and _runs_on_gpu(k_cache, num_heads)):
+    if implementation == "gpu" or (implementation is None and not packed and _runs_on_gpu(k_cache, num_heads)):
         from pallas_kernels.ragged_attention.gpu.call import plan_gpu
     if plan_tpu is None and plan_gpu is None:
         return list(indices)
     shape: dict[str, int] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
     same = all(other is index for other in indices)
-    tpu = [None] if plan_tpu is None else [plan_tpu(k_cache, index, **shape)]
+    tpu = [None] if plan_tpu is None else [plan_tpu(k_cache, index, packed=packed, **shape)]
     if plan_tpu is not None and not same:
-        tpu += [plan_tpu(k_cache, other, tpu[0], **shape) for other in indices[1:]]
+        tpu += [plan_tpu(k_cache, other, tpu[0], packed=packed, **shape) for other in indices[1:]]
     gpu = [
         None if plan_gpu is None else plan_gpu(k_cache, i, window, **shape)
         for i, window in zip(indices, windows, strict=True)

@@ -78,9 +78,11 @@ class Scoring:
     """float32; one additional logit per head that receives probability but has no value."""
 
 
-Results: TypeAlias = tuple[jax.Array, Cache, Cache]
+Results: TypeAlias = tuple[jax.Array, Cache, Cache | None]
 """(out, k_cache, v_cache)"""
 
-Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Cache, Cache, RaggedIndex, CacheLayer, Scoring], Results]
+Attention: TypeAlias = Callable[
+    [jax.Array, jax.Array, jax.Array, Cache, Cache | None, RaggedIndex, CacheLayer, Scoring], Results
+]
 """The type of `ragged_attention` and of each implementation: (q, k, v, k_cache, v_cache, index, layer, scoring) ->
 (out, k_cache, v_cache)."""

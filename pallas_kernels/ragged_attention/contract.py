@@ -41,7 +41,7 @@ def _require_float(name: str, array: jax.Array) -> None:
         raise ValueError(f"{name} has dtype {array.dtype} but must be one of {accepted}")
 
 
-def _check_cache(name: str, cache: Cache) -> None:
+def _check_cache(name: str, cache: Cache, scales_per_row: int) -> None:
     if not isinstance(cache, QuantizedCache):
         if is_quantized(cache.dtype):
             raise ValueError(f"{name} has dtype {cache.dtype} but no scales; pass a QuantizedCache")
@@ -50,7 +50,9 @@ def _check_cache(name: str, cache: Cache) -> None:
     if not is_quantized(cache.dtype):
         names = ", ".join(QUANTIZED_DTYPES)
         raise ValueError(f"{name} is a QuantizedCache of dtype {cache.dtype} but must be one of {names}")
-    _require_shape(f"{name}.scales", cache.scales, tuple(cache.shape[:-1]), "[L*N, K, B], as its values,")
+    pool, num_kv_heads, block_size, _ = cache.shape
+    scales, meaning = (pool, scales_per_row * num_kv_heads, block_size), "[L*N, K, B], as its values,"
+    _require_shape(f"{name}.scales", cache.scales, scales, meaning if scales_per_row == 1 else "[L*N, 2K, B]")
     if cache.scales.dtype != jnp.float32:
         raise ValueError(f"{name}.scales has dtype {cache.scales.dtype} but must be float32")
 
@@ -60,7 +62,7 @@ def check(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
@@ -83,8 +85,12 @@ def check(
 
     _require_shape("k", k, (num_tokens, num_kv_heads, head_dim), "[T, K, D], T and D as in q,")
     _require_shape("v", v, tuple(k.shape), "the shape of k")
-    _require_shape("k_cache", k_cache, (pool, num_kv_heads, block_size, head_dim), "[L*N, K, B, D], K and D as in k,")
-    _require_shape("v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
+    if v_cache is None:
+        packed = (pool, num_kv_heads, block_size, 2 * head_dim)
+        _require_shape("k_cache", k_cache, packed, "[L*N, K, B, 2D], because there is no v_cache, K and D as in k,")
+    else:
+        _require_shape("k_cache", k_cache, (pool, num_kv_heads, block_size, head_dim), "[L*N, K, B, D], K and D as in k,")
+        _require_shape("v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
     _require_shape("kv_slots", kv_slots, (num_tokens,), "[T]")
     _require_shape("query_starts", query_starts, (num_sequences + 1,), "[S+1], S as in block_tables,")
     _require_shape("context_lens", context_lens, (num_sequences,), "[S], S as in block_tables,")
@@ -98,8 +104,9 @@ def check(
     for name, array in {"q": q, "k": k, "v": v}.items():
         _require_float(name, array)
     for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
-        _check_cache(name, cache)
-    if v_cache.dtype != k_cache.dtype:
+        if cache is not None:
+            _check_cache(name, cache, 2 if v_cache is None else 1)
+    if v_cache is not None and v_cache.dtype != k_cache.dtype:
         raise ValueError(f"v_cache has dtype {v_cache.dtype} but must be {k_cache.dtype}, the dtype of k_cache")
 
     if num_heads % num_kv_heads:

@@ -28,11 +28,11 @@ class QuantizedCache:
 
     Attributes:
       values: int8 or float8_e4m3fn [L*N, K, B, D].
-      scales: float32[L*N, K, B], positive where a token was written.
+      scales: float32[L*N, K, B], positive where a token was written; [L*N, 2K, B] for rows of two (see `packed`).
     """
 
     values: Num[Array, "pool K B D"]
-    scales: Float32[Array, "pool K B"]
+    scales: Float32[Array, "pool _ B"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,9 +47,11 @@ class QuantizedCache:
         return self.values.dtype
 
     @staticmethod
-    def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> QuantizedCache:
+    def zeros(shape: tuple[int, ...], dtype: DTypeLike, *, scales_per_row: int = 1) -> QuantizedCache:
         """An empty cache of `shape` [L*N, K, B, D]."""
-        return QuantizedCache(values=jnp.zeros(shape, dtype), scales=jnp.zeros(shape[:-1], jnp.float32))
+        pool, num_kv_heads, block_size, _ = shape
+        scales = jnp.zeros((pool, scales_per_row * num_kv_heads, block_size), jnp.float32)
+        return QuantizedCache(values=jnp.zeros(shape, dtype), scales=scales)
 
 
 Cache = jax.Array | QuantizedCache
@@ -78,5 +80,11 @@ def scaled(x: Float[Array, "*shape D"], dtype: DTypeLike) -> tuple[Float[Array, 
 def gather_blocks(cache: Cache, blocks: Int[Array, "*blocks"]) -> Float[Array, "*blocks K B D"]:
     """float32[*blocks.shape, K, B, D], the contents of the given blocks of `cache`."""
     if isinstance(cache, QuantizedCache):
-        return cache.values[blocks].astype(jnp.float32) * cache.scales[blocks][..., None]
+        values, scales = cache.values[blocks].astype(jnp.float32), cache.scales[blocks]
+        *_, num_kv_heads, block_size, width = values.shape
+        parts = scales.shape[-2] // num_kv_heads  # of a row, each with its scale
+        if parts == 1:
+            return values * scales[..., None]
+        scales = scales.reshape(*scales.shape[:-2], num_kv_heads, parts, block_size).swapaxes(-1, -2)
+        return (values.reshape(*values.shape[:-1], parts, width // parts) * scales[..., None]).reshape(values.shape)
     return cache[blocks].astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import pack_caches, unpack_cache
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ def ragged_attention_reference(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`."""
+    if v_cache is None:
+        out, keys, values = ragged_attention_reference(q, k, v, *unpack_cache(k_cache), index, layer, scoring)
+        assert values is not None
+        return out, pack_caches(keys, values), None
     num_tokens, num_heads, head_dim = q.shape
     pool, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads

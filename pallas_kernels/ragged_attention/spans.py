@@ -40,11 +40,11 @@ def with_spans(causal: Attention, spans: Int32[Array, "P 4"]) -> Attention:
         k: Float[Array, "T K D"],
         v: Float[Array, "T K D"],
         k_cache: Cache,
-        v_cache: Cache,
+        v_cache: Cache | None,
         index: RaggedIndex,
         layer: CacheLayer,
         scoring: Scoring,
-    ) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+    ) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
         out, k_cache, v_cache = causal(q, k, v, k_cache, v_cache, index, layer, scoring)
         return _attend_spans(q, out, k_cache, v_cache, index, layer, scoring, spans), k_cache, v_cache
 
@@ -55,7 +55,7 @@ def _attend_spans(
     q: Float[Array, "T H D"],
     out: Float[Array, "T H D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,

@@ -16,18 +16,31 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import pack, quantize_packed
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tiles:
+    """What one iteration of a loop computes."""
+
+    single_keys: int
+    chunk_keys: int
+    chunk_queries: int = 128
+    group: int  # rows with a single query that run together; a group takes as long as its longest context
+
+
 # Measured on a 2-core CPU: with fewer keys per tile the loop overhead grows, with more the tile overflows the L2 cache.
-_DECODE_TILE_KEYS = 128
-_PROMPT_TILE_KEYS = 256
-_PROMPT_TILE_QUERIES = 128
-_DECODE_GROUP = 16  # rows that run together; a group takes as long as its longest context
+_TILES = _Tiles(single_keys=128, chunk_keys=256, group=16)
+# On a GPU an iteration launches a dozen kernels, after the host has read the loop's condition.
+_GPU_TILES = _Tiles(single_keys=512, chunk_keys=512, group=32)
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -47,11 +60,11 @@ def ragged_attention_xla(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -60,7 +73,8 @@ def ragged_attention_xla(
 
     by_kv_head = scoring_by_kv_head(scoring, num_kv_heads)
     tables = layer.first_block + jnp.clip(index.block_tables, 0, layer.num_blocks - 1)
-    queries = (q.astype(jnp.float32) * jnp.float32(scoring.scale)).reshape(num_tokens, num_kv_heads, group, head_dim)
+    queries = (q.astype(jnp.float32) * jnp.float32(scoring.scale)).astype(_operand_dtype(k_cache, q.dtype))
+    queries = queries.reshape(num_tokens, num_kv_heads, group, head_dim)
     query_lens = index.query_starts[1:] - index.query_starts[:-1]
     where = (k_cache, v_cache, tables, index.query_starts, query_lens, index.context_lens)
     out = jnp.zeros(queries.shape, jnp.float32)
@@ -68,6 +82,19 @@ def ragged_attention_xla(
         out = _attend_chunks(queries, out, *where, scoring=by_kv_head)
     out = _attend_single_rows(queries, out, *where, scoring=by_kv_head)
     return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache
+
+
+def _tiles() -> _Tiles:
+    return _GPU_TILES if gpu_target.is_gpu() else _TILES
+
+
+def _operand_dtype(cache: Cache, dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of both products, for activations of `dtype`; they are always summed in float32.
+
+    A GPU multiplies 16 bits faster than 32, and keys that are fetched in them are half as many bytes.
+    """
+    stored = dtype if isinstance(cache, QuantizedCache) else cache.dtype
+    return jnp.dtype(stored if gpu_target.is_gpu() and jnp.dtype(stored).itemsize == 2 else jnp.float32)
 
 
 def scoring_by_kv_head(scoring: Scoring, num_kv_heads: int) -> ScoringByKVHead:
@@ -85,35 +112,48 @@ def write_kv(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     *,
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
-) -> tuple[Cache, Cache]:
+) -> tuple[Cache, Cache | None]:
     """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
-    pool, num_kv_heads, block_size, head_dim = k_cache.shape
+    pool, num_kv_heads, block_size, width = k_cache.shape
     # A scatter of whole rows [D]: one that indexes the axes before and after the heads makes XLA:TPU transpose the pool.
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
     block = layer.first_block + kv_slots // block_size
-    first = block * (num_kv_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
-    rows = first[:, None] + block_size * jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
-    rows = jnp.where(is_real[:, None], rows, pool * num_kv_heads * block_size).reshape(-1)
-    if rows.shape[0] == 1:
-        # XLA:CPU rewrites a scatter of one row so that it copies the whole cache. A second, dropped row avoids this.
-        rows = jnp.concatenate([rows, jnp.full((1,), pool * num_kv_heads * block_size, jnp.int32)])
-        k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
+
+    def rows_of(num_heads: int) -> jax.Array:
+        """Where each token and head is in an array [L*N, num_heads, B, ...]."""
+        first = block * (num_heads * block_size) + kv_slots % block_size  # of the first head; the next is B rows on
+        rows = first[:, None] + block_size * jnp.arange(num_heads, dtype=jnp.int32)[None, :]
+        rows = jnp.where(is_real[:, None], rows, pool * num_heads * block_size).reshape(-1)
+        if num_heads * kv_slots.shape[0] == 1:
+            # XLA:CPU rewrites a scatter of one row so that it copies the whole cache. A second, dropped row avoids this.
+            rows = jnp.concatenate([rows, jnp.full((1,), pool * num_heads * block_size, jnp.int32)])
+        return rows
+
+    rows = rows_of(num_kv_heads)
 
     def put(cache: Cache, new: jax.Array) -> Cache:
         if isinstance(cache, QuantizedCache):
-            values, scales = quantize(new, cache.dtype)
-            flat = cache.scales.reshape(-1).at[rows].set(scales.reshape(-1), mode="drop")
+            num_scales = cache.scales.shape[1]
+            is_packed = num_scales != num_kv_heads
+            values, scales = (quantize_packed if is_packed else quantize)(new, cache.dtype)
+            flat = put_flat(cache.scales.reshape(-1), rows_of(num_scales) if is_packed else rows, scales.reshape(-1))
             return QuantizedCache(values=put_rows(cache.values, values), scales=flat.reshape(cache.scales.shape))
         return put_rows(cache, new.astype(cache.dtype))
 
     def put_rows(cache: jax.Array, new: jax.Array) -> jax.Array:
-        flat = cache.reshape(-1, head_dim).at[rows].set(new.reshape(-1, head_dim), mode="drop")
-        return flat.reshape(cache.shape)
+        return put_flat(cache.reshape(-1, width), rows, new.reshape(-1, width)).reshape(cache.shape)
 
+    def put_flat(flat: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+        if rows.shape[0] > new.shape[0]:
+            new = jnp.concatenate([new, new])
+        return flat.at[rows].set(new, mode="drop")
+
+    if v_cache is None:
+        return put(k_cache, pack(k, v)), None
     return put(k_cache, k), put(v_cache, v)
 
 
@@ -124,8 +164,8 @@ def _attend_single_rows(
     num_sequences = tables.shape[0]
     num_tokens = queries.shape[0]
     block_size = k_cache.shape[2]
-    width = min(_DECODE_GROUP, num_sequences)
-    tile_blocks = max(1, _DECODE_TILE_KEYS // block_size)
+    width = min(_tiles().group, num_sequences)
+    tile_blocks = max(1, _tiles().single_keys // block_size)
 
     contexts = jnp.where(query_lens == 1, context_lens, 0)
     order = jnp.argsort(-contexts)  # long contexts share a group; rows without work come last
@@ -159,8 +199,8 @@ def _attend_chunks(
     """Fills the rows of `out` that belong to chunks of several tokens, one tile of queries after another."""
     num_tokens = queries.shape[0]
     block_size = k_cache.shape[2]
-    tile = min(_PROMPT_TILE_QUERIES, num_tokens)
-    tile_blocks = max(1, _PROMPT_TILE_KEYS // block_size)
+    tile = min(_tiles().chunk_queries, num_tokens)
+    tile_blocks = max(1, _tiles().chunk_keys // block_size)
 
     tiles = jnp.where(query_lens > 1, -(-query_lens // tile), 0)
     ends = jnp.cumsum(tiles)  # tile i belongs to the first sequence whose end is above i
@@ -197,7 +237,7 @@ def attend(
     contexts: jax.Array,
     tables: jax.Array,
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     *,
     tile_blocks: int,
     scoring: ScoringByKVHead,
@@ -206,7 +246,7 @@ def attend(
     """Softmax-weighted values [W, K, Q, G, D] for W independent tiles of Q queries, each on its own context.
 
     Args:
-      queries: f32[W, K, Q, G, D], scaled.
+      queries: [W, K, Q, G, D], scaled, in the dtype of the products.
       positions: i32[W, Q], ascending within a row.
       contexts: i32[W], keys that exist for a tile; 0 for a tile without work, whose result is 0.
       tables: i32[W, M], blocks of the flat pool.
@@ -232,8 +272,8 @@ def attend(
     num_steps = jnp.max(-(-(num_blocks - first_block) // tile_blocks))
 
     def fetch(cache: Cache, ids: jax.Array) -> jax.Array:
-        tile = gather_blocks(cache, ids).swapaxes(1, 2)  # [W, K, t, B, D]
-        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, head_dim)
+        tile = gather_blocks(cache, ids).astype(rows.dtype).swapaxes(1, 2)  # [W, K, t, B, D]
+        return tile.reshape(width, num_kv_heads, tile_blocks * block_size, tile.shape[-1])
 
     def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = state
@@ -243,7 +283,8 @@ def attend(
         offset = jnp.arange(block_size, dtype=jnp.int32)
         key_position = (block[:, :, None] * block_size + offset[None, None, :]).reshape(width, -1)  # [W, J], J = t * B
 
-        scores = _einsum("wkrd,wkjd->wkrj", rows, fetch(k_cache, ids))  # [W, K, Q*G, J]
+        keys = fetch(k_cache, ids)  # [W, K, J, D], or 2D
+        scores = _einsum("wkrd,wkjd->wkrj", rows, keys if v_cache is not None else keys[..., :head_dim])  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]
@@ -264,8 +305,9 @@ def attend(
         exists = key_position < contexts[:, None]
         if scoring.window is not None:
             exists &= key_position > positions[:, :1] - scoring.window
-        values = jnp.where(exists[:, None, :, None], fetch(v_cache, ids), 0.0)
-        acc = acc * keep[..., None] + _einsum("wkrj,wkjd->wkrd", weights, values)
+        values = keys[..., head_dim:] if v_cache is None else fetch(v_cache, ids)
+        values = jnp.where(exists[:, None, :, None], values, jnp.zeros((), rows.dtype))
+        acc = acc * keep[..., None] + _einsum("wkrj,wkjd->wkrd", weights.astype(rows.dtype), values)
         return new_top, total * keep + jnp.sum(weights, axis=-1), acc
 
     start = (

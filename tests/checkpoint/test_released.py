@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -18,10 +19,7 @@ from tests.models.parity import DOCUMENT, folder
 BY_NAME = {release.model: release for release in released.releases()}
 MEASURED = released.measured()
 # With layers that this package does not compute, or experts in a layout of their own.
-REFUSED = {
-    *("google/gemma-4-26B-A4B", "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8"),
-    *("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen/Qwen3.5-35B-A3B"),
-}
+REFUSED = {"google/gemma-4-26B-A4B", "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8"}
 
 
 def test_released_configs_are_read_and_the_others_are_refused_with_a_reason():
@@ -45,7 +43,7 @@ def test_released_configs_are_read_and_the_others_are_refused_with_a_reason():
             assert config.num_layers == stated - len(text.get("cross_attention_layers", ()))
     assert refused == REFUSED
     for model in refused:
-        with pytest.raises(ValueError, match=r"nearest supported|for_llm_compressor=True|layers of type 'E', which are not"):
+        with pytest.raises(ValueError, match=r"nearest supported|for_llm_compressor=True"):
             released.read(BY_NAME[model])
 
 
@@ -93,6 +91,22 @@ def test_the_first_releases_of_qwen_name_the_sizes_as_gpt_2_does():
     first = {renamed.get(name, name): value for name, value in release.config.items()}
     first |= {"activation": "swiglu", "pos_emb": "rotary", "bias_dropout_fusion": True, "n_inner": None}
     assert released.read(replace(release, config=first)) == released.read(release)
+
+
+def test_experts_are_read_from_one_tensor_a_layer_and_from_one_each(tmp_path):
+    """Qwen3.5-35B-A3B has the first layout, and its FP8 release the second."""
+    source = folder("qwen3_5_moe", "default")
+    tensors = load_file(source / "model.safetensors")
+    for joined in [name for name in tensors if ".experts." in name]:
+        block, part = joined.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        for expert, matrix in enumerate(tensors.pop(joined)):
+            pieces = np.split(matrix, len(parts))
+            tensors |= {f"{block}.{expert}.{name}.weight": piece for name, piece in zip(parts, pieces, strict=True)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    read = [load_params(open_checkpoint(path), dtype="float32") for path in (source, tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *read)
 
 
 def test_parts_beside_the_text_model_are_left_out(tmp_path):

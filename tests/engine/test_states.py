@@ -35,6 +35,7 @@ MODELS = [
             ("qwen3_next", "dense_first"),
             ("falcon_h1", "norm"),
             ("nemotron_h", "default"),
+            ("nemotron_h", "experts"),
         )
     ),
 ]
@@ -162,7 +163,7 @@ def test_what_has_no_place_for_a_state_is_refused():
         Research(engine)
     with pytest.raises(ValueError, match="an embedding is not supported for a qwen3_5 model"):
         pool(engine, [(3, 4)], "last")
-    with pytest.raises(ValueError, match="cannot be divided over 2 devices"):
-        check_num_devices(engine.model, 2)
+    with pytest.raises(ValueError, match=r"heads of its states cannot be divided over 3 devices.*a divisor of"):
+        check_num_devices(engine.model, 3)
     with pytest.raises(ValueError, match="dense_forward is not supported for a qwen3_5 model"):
         dense_forward(engine.params, jnp.ones((1, 2), jnp.int32), config=engine.model)

@@ -1,4 +1,4 @@
-"""Compiles for an H100 and an A100 without a GPU: `make gpu-compile-check`.
+"""Compiles for an H100, an A100 and a T4 without a GPU: `make gpu-compile-check`.
 
 A check fails if its program does not compile, copies the KV cache or a weight, exceeds the bounds on temporary memory and on
 launches per layer, or makes the host wait in the middle of a step; or if a kernel spills more than a few registers, uses
@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gate.shapes import CALLS, LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B, Call, lower_attention
+from tests.gate.shapes import (
+    CALLS,
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    MIXTRAL_8X7B,
+    SMALL_GPU_MODELS,
+    Call,
+    lower_attention,
+)
 
 MIB = 2**20
 KERNEL_TEMPORARIES = 96 * MIB  # results per tile; the cache has 500 MiB or more
@@ -31,6 +39,7 @@ LAUNCHES_PER_LAYER = (
 )
 LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
+LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # maximum for a thread block on an H100
@@ -142,11 +151,16 @@ def check_step(
     *,
     tokens: int = 512,
     work: str = "any",
+    dtype: str = "bfloat16",
     quantize: str | None = None,
     launches: int = LAUNCHES_PER_LAYER,
+    has_kernel: bool = True,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
-    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is."""
+    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
+
+    Where there is no kernel, portable attention waits for the conditions of its loops.
+    """
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
 
@@ -161,20 +175,21 @@ def check_step(
             max_context_len=8192,
             block_size=32,
             num_blocks=4096,
+            dtype=dtype,
             quantize=quantize,
             work=work,  # pyright: ignore[reportArgumentType]
         )
     copied = sum(copy.bytes * copy.times for copy in program.copies)
     facts.append(f"{program.operations} launches, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
-    if not words and "ragged_attention_chunks" not in program.compiled.as_text():
+    if not words and has_kernel and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
     words = words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
     if not words and copied:
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits and work != "any":
+    if not words and program.waits and work != "any" and has_kernel:
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
 
@@ -228,6 +243,7 @@ def main() -> int:
         h100, eight_h100 = (deviceless_mesh(parse_topology(name)) for name in ("h100:1", "h100:8"))
         a100, eight_a100 = (deviceless_mesh(parse_topology(name)) for name in ("a100:1", "a100:8"))
         ada = deviceless_mesh(parse_topology("a100:1"), compute_capability="8.9")
+        t4 = deviceless_mesh(parse_topology("t4:1"))
     except NoCompiler as error:
         print(f"gpu-compile-check SKIPPED: {error}")
         return 0
@@ -252,6 +268,17 @@ def main() -> int:
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
         step, MIXTRAL_8X7B, eight_h100, work="greedy", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
     )
+    for name in ("Qwen2.5-1.5B", "Gemma-3-1B"):  # the activations of the second are float32
+        checks[f"T4 step of 64: {name}, float16"] = functools.partial(
+            step,
+            SMALL_GPU_MODELS[name],
+            t4,
+            tokens=64,
+            work="greedy",
+            dtype="float16",
+            launches=LAUNCHES_WITHOUT_A_KERNEL,
+            has_kernel=False,
+        )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
         checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}

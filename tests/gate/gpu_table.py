@@ -1,6 +1,9 @@
 """Compiles whole steps for GPUs that are not present and prints what each copies, launches and waits for: one row a program.
 
-python -m tests.gate.gpu_table --models Llama-3-8B gpt-oss-20b --devices 1 8 --quantize none int8
+python -m tests.gate.gpu_table --models Llama-3-8B gpt-oss-20b --devices 1 8 --formats bfloat16 int8
+
+Without a selection it makes the whole table, which takes about half an hour of processor time. `--seconds` ends it early;
+the rows that were not reached are listed.
 """
 
 from __future__ import annotations
@@ -12,19 +15,26 @@ import sys
 import time
 from pathlib import Path
 
-from tests.gate.shapes import GPU_MODELS
+from tests.gate.shapes import GPU_MODELS, SMALL_GPU_MODELS
 
 MIB = 2**20
+MODELS = GPU_MODELS | SMALL_GPU_MODELS
+NOT_QUANTIZED = ("bfloat16", "float16")
+FORMATS = (*NOT_QUANTIZED, "int8")
+OF_KIND = {"t4": ("float16", "int8"), "a100": ("bfloat16", "int8"), "h100": ("bfloat16", "int8")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
-    parser.add_argument("--models", nargs="+", default=list(GPU_MODELS), choices=list(GPU_MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="(default: those for the kind)")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--quantize", nargs="+", default=["none", "int8"], choices=("none", "int8"))
-    parser.add_argument("--kind", default="h100", help="h100, a100 or t4")
+    parser.add_argument("--kind", default="h100", choices=list(OF_KIND))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="of the weights (default: those of the kind)")
+    parser.add_argument("--kv-dtype", help="of the KV cache (default: that of the activations)")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--work", default="greedy", choices=("any", "greedy", "sampled"))
+    parser.add_argument("--copies", type=int, default=1, help="names so many of the copied weights of each program")
+    parser.add_argument("--seconds", type=float, help="starts no further program after this time")
     parser.add_argument("--text", type=Path, help="a folder for the text of each optimized program")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,10 +45,17 @@ def main() -> int:
 
     print("| step | launches | collectives | waits | weights copied, MiB | temporaries, MiB | processor seconds |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    failed = 0
-    for model, devices, quantize in itertools.product(options.models, options.devices, options.quantize):
-        hf = GPU_MODELS[model]
-        name = f"{model}, {devices} x {options.kind}, {'bfloat16' if quantize == 'none' else quantize}"
+    failed, not_reached = 0, []
+    models = options.models or list(SMALL_GPU_MODELS if options.kind == "t4" else GPU_MODELS)
+    formats = options.formats or OF_KIND[options.kind]
+    plain = next((name for name in formats if name in NOT_QUANTIZED), OF_KIND[options.kind][0])
+    deadline = None if options.seconds is None else time.monotonic() + options.seconds
+    for model, devices, stored in itertools.product(models, options.devices, formats):
+        hf = MODELS[model]
+        name = f"{model}, {devices} x {options.kind}, {stored}"
+        if deadline is not None and time.monotonic() > deadline:
+            not_reached.append(name)
+            continue
         start = time.process_time()
         try:
             program = compile_step(
@@ -47,9 +64,11 @@ def main() -> int:
                 token_budget=options.tokens,
                 max_num_seqs=64,
                 max_context_len=8192,
-                block_size=32,
-                num_blocks=2048,
-                quantize=None if quantize == "none" else quantize,
+                block_size=32 if options.kv_dtype is None else 128,
+                num_blocks=2048 if options.kv_dtype is None else 512,
+                dtype=stored if stored in NOT_QUANTIZED else plain,
+                kv_dtype=options.kv_dtype,
+                quantize=None if stored in NOT_QUANTIZED else stored,
                 work=options.work,
             )
         except Exception as error:  # the other programs must be compiled too
@@ -57,15 +76,21 @@ def main() -> int:
             print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | | | |", flush=True)
             continue
         copied = sum(copy.bytes * copy.times for copy in program.copies)
+        largest = ", ".join(
+            f"{copy.name} {copy.bytes / MIB:.0f} x {copy.times}" for copy in program.copies[: options.copies]
+        )
         print(
-            f"| {name} | {program.operations} | {program.collectives} | {program.waits} | {copied / MIB:,.0f} | "
+            f"| {name} | {program.operations} | {program.collectives} | {program.waits} | "
+            f"{copied / MIB:,.0f}{f' ({largest})' if largest else ''} | "
             f"{program.temporaries / MIB:,.0f} | {time.process_time() - start:.0f} |",
             flush=True,
         )
         if options.text is not None:
             text = program.compiled.as_text()
             assert text is not None, "the compiler does not show its program"
-            (options.text / f"{model}-{devices}-{quantize}-{options.kind}.hlo").write_text(text)
+            (options.text / f"{model}-{devices}-{stored}-{options.kind}.hlo").write_text(text)
+    if not_reached:
+        print(f"not reached in {options.seconds:.0f} s: {'; '.join(not_reached)}")
     return failed
 
 

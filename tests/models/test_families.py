@@ -38,7 +38,7 @@ IN_SLOW_TESTS = (
     *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
     *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt", "llava", "mllama"),
     # With states, as in tests/engine/test_states.py.
-    *("lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5"),
+    *("lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
 )
 COMPARED = [
     pytest.param(*names, id="-".join(names), marks=pytest.mark.slow if names[0] in IN_SLOW_TESTS else ())

@@ -29,23 +29,26 @@ _CONFIGS = {
     "clamped": replace(_PLAIN, swiglu_limit=0.5, expert_bias=True),
     "shared": replace(_PLAIN, shared_dim=6),
     "gated_shared": replace(_PLAIN, shared_dim=6, shared_gate=True),
+    "latent": replace(_PLAIN, gated=False, activation="relu2", latent_dim=7, shared_dim=6),
 }
 
 
 def _weights(config: MoEConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    x, f, s = config.num_experts, config.expert_dim, config.shared_dim
+    x, f, s, width = config.num_experts, config.expert_dim, config.shared_dim, config.latent_dim or _E
     shapes: dict[str, tuple[int, ...]] = {
         "router": (_E, x),
         "router_bias": (x,),
         "choice_bias": (x,),
         "expert_gate_up": (x, _E, 2 * f),
         "expert_gate_up_bias": (x, 2 * f),
-        "expert_down": (x, f, _E),
+        "expert_down": (x, f, width),
         "expert_down_bias": (x, _E),
         "shared_gate_up": (_E, 2 * s),
         "shared_down": (s, _E),
     }
+    if not config.gated:
+        shapes |= {"expert_up": (x, width, f), "shared_up": (_E, s), "latent_in": (_E, width), "latent_out": (width, _E)}
     if config.shared_gate:
         shapes["shared_gate"] = (_E, 1)
     return {name: rng.standard_normal(shape, np.float32) / 2 for name, shape in shapes.items()}
@@ -80,6 +83,13 @@ def _numpy_route(x: np.ndarray, w: dict[str, np.ndarray], c: MoEConfig) -> dict[
 def _numpy_moe(x: np.ndarray, w: dict[str, np.ndarray], c: MoEConfig) -> np.ndarray:
     y = np.zeros(x.shape)
     for t, token in enumerate(x.astype(np.float64)):
+        if not c.gated:
+            mixed = sum(
+                weight * np.square(np.maximum(token @ w["latent_in"] @ w["expert_up"][expert], 0)) @ w["expert_down"][expert]
+                for expert, weight in _numpy_route(token, w, c).items()
+            )
+            y[t] = mixed @ w["latent_out"] + np.square(np.maximum(token @ w["shared_up"], 0)) @ w["shared_down"]
+            continue
         for expert, weight in _numpy_route(token, w, c).items():
             hidden = token @ w["expert_gate_up"][expert]
             if c.swiglu_limit is None:

@@ -23,6 +23,7 @@ from fastgen_jax.models.division import (
 from fastgen_jax.models.families.common import alibi_slopes
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 from fastgen_jax.models.params import all_specs, layer_specs
+from fastgen_jax.models.state_config import DeltaNet, Mamba2, ShortConv
 
 TINY = ModelConfig(
     family="llama",
@@ -118,8 +119,53 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         4,
         None,
     ),
+    "Mamba 2": (
+        dataclasses.replace(
+            TINY,
+            attention_layers=(1,),
+            state=Mamba2(layers=(0, 1), num_heads=4, head_dim=6, num_groups=1, state_dim=5, width=4, bias=True),
+        ),
+        4,
+        None,
+    ),
+    "Mamba 2 in groups": (
+        dataclasses.replace(
+            TINY,
+            attention_layers=(1,),
+            state=Mamba2(
+                layers=(0,),
+                num_heads=4,
+                head_dim=6,
+                num_groups=2,
+                state_dim=5,
+                width=3,
+                norm_groups=2,
+                norm_first=True,
+                in_multipliers=(0.5, 1.5, 2.0, 0.7, 1.1),
+            ),
+        ),
+        2,
+        None,
+    ),
+    "delta nets": (
+        dataclasses.replace(
+            TINY,
+            attention_gate=True,
+            qk_norm="head",
+            attention_layers=(1,),
+            moe=dataclasses.replace(MOE, expert_bias=False, swiglu_limit=None),
+            state=DeltaNet(layers=(0,), num_heads=4, num_key_heads=2, key_dim=6, value_dim=5, width=4),
+        ),
+        4,
+        None,
+    ),
+    "short convolutions": (
+        dataclasses.replace(TINY, attention_layers=(1,), state=ShortConv(layers=(0,), width=3, bias=True)),
+        4,
+        None,
+    ),
 }
-QUICK = ["uneven experts"]
+QUICK = ["uneven experts", "Mamba 2"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +213,9 @@ def test_divided_weights_have_the_shapes_of_the_divided_model(name: str) -> None
     wide = all_specs(divided(config, num_devices))
     for path, spec in all_specs(config).items():
         assert divided_shape(spec, config, num_devices) == wide[path].shape
-        assert divided_parts(spec, config, num_devices) == wide[path].parts
+        parts = divided_parts(spec, config, num_devices)
+        assert parts == divided_parts(wide[path], divided(config, num_devices), 1)
+        assert sum(parts) in (0, wide[path].shape[-1])
         array = divided_array(spec, np.ones(spec.shape), config, num_devices, axes=range(-len(spec.shape), 0), fill=0)
         assert array.shape == wide[path].shape
         assert array.sum() >= np.prod(spec.shape)
@@ -194,6 +242,19 @@ def test_scales_of_8_bit_weights_are_filled_up_with_ones() -> None:
     assert scales.shape == (2, 96)
     assert (scales[:, [47, 95]] == 1).all()
     assert (scales == 3).sum() == 2 * 94
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices", "words"),
+    [
+        ("Mamba 2", 3, "4 heads of its states cannot be divided over 3 devices.*a divisor of 4, for example 2"),
+        ("Mamba 2 in groups", 4, "2 parts of its states that are normalized"),
+        ("short convolutions", 3, "32 channels"),
+    ],
+)
+def test_states_whose_heads_do_not_divide_are_refused(name: str, num_devices: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_num_devices(MODELS[name][0], num_devices)
 
 
 def test_more_devices_than_heads_are_refused_with_the_remedy() -> None:

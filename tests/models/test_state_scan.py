@@ -142,7 +142,7 @@ def test_a_convolution_continues_where_the_last_step_ended(width):
     kernel = jnp.asarray(RNG.standard_normal((width, KEY_HEADS * KEY_DIM)), jnp.float32)
     results = []
     for splits in (TOGETHER, *SPLITS):
-        tails = jnp.full((LAYERS * SLOTS, width - 1, kernel.shape[1]), jnp.nan)
+        tails = jnp.full((LAYERS * SLOTS, (width - 1) * kernel.shape[1]), jnp.nan)
         parts: list[list[np.ndarray]] = [[] for _ in LENGTHS]
         for chunks in steps_of(splits):
             rows = rows_of(chunks)

@@ -7,7 +7,7 @@ import pytest
 from fastgen_jax.devices import DEVICES, parse_topology
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.plan.estimate import planned_step
-from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, roofline
+from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, decode_attended, roofline, step_shape
 from fastgen_jax.simulation import MODELS, RooflineCost
 
 LLAMA_7B = MODELS["llama-2-7b"]
@@ -93,3 +93,34 @@ def test_plan_and_simulator_give_the_same_seconds_for_the_same_step() -> None:
     )
     simulated = RooflineCost(model=LLAMA_7B, device=DEVICES["a100"], efficiency=PEAK)
     assert planned.seconds == pytest.approx(simulated(StepShape(512, 65, 64_000, 448_000, 1000)))
+
+
+@pytest.mark.parametrize("chunks", [[(0, 1)], [(9, 1), (3, 1)], [(0, 5), (20, 4)], [(2, 9), (30, 1), (0, 30)]])
+def test_a_token_attends_to_no_more_than_the_window_of_each_layer(chunks: list[tuple[int, int]]) -> None:
+    windows = (None, 4, 16)
+    shape = step_shape(chunks, 1, windows)
+    seen = {
+        (start, length): [
+            (
+                sum(min(p + 1, w or p + 1) for p in range(start, start + length)),
+                start + length - max(0, start + 1 - (w or 99)),
+            )
+            for w in windows
+        ]
+        for start, length in chunks
+    }
+    for is_prompt, name, index in ((False, "decode_attended", 0), (True, "prompt_attended", 0), (True, "prompt_context", 1)):
+        sums = [sum(of[i][index] for (_, n), of in seen.items() if (n > 1) == is_prompt) for i in range(3)]
+        assert getattr(shape, name) == pytest.approx(sum(sums) / 3), name
+    singles = [start + 1 for start, length in chunks if length == 1]
+    assert decode_attended(singles, windows) == shape.decode_attended
+    assert step_shape(chunks, 1) == step_shape(chunks, 1, (None, None))
+
+
+def test_planned_steps_charge_layers_with_a_window_for_no_more_than_it() -> None:
+    def planned(context: int, windows: tuple[int | None, ...]) -> float:
+        size = {"tokens": 64, "sequences": 64, "itemsize": 2, "token_bytes": LLAMA_7B.kv_bytes_per_token(2)}
+        return planned_step(LLAMA_7B, parse_topology("a100"), context=context, windows=windows, **size).memory
+
+    assert planned(8000, (128,)) == planned(128, (None,))
+    assert planned(8000, (None, 128)) == pytest.approx((planned(8000, (None,)) + planned(128, (None,))) / 2)

@@ -454,7 +454,7 @@ def randomise(model: torch.nn.Module) -> None:
                 noise += 1.0
             parameter.copy_(noise.bfloat16().float())
         for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
+            if name.endswith(("expert_bias", "mixer.gate.e_score_correction_bias")):
                 buffer.copy_((torch.randn_like(buffer) * 0.2).bfloat16().float())
 
 

@@ -9,8 +9,10 @@ attention. Kept are the logits of a few rows of a prompt.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils.logging import disable_progress_bar
 
 RELEASED = Path(__file__).with_name("released")
+_PUBLISHED = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # by the names that transformers 5 gives them
+_OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +49,16 @@ def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "model_type": {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)}
 
 
+def of_one_expert(name: re.Match[str], shape: tuple[int, ...], names: Iterable[str]) -> np.ndarray:
+    """The matrix of one expert in the tensor that is published for all experts of a layer."""
+    block, expert, part = name.groups()
+    count = sum(other.startswith(f"{block}.") and other.endswith(".down_proj.weight") for other in names)
+    if part == "down":
+        return random_tensor(f"{block}.down_proj", (count, *shape))[int(expert)]
+    both = random_tensor(f"{block}.gate_up_proj", (count, 2 * shape[0], shape[1]))[int(expert)]
+    return np.split(both, 2)[part == "up"]
+
+
 def logits(config: dict[str, Any]) -> np.ndarray:
     """f32[ROWS, V] of transformers."""
     fields = of_transformers(shrunk(config))
@@ -57,12 +71,14 @@ def logits(config: dict[str, Any]) -> np.ndarray:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         weights = {}
         for name, shape in shapes.items():
-            if hf.model_type == "qwen3_vl_moe" and "mlp.experts." in name:  # published with the inputs first
+            if hf.model_type == "qwen3_5_moe" and (each := _OF_EXPERT.fullmatch(name)):
+                weights[name] = torch.from_numpy(of_one_expert(each, tuple(shape), shapes))
+            elif hf.model_type == "qwen3_vl_moe" and "mlp.experts." in name:  # published with the inputs first
                 experts, outputs, inputs = shape
                 published = torch.from_numpy(random_tensor(name, (experts, inputs, outputs)))
                 weights[name] = published.transpose(1, 2).contiguous()
             else:
-                weights[name] = torch.from_numpy(random_tensor(name, tuple(shape)))
+                weights[name] = torch.from_numpy(random_tensor(_PUBLISHED.get(name, name), tuple(shape)))
         save_file(weights, file, metadata={"format": "pt"})
         attention = "sdpa" if fields.get("alibi") else "eager"
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()

@@ -2,12 +2,18 @@
 
     python tests/reference/make_states.py [FAMILY ...]        # needs torch and transformers; the tests need neither
 
-The prompt is longer than several pieces of `models.state_scan` on a CPU.
+The prompt is longer than several pieces of `models.state_scan` on a CPU. The experts of a layer of Qwen3.5 are in one
+tensor, as they are published.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import torch
 from make_families import LLAMA_LIKE, main, rope, without
+from safetensors.torch import load_file, save_file
 
 LFM2 = {
     **LLAMA_LIKE,
@@ -54,6 +60,14 @@ NEMOTRON_H = {
     "n_groups": 2,
     "ssm_state_size": 10,
     "time_step_min": 1e-12,  # transformers clamps the steps of prompts to it, but not those of generated tokens
+}
+NEMOTRON_H_EXPERTS = NEMOTRON_H | {
+    "hybrid_override_pattern": "MEM*EM",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 24,
+    "routed_scaling_factor": 2.5,
 }
 DELTA_NET = {
     **LLAMA_LIKE,
@@ -112,6 +126,7 @@ FAMILIES = {
         },
     ),
     "qwen3_next": ("qwen3_next", {"default": QWEN, "dense_first": QWEN | {"mlp_only_layers": [0, 2]}}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"default": {**QWEN, "num_experts": 6, "num_experts_per_tok": 3}}),
     "qwen3_5": ("qwen3_5_text", {"default": DELTA_NET, "one_share": DELTA_NET | {"linear_num_key_heads": 4}}),
     "falcon_h1": (
         "falcon_h1",
@@ -121,8 +136,34 @@ FAMILIES = {
             "norm_first": FALCON_H1 | {"mamba_rms_norm": True, "mamba_n_groups": 1},
         },
     ),
-    "nemotron_h": ("nemotron_h", {"default": NEMOTRON_H}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "default": NEMOTRON_H,
+            "experts": NEMOTRON_H_EXPERTS,
+            "latent": NEMOTRON_H_EXPERTS
+            | {"hybrid_override_pattern": "ME*E-", "moe_latent_size": 20, "n_group": 2, "topk_group": 1},
+        },
+    ),
 }
+
+
+def join_experts(file: Path) -> None:
+    """Replaces the tensors of single experts, as transformers saves them, by those of all experts of a layer."""
+    tensors = load_file(file)
+    number = re.compile(r"(.*\.experts)\.(\d+)\.down_proj\.weight")
+    found = [match.groups() for match in map(number.fullmatch, tensors) if match]
+    for block in {block for block, _ in found}:
+        experts = sorted(int(expert) for other, expert in found if other == block)
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{block}.{expert}.{part}_proj.weight") for expert in experts])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{block}.gate_up_proj": torch.cat([gate, up], dim=1), f"{block}.down_proj": down}
+    save_file(tensors, file, metadata={"format": "pt"})
+
 
 if __name__ == "__main__":
     main(FAMILIES)
+    for file in Path(__file__).parent.glob("families/qwen3_5_moe/*/model.safetensors"):
+        join_experts(file)

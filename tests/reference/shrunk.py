@@ -34,6 +34,11 @@ _SIZES = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "experts_per_token": 2,
+    "moe_shared_expert_intermediate_size": 24,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
     "n_group": 4,
     "topk_group": 2,
     "first_k_dense_replace": 1,
@@ -140,7 +145,7 @@ def _small(config: dict[str, Any], embed: int) -> dict[str, Any]:
     few = few_kv * min(heads // kv_heads, 4) if kv_heads < heads else few_kv
     wide = "kv_lora_rank" not in config and config.get("head_dim") not in (None, embed // heads)
     width = 48 if wide and few * HEAD_DIM != 48 else 64 if wide or "kv_lora_rank" in config else few * HEAD_DIM
-    layers = min(count, 6 if "gemma3" in config["model_type"] else 4)
+    layers = min(count, 6 if "gemma3" in config["model_type"] or "hybrid_override_pattern" in config else 4)
     small = {name: size for name, size in _SIZES.items() if config.get(name) is not None}
     small |= {
         name: min(config[name], small[name]) for name in ("n_group", "topk_group", "num_experts_per_tok") if name in small
@@ -149,7 +154,7 @@ def _small(config: dict[str, Any], embed: int) -> dict[str, Any]:
     small |= dict.fromkeys(_EMBED, width)
     rotated = config["rotary_dim"] / config["head_dim"] if {"rotary_dim", "head_dim"} <= config.keys() else 1.0
     small |= {"word_embed_proj_dim": width, "rotary_dim": int(HEAD_DIM * config.get("partial_rotary_factor", rotated))}
-    for name in ("layer_types", "no_rope_layers"):
+    for name in ("layer_types", "no_rope_layers", "hybrid_override_pattern"):
         small[name] = (config.get(name) or [])[:layers]
     for name in ("mlp_only_layers", "cross_attention_layers"):
         small[name] = [layer for layer in config.get(name) or () if layer < layers]

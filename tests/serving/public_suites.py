@@ -5,7 +5,8 @@
 
 Packages and their source distributions come from PyPI, into a virtual environment in the folder, which later runs use again.
 Without `--url` the script starts `fastgen serve` with all model names that the suites ask for, and ends it afterwards. It
-prints a table of what passed in each file, and the failures by their reason.
+prints a table of what passed in each file, and the failures by their reason. The suites ask for stored objects by ids that
+they made up; these are replaced on their way (`known_ids`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import fastgen_jax
 from tests.serving.checkpoint import write_checkpoint
+from tests.serving.known_ids import with_known_ids
 
 CONTEXT = 8192
 TESTERS = (
@@ -95,7 +97,8 @@ def main() -> int:
     names = sorted({name for suite in suites for name in models_of(sources[suite.package], suite)})
     with contextlib.nullcontext(options.url) if options.url else serving(options.model or tiny_model(folder), names) as url:
         for suite in suites:
-            results = run(suite, sources[suite.package], python, url=url, workers=options.workers)
+            with with_known_ids(url, names[0]) as known:
+                results = run(suite, sources[suite.package], python, url=known, workers=options.workers)
             print("\n".join(report(suite, sources[suite.package].name, results)), flush=True)
     return 0
 

@@ -87,7 +87,7 @@ def test_a_response_continues_a_stored_one_until_it_is_deleted():
         assert (await client.get(f"/v1/responses/{first['id']}")).json() == first
         assert (await client.get(f"/v1/responses/{whole['id']}")).status_code == 404
         items = (await client.get(f"/v1/responses/{first['id']}/input_items")).json()
-        assert [item["content"] for item in items["data"]] == ["Hi"]
+        assert [item["content"] for item in items["data"]] == [[{"type": "input_text", "text": "Hi"}]]
         count = await client.post("/v1/responses/input_tokens", json={"input": "x", "previous_response_id": first["id"]})
         assert count.json()["input_tokens"] == second["usage"]["input_tokens"]
         assert (await client.delete(f"/v1/responses/{first['id']}")).json()["deleted"]
@@ -95,6 +95,23 @@ def test_a_response_continues_a_stored_one_until_it_is_deleted():
         assert (gone["error"]["param"], gone["error"]["code"]) == ("previous_response_id", "response_not_found")
 
     with_server(scenario)
+
+
+def test_a_summary_stands_for_a_conversation():
+    async def scenario(client, _):
+        said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        answer = await client.post("/v1/responses/compact", json={"model": MODEL, "input": said, "max_output_tokens": 4})
+        assert answer.status_code == 200, answer.text
+        got = answer.json()
+        user, summary = got["output"]
+        assert (user["content"], summary["type"]) == ("Hi", "compaction")
+        assert got["usage"]["output_tokens"] <= 4
+        more = {"model": MODEL, "input": [*got["output"], {"role": "user", "content": "x"}], "max_output_tokens": 2}
+        assert (await client.post("/v1/responses", json=more)).status_code == 200
+        nothing = await client.post("/v1/responses/compact", json={"model": MODEL})
+        assert nothing.json()["error"]["param"] == "input"
+
+    with_server(scenario, shared=engine(SHORT_TEMPLATE))
 
 
 def test_the_store_drops_the_oldest_responses():
@@ -112,7 +129,7 @@ def test_the_store_drops_the_oldest_responses():
     ("fields", "param"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"input": [{"type": "computer_call"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, None),
         ({"max_output_tokens": 0}, "max_output_tokens"),

@@ -75,6 +75,7 @@ _NAMES = (
     "granitemoehybrid",
     "qwen3_next",
     "qwen3_5",
+    "qwen3_5_moe",
     "falcon_h1",
     "nemotron_h",
 )

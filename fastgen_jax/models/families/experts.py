@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields
 
 
@@ -24,6 +25,14 @@ def expert_names(
     """
     assert config.moe is not None, "only families with experts name them"
     experts = range(config.moe.num_experts)
+    if not config.moe.gated:
+        return {
+            "layers.router": f"{block}.{router}",
+            "layers.expert_up": [f"{block}.experts.{i}.{up}" for i in experts],
+            "layers.expert_down": [f"{block}.experts.{i}.{down}" for i in experts],
+            "layers.shared_up": f"{block}.{shared}.{up}",
+            "layers.shared_down": f"{block}.{shared}.{down}",
+        }
     return {
         "layers.router": f"{block}.{router}",
         "layers.expert_gate_up": [f"{block}.experts.{i}.{part}" for i in experts for part in (gate, up)],
@@ -32,6 +41,28 @@ def expert_names(
         "layers.shared_down": f"{block}.{shared}.{down}",
         "layers.shared_gate": f"{block}.{shared}_gate",
     }
+
+
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def by_expert(config: ModelConfig, sources: Mapping[str, Source], names: Collection[str]) -> Mapping[str, Source]:
+    """`sources` for a file with the tensors `names`, which may have a tensor for each expert instead of one for all.
+
+    The FP8 releases of models that are published with one tensor have them so, and what transformers saves.
+    """
+    if config.moe is None:
+        return sources
+    found = dict(sources)
+    for path in ("layers.expert_gate_up", "layers.expert_down"):
+        joined = sources[path].names[0] if path in sources else ""
+        block, _, last = joined.rpartition(".")
+        if last not in _PARTS or joined.format(layer=config.moe.layers[0]) in names:
+            continue
+        each = tuple(f"{block}.{i}.{part}.weight" for i in range(config.moe.num_experts) for part in _PARTS[last])
+        if each[0].format(layer=config.moe.layers[0]) in names:
+            found[path] = Source(each, transpose=True, stacked=True)
+    return found
 
 
 def sparse_layers(num_layers: int, *, step: int, dense: Sequence[int]) -> tuple[int, ...]:

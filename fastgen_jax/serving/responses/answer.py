@@ -31,7 +31,7 @@ class ResponseAnswer:
             "object": "response",
             "created_at": int(time.time()),
             "status": "in_progress",
-            "background": False,
+            "background": bool(body.background),
             "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
@@ -82,8 +82,8 @@ class ResponseAnswer:
         """The event of an error after the stream has started."""
         fields = body["error"]
         event = {"code": fields["code"] or fields["type"], "message": fields["message"], "param": fields["param"]}
-        failed = {**self.response, "status": "failed", "error": {"code": "server_error", "message": fields["message"]}}
-        return self._encode(("error", event)) + self._encode(("response.failed", {"response": failed}))
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": fields["message"]}}
+        return self._encode(("error", event)) + self._encode(("response.failed", {"response": self.response}))
 
     def _encode(self, event: Event) -> bytes:
         kind, fields = event
@@ -161,25 +161,15 @@ class ResponseAnswer:
         return events
 
     def _end(self) -> list[Event]:
-        cut = self._finish == "length"
-        events = [] if self.response["output"] else self._text("message", "", None)[:-1]
-        events += self._close("incomplete" if cut else "completed")
-        self.response["status"] = "incomplete" if cut else "completed"
+        cut, cancelled = self._finish == "length", not self._work.is_complete
+        events = [] if self.response["output"] or cancelled else self._text("message", "", None)[:-1]
+        whole = not (cut or cancelled)
+        events += self._close("completed" if whole else "incomplete")
+        self.response["status"] = "cancelled" if cancelled else "incomplete" if cut else "completed"
         self.response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
-        self.response["completed_at"] = None if cut else int(time.time())
-        self.response["usage"] = self._usage()
-        return [*events, (f"response.{self.response['status']}", {"response": self.response})]
-
-    def _usage(self) -> JsonFields:
-        usage = self._chat.usage()
-        details = usage.get("completion_tokens_details")
-        return {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]},
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": details["reasoning_tokens"] if details else 0},
-            "total_tokens": usage["total_tokens"],
-        }
+        self.response["completed_at"] = int(time.time()) if whole else None
+        self.response["usage"] = usage_of(self._chat)
+        return [*events, (f"response.{'completed' if whole else 'incomplete'}", {"response": self.response})]
 
     @property
     def _index(self) -> int:
@@ -187,6 +177,19 @@ class ResponseAnswer:
 
     def _event(self, kind: str, **fields: object) -> Event:
         return kind, {"item_id": self._item["id"], "output_index": self._index, **fields}
+
+
+def usage_of(chat: ChatAnswer) -> JsonFields:
+    """The token counts of a chat in the form of this API."""
+    usage = chat.usage()
+    details = usage.get("completion_tokens_details")
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"], "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": details["reasoning_tokens"] if details else 0},
+        "total_tokens": usage["total_tokens"],
+    }
 
 
 def _copied(item: JsonObject) -> JsonObject:

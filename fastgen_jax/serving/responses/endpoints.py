@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -9,9 +12,13 @@ from fastgen_jax.json_types import JsonObject
 from fastgen_jax.serving.chat import chat_prompt, start_chat
 from fastgen_jax.serving.endpoints import at_end
 from fastgen_jax.serving.errors import ApiError, ErrorResponses
+from fastgen_jax.serving.kept import Order, page_of
 from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.responses.answer import ResponseAnswer
-from fastgen_jax.serving.responses.items import input_items
+from fastgen_jax.serving.responses.background import BackgroundResponse, Follower
+from fastgen_jax.serving.responses.compact import CompactRequest, compacted, summary_of
+from fastgen_jax.serving.responses.items import input_items, listed
+from fastgen_jax.serving.responses.replay import replayed
 from fastgen_jax.serving.responses.request import ConversationRequest, ResponsesRequest, chat_of, renamed
 from fastgen_jax.serving.responses.store import ResponseStore
 from fastgen_jax.serving.sse import EventStream, while_connected
@@ -32,16 +39,27 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
     @app.post("/v1/responses", responses=errors)
     async def create(body: ResponsesRequest, request: Request) -> Response:
         items = input_items(body.input or "")
+        chat_request = chat_to_start(body, items)
+        longest = server.ready().intake.config.longest_sequence
+        max_tokens = min(body.max_output_tokens or longest, longest)
+        if body.background:
+            store.check_room(max_tokens)
         try:
-            work, chat, _ = await start_chat(server, chat_to_start(body, items))
+            work, chat, _ = await start_chat(server, chat_request)
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)
         answer = ResponseAnswer(body, work, chat, model=body.model or server.model.name)
+        if body.background:
+            running = BackgroundResponse(answer, work, max_tokens=max_tokens)
+            store.start(running, items, end)
+            if body.stream:
+                return _stream(running.follow(0))
+            return JSONResponse(answer.response)
 
         def stored_at_end() -> None:
             end()
-            if body.store is not False and answer.response["usage"] is not None:
+            if body.store is not False and work.is_complete and answer.response["usage"] is not None:
                 store.add(answer.response, items)
 
         if body.stream:
@@ -51,17 +69,41 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         finally:
             stored_at_end()
 
+    @app.post("/v1/responses/compact", responses=errors)
+    async def compact(body: CompactRequest, request: Request) -> JsonObject:
+        items = [*store.conversation(body.previous_response_id), *input_items(body.input or "")]
+        if not items:
+            raise ApiError("input is empty; there is nothing to compact", param="input")
+        server.adapter_of(body.model)
+        try:
+            work, chat, _ = await start_chat(server, summary_of(body, items, model=body.model or server.model.name))
+        except ApiError as error:
+            raise renamed(error) from error
+        end = at_end(server, "responses", work, request)
+        try:
+            return compacted(items, await while_connected(request.receive, work, chat.collect()), chat)
+        finally:
+            end()
+
     @app.post("/v1/responses/input_tokens", responses=errors)
     async def count_tokens(body: ConversationRequest) -> JsonObject:
+        if not (body.input or body.instructions or body.previous_response_id):
+            return {"object": "response.input_tokens", "input_tokens": 0}
         chat = chat_to_start(body, input_items(body.input or ""))
         tokenizer = server.ready().intake.need_tokenizer("a chat")
         return {"object": "response.input_tokens", "input_tokens": len(await chat_prompt(server, tokenizer, chat))}
 
     @app.get("/v1/responses/{response_id}", responses=errors)
-    async def retrieve(response_id: str, stream: bool = False) -> JsonObject:
-        if stream:
-            raise ApiError("stream=true is not supported for stored responses; remove it", param="stream")
-        return store.get(response_id).response
+    async def retrieve(
+        response_id: str, stream: bool = False, starting_after: Annotated[int | None, Query(ge=0)] = None
+    ) -> Response:
+        first = 0 if starting_after is None else starting_after + 1
+        if (running := store.running(response_id)) is not None:
+            return _stream(running.follow(first)) if stream else JSONResponse(running.response)
+        stored = store.get(response_id)
+        if not stream:
+            return JSONResponse(stored.response)
+        return _stream(_listed((stored.events or replayed(stored.response))[first:]))
 
     @app.delete("/v1/responses/{response_id}", responses=errors)
     async def delete(response_id: str) -> JsonObject:
@@ -70,24 +112,27 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
 
     @app.post("/v1/responses/{response_id}/cancel", responses=errors)
     async def cancel(response_id: str) -> JsonObject:
-        store.get(response_id)
-        raise ApiError("only responses in the background can be cancelled, and this one was not", param="response_id")
+        if (running := store.running(response_id)) is not None:
+            running.close()
+            await running.wait()
+            return running.response
+        response = store.get(response_id).response
+        if not response["background"]:
+            raise ApiError("only responses in the background can be cancelled, and this one was not", param="response_id")
+        return response
 
     @app.get("/v1/responses/{response_id}/input_items", responses=errors)
     async def list_input(
-        response_id: str, after: str | None = None, limit: int = Query(20, ge=1, le=100), order: str = "desc"
+        response_id: str, after: str | None = None, limit: int = Query(20, ge=0, le=100), order: Order = "desc"
     ) -> JsonObject:
-        items = store.get(response_id).items
-        items = items if order == "asc" else items[::-1]
-        ids = [item["id"] for item in items]
-        if after is not None and after not in ids:
-            raise ApiError(f"after is {after!r}, which is no item of this response", param="after")
-        start = 0 if after is None else ids.index(after) + 1
-        page = items[start : start + limit]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": start + limit < len(items),
-        }
+        items = [listed(item) for item in store.input_of(response_id)]
+        return page_of(items, after=after, limit=limit, order=order)
+
+
+def _stream(events: AsyncIterator[bytes]) -> EventStream:
+    """The stream of a client without which the response continues."""
+    return EventStream(Follower(), events, lambda: None, done=b"")
+
+
+async def _listed(events: Sequence[bytes]) -> AsyncIterator[bytes]:
+    yield b"".join(events)

@@ -29,6 +29,15 @@ def input_items(given: str | Sequence[JsonObject]) -> list[JsonObject]:
     return items
 
 
+def listed(item: JsonObject) -> JsonObject:
+    """An item of an input in the form in which it is listed: the content of a message as parts."""
+    if item["type"] != "message" or not isinstance(item.get("content"), str):
+        return item
+    is_answer = item.get("role") == "assistant"
+    part = {"type": "output_text", "annotations": []} if is_answer else {"type": "input_text"}
+    return {"status": "completed", **item, "content": [{**part, "text": item["content"]}]}
+
+
 def messages_of(items: Sequence[JsonObject]) -> list[JsonObject]:
     """The messages of a chat; calls, and the reasoning before them, become part of an assistant's message."""
     messages: list[JsonObject] = []
@@ -57,9 +66,12 @@ def messages_of(items: Sequence[JsonObject]) -> list[JsonObject]:
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _parts(item.get("output"))})
             case "reasoning":
                 thought = _thought(item)
+            case "compaction":
+                messages = _compacted(messages, item, where)
             case kind:
                 raise ApiError(
-                    f"{where} has type {short(kind)}; it must be message, function_call, function_call_output or reasoning",
+                    f"{where} has type {short(kind)}; it must be message, function_call, function_call_output, reasoning or "
+                    "compaction",
                     param="input",
                 )
     return messages
@@ -70,6 +82,27 @@ def _message(item: JsonFields, where: str) -> JsonObject:
     if role not in ROLES:
         raise ApiError(f"{where}.role is {short(role)}; choose among {', '.join(ROLES)}", param="input")
     return {"role": role, "content": _parts(content)}
+
+
+def _compacted(messages: Sequence[JsonObject], item: JsonFields, where: str) -> list[JsonObject]:
+    """What stands for the messages before a summary: what the user said, as one message, and the summary.
+
+    Two messages, because many templates require that user and assistant take turns.
+    """
+    summary = item.get("encrypted_content")
+    if not isinstance(summary, str):
+        raise ApiError(f"{where}.encrypted_content is {short(summary)}; send the item as it was returned", param="input")
+    said: list[object] = []
+    for message in messages:
+        if message["role"] == "user":
+            content = message["content"]
+            said += content if isinstance(content, list) else [{"type": "text", "text": content}]
+    start = [message for message in messages if message["role"] in ("system", "developer")]
+    return [
+        *start,
+        {"role": "user", "content": said or "What happened so far?"},
+        {"role": "assistant", "content": f"Summary of the conversation so far: {summary}"},
+    ]
 
 
 def _parts(content: object) -> object:

@@ -86,7 +86,6 @@ class ResponsesRequest(ConversationRequest, ChatOptions):
 
     # Fields that this server cannot fulfil -> values that ask for nothing.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
-        "background": (None, False),
         "prompt": (None,),
         "service_tier": (None, "auto", "default"),
         "context_management": (None, []),
@@ -107,6 +106,7 @@ class ResponsesRequest(ConversationRequest, ChatOptions):
     )
 
     store: bool | None = None
+    background: bool | None = Field(None, description="Generate the response whether or not the client waits for it.")
     stream_options: StreamOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: int | None = Field(None, description="Limits built-in tools, of which there are none.")
@@ -118,7 +118,6 @@ class ResponsesRequest(ConversationRequest, ChatOptions):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: JsonObject | None = None
-    background: object = None
     prompt: object = None
     service_tier: object = None
     context_management: object = None
@@ -134,6 +133,8 @@ class ResponsesRequest(ConversationRequest, ChatOptions):
     @model_validator(mode="after")
     def _supported(self) -> ResponsesRequest:
         check_neutral(self, self.NEUTRAL)
+        if self.background and self.store is False:
+            raise ValueError("background=true requires that the response is stored; remove store=false")
         for name in self.include or ():
             if name not in self.INCLUDABLE:
                 raise ValueError(f"include has {short(name)}; choose among {', '.join(sorted(self.INCLUDABLE))}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.serving.errors import ApiError
+from fastgen_jax.serving.kept import MAX_BYTES, MAX_OBJECTS, Kept
+from fastgen_jax.serving.responses.background import BackgroundResponse
 
-MAX_RESPONSES = 4096
-MAX_BYTES = 64 * 2**20  # of their JSON
+MAX_BACKGROUND_TOKENS = (
+    256 * 1024
+)  # of all responses that are being generated in the background; an event has about 250 bytes
 
 
 @dataclass(frozen=True)
@@ -19,32 +22,69 @@ class Stored:
 
     response: JsonObject
     items: list[JsonObject]
-    size: int
+    events: Sequence[bytes] = ()
+    """Those of its stream, if it was generated in the background."""
 
 
 class ResponseStore:
-    """Keeps the latest responses; the oldest ones are dropped when there are too many, or they are too large together."""
+    """Keeps the latest responses that have ended, and those that are being generated in the background."""
 
-    def __init__(self, *, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
-        self._max_responses = max_responses
-        self._max_bytes = max_bytes
-        self._size = 0
-        self._stored: OrderedDict[str, Stored] = OrderedDict()
+    def __init__(self, *, max_responses: int = MAX_OBJECTS, max_bytes: int = MAX_BYTES) -> None:
+        self._kept: Kept[Stored] = Kept(max_objects=max_responses, max_bytes=max_bytes)
+        self._running: dict[str, tuple[BackgroundResponse, list[JsonObject]]] = {}
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._kept)
 
-    def add(self, response: JsonObject, items: list[JsonObject]) -> None:
+    def add(self, response: JsonObject, items: list[JsonObject], events: Sequence[bytes] = ()) -> None:
         """Stores a response with the items of its request."""
-        size = len(json.dumps((response, items), ensure_ascii=False))
-        self._stored[response["id"]] = Stored(response, items, size)
-        self._size += size
-        while len(self._stored) > self._max_responses or self._size > self._max_bytes:
-            self._size -= self._stored.popitem(last=False)[1].size
+        size = len(json.dumps((response, items), ensure_ascii=False)) + sum(map(len, events))
+        self._kept.add(response["id"], Stored(response, items, events), size)
+
+    def start(self, running: BackgroundResponse, items: list[JsonObject], on_end: Callable[[], None]) -> None:
+        """Starts to generate a response, and stores what has become of it when it has ended."""
+        response_id: str = running.response["id"]
+        self._running[response_id] = running, items
+
+        def ended() -> None:
+            on_end()
+            if self._running.pop(response_id, None) is not None:  # otherwise it was deleted
+                self.add(running.response, items, running.log)
+
+        running.start(ended)
+
+    def check_room(self, num_tokens: int) -> None:
+        """ApiError 429 if a response of that many tokens is too much beside those that run in the background."""
+        others = sum(running.max_tokens for running, _ in self._running.values())
+        if others and others + num_tokens > MAX_BACKGROUND_TOKENS:
+            raise ApiError(
+                f"this response may have {num_tokens} tokens, and those that are generated in the background {others}, "
+                f"but all together at most {MAX_BACKGROUND_TOKENS}; retry later, or set background=false or a smaller "
+                "max_output_tokens",
+                status=429,
+                type="rate_limit_error",
+                param="background",
+                code="background_full",
+                headers={"Retry-After": "10"},
+            )
+
+    def running(self, response_id: str) -> BackgroundResponse | None:
+        """The response with this id if it is being generated in the background."""
+        return self._running[response_id][0] if response_id in self._running else None
+
+    def input_of(self, response_id: str) -> list[JsonObject]:
+        """The items of the request for a response; ApiError 404 if there is none."""
+        return self._running[response_id][1] if response_id in self._running else self.get(response_id).items
 
     def get(self, response_id: str, *, param: str = "response_id") -> Stored:
-        """A stored response; ApiError 404 if there is none."""
-        if response_id not in self._stored:
+        """A response that has ended; ApiError 404 if there is none, and 400 if it is still being generated."""
+        if response_id in self._running:
+            raise ApiError(
+                f"the response {response_id!r} is still being generated; wait until its status is completed",
+                param=param,
+                code="response_in_progress",
+            )
+        if (stored := self._kept.get(response_id)) is None:
             raise ApiError(
                 f"there is no response {response_id!r}: it was not stored, was deleted, or was dropped for newer ones; "
                 "send the whole conversation as input",
@@ -52,13 +92,15 @@ class ResponseStore:
                 param=param,
                 code="response_not_found",
             )
-        self._stored.move_to_end(response_id)
-        return self._stored[response_id]
+        return stored
 
     def remove(self, response_id: str) -> None:
-        """Forgets a response; ApiError 404 if there is none."""
-        self._size -= self.get(response_id).size
-        del self._stored[response_id]
+        """Forgets a response, and ends it if it is still being generated; ApiError 404 if there is none."""
+        if response_id in self._running:
+            self._running.pop(response_id)[0].close()
+            return
+        self.get(response_id)
+        self._kept.remove(response_id)
 
     def conversation(self, response_id: str | None) -> list[JsonObject]:
         """The items of a response, and of those before it: what was said, in order."""

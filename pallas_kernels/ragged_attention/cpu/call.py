@@ -34,7 +34,7 @@ def ragged_attention_cpu(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
@@ -44,6 +44,7 @@ def ragged_attention_cpu(
     Every bit of a row's result depends only on its query, its keys and its position: not on the other rows, on how the
     prompt was chunked, on the placement of the blocks, or on the number of threads. See `kernel.cc`.
     """
+    assert v_cache is not None, "packed caches are refused before"
     none = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(
         _TARGETS[jnp.dtype(k_cache.dtype)],

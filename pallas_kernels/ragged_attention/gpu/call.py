@@ -38,7 +38,7 @@ def ragged_attention_gpu(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
@@ -46,7 +46,7 @@ def ragged_attention_gpu(
     tiles: GpuTiles | None = None,
     generation: str | None = None,
     interpret: object = False,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
     q is rounded to the dtype of the caches, or to bfloat16 if they have 8 bits. `generation` is "hopper" or "ampere"; None
@@ -70,6 +70,7 @@ def ragged_attention_gpu(
     if plan is None:
         plan = call.plan(index, scoring)
     group, dtype = call.group, call.pieces.dtype
+    assert v_cache is not None, "packed caches are refused before"
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
 
     operands = {"tables": index.block_tables, "layer": jnp.asarray(layer.number, jnp.int32).reshape(1)}

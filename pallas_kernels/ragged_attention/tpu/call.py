@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import pack
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
 from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
@@ -33,14 +34,14 @@ def ragged_attention_tpu(
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
     *,
     tiles: Tiles | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`.
 
     If `tiles` is None, the tiles of the target device are used. `interpret` is passed to `pl.pallas_call`.
@@ -49,19 +50,26 @@ def ragged_attention_tpu(
     reason = unsupported(k_cache, index.block_tables.shape[1], interpreted=bool(interpret))
     if reason:
         raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, head_dim = q.shape
+    new, caches = [k, v], [k_cache, v_cache]
+    if v_cache is None:
+        q, new, caches = pack(q, jnp.zeros_like(q)), [pack(k, v)], [k_cache]
     write: Any = write_kv_tpu  # the types do not say that both caches are of one form
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
         # 8-bit numbers are exact in bfloat16, which the MXU multiplies.
         write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
-    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads)
+    packed = v_cache is None
+    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads, packed=packed)
     tiles = tiles or tile_sizes.choose(shape)
-    spec = _spec(shape, tiles, index, scoring, product_dtype=product_dtype, zero_values=k_cache.dtype != jnp.int8)
+    spec = _spec(
+        shape, tiles, index, scoring, product_dtype=product_dtype, zero_values=k_cache.dtype != jnp.int8, packed=packed
+    )
     plan = index.plans.tpu if index.plans is not None else None
     if plan is None:
         plan = _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=layer.num_blocks)
-    k_cache, v_cache = write(k, v, k_cache, v_cache, granules=plan.granules, layer=layer, interpret=interpret)
+    written = write(new, caches, granules=plan.granules, layer=layer, interpret=interpret)
+    k_cache, v_cache = written[0], None if packed else written[1]
     window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
     scalars = jnp.stack([plan.num_single_tiles, plan.num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
     out = _attend(
@@ -77,6 +85,7 @@ def ragged_attention_tpu(
         tiles=tiles,
         interpret=interpret,
     )
+    out = out[..., head_dim:] if packed else out
     return jnp.where(plan.is_used[:, None, None], out, jnp.zeros((), q.dtype)), k_cache, v_cache
 
 
@@ -104,13 +113,23 @@ def plan_tpu(
     num_tokens: int,
     num_heads: int,
     num_blocks: int,
+    packed: bool = False,
 ) -> TpuPlan:
     """What `ragged_attention_tpu` otherwise computes in every such call; only the shape of k_cache is read.
 
+    `packed`: whether the calls have no v_cache.
     `first` is the plan for an index with the same chunks, but with other blocks and contexts.
     """
-    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads)
-    spec = _spec(shape, tile_sizes.choose(shape), index, Scoring(scale=1.0), product_dtype=k_cache.dtype, zero_values=True)
+    shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads, packed=packed)
+    spec = _spec(
+        shape,
+        tile_sizes.choose(shape),
+        index,
+        Scoring(scale=1.0),
+        product_dtype=k_cache.dtype,
+        zero_values=True,
+        packed=packed,
+    )
     plan = _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=num_blocks)
     if first is None:
         return plan
@@ -133,12 +152,12 @@ def _plan(k_cache: Cache, index: RaggedIndex, spec: Spec, *, num_tokens: int, nu
     )
 
 
-def _shape(k_cache: Cache, index: RaggedIndex, *, num_tokens: int, num_heads: int) -> tile_sizes.Shape:
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+def _shape(k_cache: Cache, index: RaggedIndex, *, num_tokens: int, num_heads: int, packed: bool) -> tile_sizes.Shape:
+    _, num_kv_heads, block_size, width = k_cache.shape
     return tile_sizes.Shape(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        head_dim=width // 2 if packed else width,
         block_size=block_size,
         num_tokens=num_tokens,
         num_sequences=index.block_tables.shape[0],
@@ -154,6 +173,7 @@ def _spec(
     *,
     product_dtype: np.dtype,
     zero_values: bool,
+    packed: bool,
 ) -> Spec:
     num_sequences, max_blocks = index.block_tables.shape
     width = -(-max_blocks // TABLE_PIECE)
@@ -164,7 +184,8 @@ def _spec(
     return Spec(
         num_kv_heads=shape.num_kv_heads,
         group=shape.num_heads // shape.num_kv_heads,
-        head_dim=shape.head_dim,
+        width=2 * shape.head_dim if packed else shape.head_dim,
+        packed=packed,
         block_size=shape.block_size,
         piece=sequences * max(share, -(-LANES // shape.block_size)),
         sequences=sequences,
@@ -229,7 +250,7 @@ def _attend(
     work: list[jax.Array],
     q: jax.Array,
     k_cache: Cache,
-    v_cache: Cache,
+    v_cache: Cache | None,
     tables: jax.Array,
     *,
     slopes: jax.Array | None,
@@ -238,29 +259,30 @@ def _attend(
     tiles: Tiles,
     interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
-    _, num_heads, head_dim = q.shape
+    _, num_heads, width = q.shape
     rows = max(spec.queries, spec.sequences) if spec.has_chunks else spec.sequences
     singles = (spec.sequences * spec.num_kv_heads, spec.padded_group)
     chunk = (num_heads, spec.queries)
     f32 = jnp.float32
     buffer = pltpu.VMEM((2, spec.piece, *k_cache.shape[1:]), k_cache.dtype)
-    caches: dict[str, jax.Array] = {"k_cache": k_cache, "v_cache": v_cache}  # pyright: ignore[reportAssignmentType]
-    scale_buffers = {}
-    if isinstance(k_cache, QuantizedCache) and isinstance(v_cache, QuantizedCache):
-        caches = {"k_cache": k_cache.values, "v_cache": v_cache.values}
-        caches |= {"k_scales": k_cache.scales, "v_scales": v_cache.scales}
-        scale_buffers = dict.fromkeys(("k_scale_buffer", "v_scale_buffer"), pltpu.VMEM(buffer.shape[:-1], f32))
+    both: dict[str, Any] = {"k": k_cache} if v_cache is None else {"k": k_cache, "v": v_cache}
+    caches: dict[str, Any] = {f"{name}_cache": cache for name, cache in both.items()}
+    scale_buffers: dict[str, Scratch] = {}
+    if isinstance(k_cache, QuantizedCache):
+        scales = {f"{name}_scales": cache.scales for name, cache in both.items()}
+        caches = {f"{name}_cache": cache.values for name, cache in both.items()} | scales
+        scale_buffer = pltpu.VMEM((2, spec.piece, *k_cache.scales.shape[1:]), f32)
+        scale_buffers = {f"{name}_scale_buffer": scale_buffer for name in both}
     scratch: dict[str, Scratch] = {
         "table_buffer": pltpu.SMEM((2, spec.sequences, *tables.shape[1:]), jnp.int32),
-        "q_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
-        "k_buffer": buffer,
-        "v_buffer": buffer,
+        "q_buffer": pltpu.VMEM((rows, num_heads, width), q.dtype),
+        **{f"{name}_buffer": buffer for name in both},
         **scale_buffers,
-        "out_buffer": pltpu.VMEM((rows, num_heads, head_dim), q.dtype),
-        "q_single": pltpu.VMEM((*singles, head_dim), f32),
+        "out_buffer": pltpu.VMEM((rows, num_heads, width), q.dtype),
+        "q_single": pltpu.VMEM((*singles, width), f32),
         "top_single": pltpu.VMEM((*singles, LANES), f32),
         "total_single": pltpu.VMEM((*singles, LANES), f32),
-        "acc_single": pltpu.VMEM((*singles, head_dim), f32),
+        "acc_single": pltpu.VMEM((*singles, width), f32),
         "table_sem": pltpu.SemaphoreType.DMA((2,)),
         "kv_sem": pltpu.SemaphoreType.DMA((2,)),
         "q_sem": pltpu.SemaphoreType.DMA((1,)),
@@ -268,17 +290,19 @@ def _attend(
     }
     if spec.has_chunks:
         scratch |= {
-            "q_chunk": pltpu.VMEM((*chunk, head_dim), spec.product_dtype),
+            "q_chunk": pltpu.VMEM((*chunk, width), spec.product_dtype),
             "top_chunk": pltpu.VMEM((*chunk, LANES), f32),
             "total_chunk": pltpu.VMEM((*chunk, LANES), f32),
-            "acc_chunk": pltpu.VMEM((*chunk, head_dim), f32),
+            "acc_chunk": pltpu.VMEM((*chunk, width), f32),
         }
     optional = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
     names = ["scalars", "sequence", "token", "position", "count", "q", *caches, "tables", *optional, "out"]
     none = dict.fromkeys(
         (
+            "v_cache",
             "k_scales",
             "v_scales",
+            "v_buffer",
             "k_scale_buffer",
             "v_scale_buffer",
             "slopes",
@@ -318,11 +342,11 @@ def _attend(
 
 def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
     """Cost estimate for XLA's scheduler: half the cost of full block tables, because the contexts are not known here."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, width = q.shape
     keys = tables.shape[1] * TABLE_PIECE * spec.block_size // 2
     tiles = tables.shape[0] + num_tokens // spec.queries
     return pl.CostEstimate(
-        flops=4 * num_tokens * num_heads * head_dim * keys,
+        flops=4 * num_tokens * num_heads * width * keys,
         transcendentals=num_tokens * num_heads * keys,
-        bytes_accessed=2 * tiles * keys * spec.num_kv_heads * head_dim * k_cache.dtype.itemsize,
+        bytes_accessed=(1 if spec.packed else 2) * tiles * keys * spec.num_kv_heads * width * k_cache.dtype.itemsize,
     )

@@ -29,7 +29,8 @@ class Spec:
 
     num_kv_heads: int  # K
     group: int  # G
-    head_dim: int  # D
+    width: int  # numbers of a row of the cache: D, or 2D if it is packed
+    packed: bool  # whether a row holds a key and a value
     block_size: int  # B
     piece: int  # C, blocks that are fetched together
     sequences: int  # J, sequences per single tile
@@ -71,41 +72,47 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refs:
-    """Everything that the kernel reads and writes; shapes in brackets."""
+    """Everything that the kernel reads and writes; shapes in brackets, where W is D, or 2D if the cache is packed."""
 
     scalars: Ref  # SMEM i32[4]
     sequence: Ref  # SMEM i32[tiles * J]; these four describe each tile's members; a chunk tile repeats its single member
     token: Ref  # row of the first query in q
     position: Ref  # position of the first query in its sequence
     count: Ref  # number of queries; 0 for a member without work
-    q: Ref  # HBM [T, H, D]
-    k_cache: Ref  # HBM [L*N, K, B, D]
-    v_cache: Ref
-    k_scales: Ref  # HBM f32[L*N, K, B] for an 8-bit cache, otherwise None
+    q: Ref  # HBM [T, H, W]
+    k_cache: Ref  # HBM [L*N, K, B, W]
+    v_cache: Ref  # None if keys and values are packed; likewise the other three of values
+    k_scales: Ref  # HBM f32[L*N, K, B] for an 8-bit cache, 2K if it is packed; otherwise None
     v_scales: Ref
     tables: Ref  # HBM i32[S, W, 1, TABLE_PIECE]
     slopes: Ref  # VMEM f32[K, Gp, LANES] or None
     sinks: Ref  # VMEM f32[K, Gp, LANES] or None
-    out: Ref  # HBM [T, H, D]
+    out: Ref  # HBM [T, H, W]
     table_buffer: Ref  # SMEM i32[2, J, W, 1, TABLE_PIECE]
-    q_buffer: Ref  # VMEM [max(Q, J), H, D]
-    k_buffer: Ref  # VMEM [2, C, K, B, D]
+    q_buffer: Ref  # VMEM [max(Q, J), H, W]
+    k_buffer: Ref  # VMEM [2, C, K, B, W]
     v_buffer: Ref
     k_scale_buffer: Ref  # VMEM f32[2, C, K, B] or None
     v_scale_buffer: Ref
-    out_buffer: Ref  # VMEM [max(Q, J), H, D]
-    q_single: Ref  # VMEM f32[J * K, Gp, D]
+    out_buffer: Ref  # VMEM [max(Q, J), H, W]
+    q_single: Ref  # VMEM f32[J * K, Gp, W]
     top_single: Ref  # VMEM f32[J * K, Gp, LANES], the largest score so far
     total_single: Ref  # VMEM f32[J * K, Gp, LANES], sums of weights, one per lane
-    acc_single: Ref  # VMEM f32[J * K, Gp, D]
-    q_chunk: Ref  # VMEM [H, Q, D]; these four are None if no chunk fits
+    acc_single: Ref  # VMEM f32[J * K, Gp, W]
+    q_chunk: Ref  # VMEM [H, Q, W]; these four are None if no chunk fits
     top_chunk: Ref  # VMEM f32[H, Q, LANES]
     total_chunk: Ref
-    acc_chunk: Ref  # VMEM f32[H, Q, D]
+    acc_chunk: Ref  # VMEM f32[H, Q, W]
     table_sem: Ref  # DMA semaphores [2]
     kv_sem: Ref  # [2]
     q_sem: Ref  # [1]
     out_sem: Ref  # [1]
+
+    @property
+    def value_buffers(self) -> list[Ref]:
+        """The buffers that hold values, and their scales if there are any."""
+        pair = (self.v_buffer, self.v_scale_buffer) if self.v_buffer is not None else (self.k_buffer, self.k_scale_buffer)
+        return [ref for ref in pair if ref is not None]
 
 
 def _cdiv(n: jax.Array, bits: int) -> jax.Array:

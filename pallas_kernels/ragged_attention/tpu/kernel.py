@@ -17,6 +17,7 @@ computed, the next one is being copied, also across tile boundaries:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,8 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
         # Values that are not fetched get weights of zero, but zero times previous memory contents may be NaN.
         def blank(c: jax.Array, _: None) -> None:
             for buffer in range(2):
-                for ref in (refs.v_buffer, refs.v_scale_buffer):
-                    if ref is not None:
-                        ref[buffer, c] = jnp.zeros(ref.shape[2:], ref.dtype)
+                for ref in refs.value_buffers:
+                    ref[buffer, c] = jnp.zeros(ref.shape[2:], ref.dtype)
 
         lax.fori_loop(0, spec.piece, blank, None)
         refs.q_single[...] = jnp.zeros_like(refs.q_single)
@@ -114,7 +114,7 @@ class _Kernel:
 
     def blank_unseen_values(self, i: jax.Array, r: jax.Array, buffer: jax.Array, *, single: bool) -> None:
         """Zeroes values in fetched blocks that are visible to no query of the tile."""
-        spec, values, scales = self.spec, self.refs.v_buffer, self.refs.v_scale_buffer
+        spec, (values, *scales) = self.spec, self.refs.value_buffers
         for j in range(spec.sequences if single else 1):
             first, end = self.copies.key_range(i, j)
             start, blocks = self.copies.first_block(i, r, j), spec.share if single else spec.piece
@@ -131,7 +131,7 @@ class _Kernel:
                     kind: str = kind,
                 ) -> None:
                     at = (buffer, j * spec.share + block - start)
-                    for ref in ([values] if spec.zero_values else []) + ([] if scales is None else [scales]):
+                    for ref in ([values] if spec.zero_values else []) + scales:
                         row = lax.broadcasted_iota(jnp.int32, ref.shape[2:], 1)
                         seen = row < offset if kind == "end" else row >= offset
                         old = ref[at].astype(jnp.float32)
@@ -173,10 +173,8 @@ class _Kernel:
                 n = j * spec.num_kv_heads + h
                 refs.top_single[n], refs.total_single[n], refs.acc_single[n] = self.attend(
                     refs.q_single[n],
-                    self.keys(refs.k_buffer[buffer, blocks, h]),
-                    self.keys(refs.v_buffer[buffer, blocks, h]),
-                    self.scales(refs.k_scale_buffer, buffer, first, count, h),
-                    self.scales(refs.v_scale_buffer, buffer, first, count, h),
+                    *self.keys_and_values(buffer, blocks, h),
+                    *self.scales(buffer, first, count, h),
                     (refs.top_single[n], refs.total_single[n], refs.acc_single[n]),
                     query_position=position,
                     first_key=first_key,
@@ -207,10 +205,8 @@ class _Kernel:
             state = [ref[heads].reshape(g * q, -1) for ref in (refs.top_chunk, refs.total_chunk, refs.acc_chunk)]
             state = self.attend(
                 refs.q_chunk[heads].reshape(g * q, -1),
-                self.keys(refs.k_buffer[buffer, blocks, h]),
-                self.keys(refs.v_buffer[buffer, blocks, h]),
-                self.scales(refs.k_scale_buffer, buffer, first, count, h),
-                self.scales(refs.v_scale_buffer, buffer, first, count, h),
+                *self.keys_and_values(buffer, blocks, h),
+                *self.scales(buffer, first, count, h),
                 state,
                 query_position=query_position,
                 first_key=first_key + first * spec.block_size,
@@ -242,17 +238,33 @@ class _Kernel:
 
             lax.fori_loop(0, spec.piece // count, attend_part, None)
 
-    def keys(self, blocks: jax.Array) -> jax.Array:
-        """[C, B, D] -> [C*B, D]: blocks are stored head by head, so this moves nothing."""
-        return blocks.reshape(-1, self.spec.head_dim).astype(self.spec.product_dtype)
+    def keys_and_values(self, buffer: jax.Array, blocks: Any, h: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A head's keys and values in some blocks, [C*B, W] each.
+
+        Rows of a packed cache are both: queries are zero where such a row has its value, and of the result only the part
+        where values are is used. The products have 128 numbers on either side, as they have with heads of 128.
+        """
+
+        def rows(ref: Ref) -> jax.Array:  # [C, B, W] -> [C*B, W]: blocks are stored head by head, so this moves nothing
+            return ref[buffer, blocks, h].reshape(-1, self.spec.width).astype(self.spec.product_dtype)
+
+        keys = rows(self.refs.k_buffer)
+        return keys, keys if self.spec.packed else rows(self.refs.v_buffer)
 
     def scales(
-        self, ref: Ref, buffer: jax.Array, first: jax.Array | int, count: int, h: int | jax.Array
-    ) -> jax.Array | None:
-        """[1, C*B], the scales of a head's keys in some blocks, in the order of `keys`; None if there are none."""
-        if ref is None:
-            return None
-        return jnp.concatenate([ref[buffer, first + c, pl.ds(h, 1)] for c in range(count)], axis=1)
+        self, buffer: jax.Array, first: jax.Array | int, count: int, h: int | jax.Array
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """[1, C*B] each, the scales of a head's keys and values in some blocks; None if there are none."""
+        refs = self.refs
+
+        def rows(ref: Ref, row: int | jax.Array) -> jax.Array:
+            return jnp.concatenate([ref[buffer, first + c, pl.ds(row, 1)] for c in range(count)], axis=1)
+
+        if refs.k_scale_buffer is None:
+            return None, None
+        if self.spec.packed:
+            return rows(refs.k_scale_buffer, 2 * h), rows(refs.k_scale_buffer, 2 * h + 1)
+        return rows(refs.k_scale_buffer, h), rows(refs.v_scale_buffer, h)
 
     def attend(
         self,

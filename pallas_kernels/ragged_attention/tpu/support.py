@@ -21,13 +21,16 @@ def unsupported(k_cache: Cache, max_blocks: int, *, interpreted: bool = False) -
 
     The Pallas interpreter can run it with any version of jax.
     """
-    _, _, block_size, head_dim = k_cache.shape
+    _, _, block_size, width = k_cache.shape
     # The scales of a block are laid out along the lanes.
     rows = LANES if isinstance(k_cache, QuantizedCache) else granule_rows(k_cache.dtype)
     if k_cache.dtype not in CACHE_DTYPES:
         return f"supports {_NAMES} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
-    if head_dim % LANES:
-        return f"supports multiples of {LANES} for D but D is {head_dim}; pad q, k, v and the cache with zeros"
+    if width % LANES:
+        return (
+            f"supports rows of a multiple of {LANES} numbers but they are {width}; pad q, k, v and the cache with zeros, or "
+            f"pack keys and values of up to {LANES // 2} into one cache"
+        )
     if block_size < rows or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least {rows}, but it is {block_size}"
     if 2 * max_blocks > MAX_TABLE_WORDS:

@@ -98,7 +98,8 @@ def vmem_bytes(queries: int, keys: int, shape: Shape) -> int:
     item = jnp.dtype(shape.dtype).itemsize
     wide = max(item, 2)  # queries and results are not stored in 8 bits
     rows = queries * shape.num_heads
+    width = max(shape.head_dim, 128)  # of the rows of a packed cache, which have smaller heads
     buffers = 4 * keys * shape.num_kv_heads * shape.head_dim * item
-    tile = rows * (3 * shape.head_dim * wide + 4 * shape.head_dim + 2 * 4 * 128)
+    tile = rows * (3 * width * wide + 4 * width + 2 * 4 * 128)
     scores = 3 * 4 * (rows // shape.num_kv_heads) * keys
     return buffers + tile + scores

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -36,47 +36,47 @@ LEAD = 8  # of these, granules that are being read
 
 
 def write_kv_tpu(
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K D"],
-    k_cache: Float[Array, "pool K B D"],
-    v_cache: Float[Array, "pool K B D"],
+    new: Sequence[Float[Array, "T K D"]],
+    caches: Sequence[Float[Array, "pool K B D"]],
     *,
     granules: Granules,
     layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "pool K B D"], Float[Array, "pool K B D"]]:
-    """The caches with `k[t]`, `v[t]` at the slots of `layer` for which `granules_of` made `granules`.
+) -> list[Float[Array, "pool K B D"]]:
+    """`caches` with the rows of each of `new` at the slots of `layer` for which `granules_of` made `granules`.
 
-    Shapes as in `ragged_attention`. The caches are updated in place. Any order of tokens is correct; it is fastest if
-    tokens with adjacent slots are adjacent, as in a chunk.
+    The caches, of keys and of values or one that holds both, have one shape and are updated in place. Any order of tokens is
+    correct; it is fastest if tokens with adjacent slots are adjacent, as in a chunk.
     """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    rows = granule_rows(k_cache.dtype)
+    cache, count = caches[0], len(caches)
+    _, num_kv_heads, block_size, width = cache.shape
+    rows = granule_rows(cache.dtype)
     # All rows of a granule are copied, even if its first tokens are from earlier steps.
     pad = ((rows, rows), (0, 0), (0, 0))
-    k, v = (jnp.pad(x.astype(k_cache.dtype), pad) for x in (k, v))
+    new = [jnp.pad(x.astype(cache.dtype), pad) for x in new]
     scalars = jnp.stack([layer.first_block, granules.number])
-    buffer = pltpu.VMEM((RING, num_kv_heads, rows, head_dim), k_cache.dtype)
-    new = pltpu.VMEM((RING, rows, num_kv_heads, head_dim), k_cache.dtype)
+    buffer = pltpu.VMEM((RING, num_kv_heads, rows, width), cache.dtype)
+    new_buffer = pltpu.VMEM((RING, rows, num_kv_heads, width), cache.dtype)
     semaphores = pltpu.SemaphoreType.DMA((RING,))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    row_bytes = num_kv_heads * head_dim * k_cache.dtype.itemsize
-    return pl.pallas_call(
-        functools.partial(_write, rows=rows, block_size=block_size),
-        out_shape=[jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)] * 2,
+    row_bytes = num_kv_heads * width * cache.dtype.itemsize
+    written = pl.pallas_call(
+        functools.partial(_write, rows=rows, block_size=block_size, num_caches=count),
+        out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype)] * count,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(1,),
-            in_specs=[hbm] * 4,
-            out_specs=[hbm] * 2,
-            scratch_shapes=[new, new, buffer, buffer, semaphores, semaphores],
+            in_specs=[hbm] * (2 * count),
+            out_specs=[hbm] * count,
+            scratch_shapes=[new_buffer] * count + [buffer] * count + [semaphores] * 2,
         ),
-        input_output_aliases={7: 0, 8: 1},
+        input_output_aliases={5 + count + n: n for n in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * k.shape[0] * row_bytes),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * count * new[0].shape[0] * row_bytes),
         interpret=interpret,
         name="write_kv",
-    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, k, v, k_cache, v_cache)
+    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, *new, *caches)
+    return list(written)
 
 
 @pytree
@@ -125,7 +125,7 @@ def granules_of(kv_slots: Int[Array, " T"], cache: Cache, *, num_blocks: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """K or V: everything that belongs to one of the two caches."""
+    """Everything that belongs to one cache, of K, of V, or of both."""
 
     new: Ref  # HBM [rows + T + rows, K, D]
     cache: Ref  # HBM [L*N, K, B, D]
@@ -139,23 +139,14 @@ def _write(
     slot,
     count,
     clash,
-    k,
-    v,
-    _k_in,
-    _v_in,
-    k_cache,
-    v_cache,
-    k_new,
-    v_new,
-    k_buffer,
-    v_buffer,
-    read_sem,
-    write_sem,
-    *,
+    *refs,
     rows: int,
     block_size: int,
+    num_caches: int,
 ) -> None:
-    streams = (_Stream(k, k_cache, k_new, k_buffer), _Stream(v, v_cache, v_new, v_buffer))
+    *of_caches, read_sem, write_sem = refs
+    new, _, caches, new_buffers, buffers = (of_caches[n : n + num_caches] for n in range(0, 5 * num_caches, num_caches))
+    streams = [_Stream(*parts) for parts in zip(new, caches, new_buffers, buffers, strict=True)]
     block_bits = block_size.bit_length() - 1  # sizes are powers of two: a shift is one scalar operation, a division ten
 
     def granule(stream: _Stream, i: jax.Array) -> Ref:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -42,66 +42,67 @@ if TYPE_CHECKING:
 
 
 def write_kv_quantized_tpu(
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K D"],
-    k_cache: QuantizedCache,
-    v_cache: QuantizedCache,
+    new: Sequence[Float[Array, "T K D"]],
+    caches: Sequence[QuantizedCache],
     *,
     granules: Granules,
     layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[QuantizedCache, QuantizedCache]:
-    """The caches with `k[t]`, `v[t]` at the slots of `layer` for which `granules_of` made `granules`.
+) -> list[QuantizedCache]:
+    """`caches` with the rows of each of `new` at the slots of `layer` for which `granules_of` made `granules`.
 
-    Shapes as in `ragged_attention`; B is a power of two of at least 128. The caches are updated in place.
+    The caches, of keys and of values or a packed one, have one shape and are updated in place. B is a power of two of at
+    least 128.
     """
-    num_tokens, (_, num_kv_heads, block_size, head_dim) = k.shape[0], k_cache.shape
-    assert granule_rows(k_cache.dtype) == UNIT
+    cache, count = caches[0], len(caches)
+    num_tokens, (_, num_kv_heads, block_size, width) = new[0].shape[0], cache.shape
+    num_scales = cache.scales.shape[1]
+    assert granule_rows(cache.dtype) == UNIT
     # Whole units are copied, including rows before and after this step's tokens.
     pad = ((block_size, block_size), (0, 0), (0, 0))
-    wide = jnp.bfloat16 if k.dtype == jnp.bfloat16 else jnp.float32
-    k, v = (jnp.pad(x.astype(wide), pad) for x in (k, v))
-    bytes_per_granule = 2 * num_kv_heads * block_size * (head_dim * (1 + k.dtype.itemsize) + 4)
+    wide = jnp.dtype(jnp.bfloat16 if new[0].dtype == jnp.bfloat16 else jnp.float32)
+    new = [jnp.pad(x.astype(wide), pad) for x in new]
+    bytes_per_granule = count * block_size * (num_kv_heads * width * (1 + wide.itemsize) + 4 * num_scales)
     ring = RING
     while ring > 2 and ring * bytes_per_granule > BUFFER_BYTES:
         ring //= 2
-    new = pltpu.VMEM((ring, block_size, num_kv_heads, head_dim), k.dtype)
-    values = pltpu.VMEM((ring, num_kv_heads, block_size, head_dim), k_cache.dtype)
-    scales = pltpu.VMEM((ring, num_kv_heads, block_size), jnp.float32)
+    new_buffer = pltpu.VMEM((ring, block_size, num_kv_heads, width), wide)
+    values = pltpu.VMEM((ring, num_kv_heads, block_size, width), cache.dtype)
+    scales = pltpu.VMEM((ring, num_scales, block_size), jnp.float32)
     semaphores = pltpu.SemaphoreType.DMA((ring,))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    caches = (k_cache.values, k_cache.scales, v_cache.values, v_cache.scales)
+    parts = [part for cache in caches for part in (cache.values, cache.scales)]
     scalars = jnp.stack([layer.first_block, granules.number])
-    row_bytes = num_kv_heads * (head_dim + 4)
+    row_bytes = num_kv_heads * width + 4 * num_scales
     written = pl.pallas_call(
-        functools.partial(_write, block_size=block_size, ring=ring),
-        out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches],
+        functools.partial(_write, block_size=block_size, ring=ring, num_caches=count),
+        out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(1,),
-            in_specs=[hbm] * 6,
-            out_specs=[hbm] * 4,
-            scratch_shapes=[new, values, scales, new, values, scales, semaphores, semaphores],
+            in_specs=[hbm] * (3 * count),
+            out_specs=[hbm] * (2 * count),
+            scratch_shapes=[new_buffer, values, scales] * count + [semaphores] * 2,
         ),
-        input_output_aliases={7: 0, 8: 1, 9: 2, 10: 3},
+        input_output_aliases={5 + count + n: n for n in range(2 * count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=8 * num_tokens * row_bytes),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * count * num_tokens * row_bytes),
         interpret=interpret,
         name="write_kv_quantized",
-    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, k, v, *caches)
-    return (QuantizedCache(values=written[0], scales=written[1]), QuantizedCache(values=written[2], scales=written[3]))
+    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, *new, *parts)
+    return [QuantizedCache(values=written[2 * n], scales=written[2 * n + 1]) for n in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """K or V: everything that belongs to one of the two caches."""
+    """Everything that belongs to one cache, of K, of V, or of both."""
 
     new: Ref  # HBM [B + T + B, K, D]
     values: Ref  # HBM [L*N, K, B, D]
-    scales: Ref  # HBM f32[L*N, K, B]
+    scales: Ref  # HBM f32[L*N, K, B], or 2K
     new_buffer: Ref  # VMEM [ring, B, K, D]
     value_buffer: Ref  # VMEM [ring, K, B, D]
-    scale_buffer: Ref  # VMEM f32[ring, K, B]
+    scale_buffer: Ref  # VMEM f32[ring, K, B], or 2K
 
 
 def _write(
@@ -110,32 +111,14 @@ def _write(
     slot,
     count,
     clash,
-    k,
-    v,
-    _k_in,
-    _ks_in,
-    _v_in,
-    _vs_in,
-    k_values,
-    k_scales,
-    v_values,
-    v_scales,
-    k_new,
-    k_buffer,
-    k_scale_buffer,
-    v_new,
-    v_buffer,
-    v_scale_buffer,
-    read_sem,
-    write_sem,
-    *,
+    *refs,
     block_size: int,
     ring: int,
+    num_caches: int,
 ) -> None:
-    streams = (
-        _Stream(k, k_values, k_scales, k_new, k_buffer, k_scale_buffer),
-        _Stream(v, v_values, v_scales, v_new, v_buffer, v_scale_buffer),
-    )
+    *of_caches, read_sem, write_sem = refs
+    new, caches, buffers = of_caches[:num_caches], of_caches[3 * num_caches : 5 * num_caches], of_caches[5 * num_caches :]
+    streams = [_Stream(new[n], *caches[2 * n : 2 * n + 2], *buffers[3 * n : 3 * n + 3]) for n in range(num_caches)]
     block_bits = block_size.bit_length() - 1
 
     def block(i: jax.Array) -> jax.Array:
@@ -187,13 +170,21 @@ def _write(
         b, rows = i & (ring - 1), pl.ds(first, UNIT)
         begin, end = offset(i), offset(i) + count[i]
         new = jnp.swapaxes(stream.new_buffer[b, rows].astype(jnp.float32), 0, 1)  # [K, UNIT, D]
-        values, scales = scaled(new, stream.value_buffer.dtype)
+        num_heads, num_scales = new.shape[0], stream.scale_buffer.shape[1]
+        if num_scales == num_heads:
+            values, scales = scaled(new, stream.value_buffer.dtype)
+        else:  # each half of a row has its scale
+            is_key = lax.broadcasted_iota(jnp.int32, new.shape, 2) < new.shape[2] // 2
+            halves = jnp.stack([jnp.where(is_key, new, 0.0), jnp.where(is_key, 0.0, new)], axis=1)  # [K, 2, UNIT, 2D]
+            values, scales = scaled(halves.reshape(num_scales, *new.shape[1:]), stream.value_buffer.dtype)
+            values = values.reshape(halves.shape)
+            values = jnp.where(is_key, values[:, 0], values[:, 1])
         row = first + lax.broadcasted_iota(jnp.int32, values.shape, 1)
         old = stream.value_buffer[b, :, rows].astype(jnp.float32)
         merged = jnp.where((row >= begin) & (row < end), values, old)
         stream.value_buffer[b, :, rows] = merged.astype(stream.value_buffer.dtype)
         # Scales are computed one per row and stored one per lane: the diagonal of UNIT x B copies transposes them.
-        square = (values.shape[0], UNIT, block_size)
+        square = (num_scales, UNIT, block_size)
         lane = lax.broadcasted_iota(jnp.int32, square, 2)
         on_diagonal = first + lax.broadcasted_iota(jnp.int32, square, 1) == lane
         across = jnp.sum(jnp.where(on_diagonal, jnp.broadcast_to(scales, square), 0.0), axis=1)  # [K, B]

@@ -117,7 +117,30 @@ def adapters() -> None:
         assert all(answer == answers[0] for answer in answers), family
 
 
+def states() -> None:
+    """States of every kind, and attention beside them; the cache is too small, so that requests are preempted."""
+    for family, variant in (
+        ("granitemoehybrid", "experts"),
+        ("qwen3_next", "dense_first"),
+        ("lfm2", "bias"),
+        ("falcon_h1", "norm"),
+        ("nemotron_h", "default"),
+    ):
+        params, model = load(family, variant)
+        answers = []
+        for num_devices in (None, 2):
+            engine = Engine(params, model, EngineConfig(**SMALL | {"num_blocks": 18}, tensor_parallel=num_devices))
+            ids = [engine.add(prompt, greedy(8)) for prompt in PROMPTS]
+            outputs = drain(engine)
+            assert engine.scheduler.stats.num_preemptions, "the cache was meant to be too small"
+            assert engine.metrics.compiles_while_serving == 0
+            answers.append([tokens_of(outputs[request_id]) for request_id in ids])
+        for array in engine.runner.kv_cache.states.values():
+            assert array.addressable_shards[0].data.size * 2 == array.size
+        assert answers[0] == answers[1], family
+
+
 if __name__ == "__main__":
-    functions = (in_8_bits, tied_embeddings, experts, uneven, replaced, adapters)
+    functions = (in_8_bits, tied_embeddings, experts, uneven, states, replaced, adapters)
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.division import divided, divided_heads
@@ -26,13 +27,14 @@ from tests.tiny import random_params
 
 
 def zeros(config: ModelConfig) -> KVCache:
-    return KVCache.zeros(
-        num_layers=config.num_layers,
+    return empty_cache(
+        config,
+        num_rows=len(config.kv_layers),
         num_blocks=8,
-        num_kv_heads=config.num_kv_heads,
         block_size=4,
-        head_dim=config.head_dim,
+        num_slots=3,
         dtype=jnp.float32,
+        platform="cpu",
     )
 
 
@@ -53,6 +55,7 @@ BATCH = RaggedBatch(
     ),
     sample_rows=i32(4, 5),
     num_sample_rows=jnp.int32(2),
+    slots=i32(2, 0),
 )
 
 
@@ -73,7 +76,9 @@ def check(config: ModelConfig, num_devices: int, attention: str | None) -> None:
     o = shares["layers"]["o"]
     assert o.addressable_shards[0].data.size * num_devices == o.size
     program = jax.jit(lambda params, cache: step(params, cache, mesh)).lower(shares, cache).compile()
-    if config.qk_norm is None:  # a norm over all heads needs sums of its own, and native kernels are not divided
+    if (
+        config.qk_norm is None and config.state is None
+    ):  # a norm over all heads needs sums of its own, and native kernels are not divided
         assert count_in_loops(program.as_text() or "") == 2, "a sum behind attention and one behind the MLP or the experts"
     logits, cache = program(shares, cache)
     assert cache.k.sharding.spec[1] == TENSOR

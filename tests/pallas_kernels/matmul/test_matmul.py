@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native
+from pallas_kernels import gpu_target, native
 from pallas_kernels.matmul import Int8Weight, PackedWeight, cpu, linear, prepare, quantize_int8, swiglu
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
@@ -290,3 +290,13 @@ def test_a_call_copies_no_weight(dtype: jnp.dtype, layers: tuple[int, ...]):
     layer = jax.ShapeDtypeStruct((), jnp.int32) if layers else None
     lowered = cpu.multiply.lower(x, panels, scales, layer, None, None, num_outputs=96, gated=False)
     assert "copy" not in lowered.compile().as_text()
+
+
+def test_on_a_gpu_float32_rows_of_any_size_are_multiplied_with_float16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_target, "is_gpu", lambda: True)
+    w = _normal(96, 40, seed=1).astype(np.float16)
+    x = _normal(6, 96) * np.float32([[1e-30], [1e-3], [1.0], [1e5], [1e30], [0.0]])
+    assert f"f32[{w.shape[0]},{w.shape[1]}]" not in str(jax.make_jaxpr(linear)(x, w))  # no copy of the weight
+    expected = x.astype(np.float64) @ w.astype(np.float64)
+    error = np.abs(np.asarray(jax.jit(linear)(x, w)) - expected).max(axis=1)
+    assert (error <= 2.0**-11 * np.abs(x).max(axis=1) * np.abs(w.astype(np.float32)).sum(axis=0).max()).all()

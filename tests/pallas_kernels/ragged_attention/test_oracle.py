@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
@@ -238,3 +239,15 @@ def test_half_precision_queries_give_half_precision_results(implementation: str,
     assert out.dtype == k_cache.dtype == dtype
     # One rounding to 8 bits of values of order 1, twice.
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=0)
+
+
+@pytest.mark.slow
+def test_on_a_gpu_plain_xla_multiplies_in_the_dtype_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_target, "is_gpu", lambda: True)
+    batch = make_batch([(1, 90), (1, 700), (5, 40)], dtype=jnp.dtype("float16"))
+    arguments = batch.arguments()
+    out, *caches = jax.jit(functools.partial(ragged_attention, implementation="xla"))(**arguments)
+    expected, *expected_caches = compiled("reference")(**arguments)
+    # Queries and weights are rounded to 11 bits.
+    np.testing.assert_allclose(out, expected, atol=2e-3, rtol=0)
+    jax.tree.map(np.testing.assert_array_equal, caches, expected_caches)

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from fastgen_jax.core import stored_head_dim
+from fastgen_jax.core import packs_heads, stored_head_dim
 from pallas_kernels import ragged_attention as ragged_attention_room
 from pallas_kernels.ragged_attention import CacheLayer, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
+from pallas_kernels.ragged_attention.packed import pack_caches, unpack_cache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
 from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles, choose, modeled, vmem_bytes
@@ -68,6 +69,7 @@ class Case:
 
 
 QUICK = [
+    (Case(head_dim=64, dtype="int8", q_dtype="bfloat16", block_size=128), "eager"),
     (Case(num_kv_heads=1, group=4, alibi=True, dtype="bfloat16", queries=16), "on_wait"),
 ]
 CASES = [
@@ -76,6 +78,9 @@ CASES = [
     Case(group=1, sequences=1),
     Case(num_kv_heads=3, head_dim=64, sinks=True, sequences=1),
     Case(num_kv_heads=1, group=71, head_dim=64, alibi=True, queries=16),
+    Case(head_dim=64, dtype="bfloat16", group=8, num_kv_heads=1, sequences=4, sinks=True),
+    Case(head_dim=64, dtype="float8_e4m3fn", num_kv_heads=3, block_size=256, sequences=1),
+    Case(head_dim=32, soft_cap=5.0, alibi=True, cores=2),
     Case(head_dim=80, block_size=8, group=4, soft_cap=2.0, alibi=True),
     Case(head_dim=96, sinks=True, soft_cap=5.0, block_size=32),
     Case(num_kv_heads=1, group=8, head_dim=256, dtype="bfloat16", sequences=4, block_size=128),
@@ -97,14 +102,19 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
     return chunks
 
 
-def pad_heads(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
-    """Pads each head with zeros to the width of the TPU cache, as the decoder does."""
+def as_on_a_tpu(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
+    """The arguments with heads as wide as in the TPU cache, and with that cache, as in the decoder."""
     more = stored_head_dim(head_dim, "tpu") - head_dim
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
-    return arguments | {name: pad(arguments[name]) for name in ("q", "k", "v", "k_cache", "v_cache")}
+    arguments = arguments | {name: pad(arguments[name]) for name in ("q", "k", "v")}
+    if more:
+        arguments |= {name: pad(arguments[name]) for name in ("k_cache", "v_cache")}
+    if packs_heads(head_dim, "tpu"):
+        arguments |= {"k_cache": pack_caches(arguments["k_cache"], arguments["v_cache"]), "v_cache": None}
+    return arguments
 
 
 @functools.cache
@@ -117,9 +127,12 @@ def compiled(implementation: str, case: Case, mode: str):
 
 def run(implementation: str, batch: Batch, case: Case, mode: str, **options: object) -> list[np.ndarray]:
     arguments = batch.arguments(**case.options(), **options)
-    if implementation == "tpu" and case.head_dim != stored_head_dim(case.head_dim, "tpu"):
-        arguments = pad_heads(arguments, case.head_dim)
-    results = jax.tree.leaves(compiled(implementation, case, mode)(**arguments))
+    if implementation == "tpu":
+        arguments = as_on_a_tpu(arguments, case.head_dim)
+    out, k_cache, v_cache = compiled(implementation, case, mode)(**arguments)
+    if implementation == "tpu" and v_cache is None:
+        k_cache, v_cache = unpack_cache(k_cache)
+    results = jax.tree.leaves((out, k_cache, v_cache))
     if case.head_dim == stored_head_dim(case.head_dim, "tpu"):
         return [np.asarray(x, np.float32) for x in results]
     return [np.asarray(x, np.float32)[..., : case.head_dim] for x in results]
@@ -186,7 +199,7 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     pltpu.reset_tpu_interpret_mode_state()
     granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
     write = functools.partial(write_kv_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
-    written = jax.jit(write)(k, v, *caches)
+    written = jax.jit(write)([k, v], caches)
     assert races_found() is False
     for ours, expected in zip(written, jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -209,7 +222,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     pltpu.reset_tpu_interpret_mode_state()
     granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
     write = functools.partial(write_kv_quantized_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
-    written = jax.jit(write)(k, v, *caches)
+    written = jax.jit(write)([k, v], caches)
     assert races_found() is False
     expected = jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches)
     for ours, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
@@ -220,7 +233,7 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     ("changes", "message"),
     [
         ({"block_size": 64, "head_dim": 128, "dtype": jnp.int8}, "power of two of at least 128, but it is 64"),
-        ({"head_dim": 64}, "multiples of 128 for D but D is 64"),
+        ({"head_dim": 64}, "multiple of 128 numbers but they are 64; pad .* or pack keys and values of up to 64"),
         ({"block_size": 24, "head_dim": 128}, "power of two of at least 8, but it is 24"),
         ({"dtype": np.float16, "head_dim": 128}, "dtype float16; store bfloat16"),
         ({"max_blocks": 50_000, "head_dim": 128}, "up to 49152 blocks per sequence but block_tables has 50000"),

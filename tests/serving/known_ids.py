@@ -1,0 +1,71 @@
+"""A proxy before a server for suites that ask for stored objects by fixed ids, as their mock server allows.
+
+Each request with such an id gets the id of an object that was stored just for it; requests and answers are otherwise
+unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+CHATS, RESPONSES = "/v1/chat/completions", "/v1/responses"
+FIXED = {"completion_id": CHATS, "response_id": RESPONSES, "resp_677efb5139a88190b512bc3fef8e535d": RESPONSES}
+"""Ids in paths, and where such objects are created."""
+PREVIOUS = ("previous_response_id", "resp_123")
+"""Ids in bodies."""
+METHODS = ["GET", "POST", "DELETE"]
+# The message is one of an assistant: the client has no other role in its type of a stored message.
+CHAT = {"messages": [{"role": "assistant", "content": "Hi"}], "store": True, "max_tokens": 2}
+RESPONSE = {"input": "Hi", "max_output_tokens": 2}
+
+
+@contextlib.contextmanager
+def with_known_ids(url: str, model: str) -> Iterator[str]:
+    """The URL of the proxy for the server at `url`; it ends with the context."""
+    http = httpx.AsyncClient(base_url=url, timeout=120)
+
+    async def stored_at(path: str, *, background: bool) -> str:
+        body = {**CHAT} if path == CHATS else {**RESPONSE, "background": background}
+        answer = await http.post(path, json={"model": model, **body})
+        answer.raise_for_status()
+        return answer.json()["id"]
+
+    async def forward(request: Request) -> Response:
+        path, body = request.url.path, await request.body()
+        for part in path.split("/"):
+            if part in FIXED:
+                path = path.replace(part, await stored_at(FIXED[part], background=path.endswith("/cancel")))
+        if b"previous_response_id" in body and (fields := json.loads(body)).get("previous_response_id") in PREVIOUS:
+            previous = await stored_at(RESPONSES, background=False)
+            body = json.dumps({**fields, "previous_response_id": previous}).encode()
+        query = httpx.QueryParams([(name, value) for name, value in request.query_params.multi_items() if value != "after"])
+        kept = {name: value for name, value in request.headers.items() if name not in ("host", "content-length")}
+        answer = await http.request(request.method, path, params=query, headers=kept, content=body)
+        framing = ("content-length", "transfer-encoding")
+        headers = {name: value for name, value in answer.headers.items() if name not in framing}
+        return Response(answer.content, answer.status_code, headers=headers)
+
+    app = Starlette(routes=[Route("/{path:path}", forward, methods=METHODS)])
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()  # from here on connections are accepted
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
