@@ -85,10 +85,11 @@ def test_an_adapter_of_a_state_computes_what_the_merged_weights_compute(family: 
     shape = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 32}
     engine = Engine(params, model, EngineConfig(dtype="float32", max_adapters=1, max_adapter_rank=RANK, **shape))
     engine.load_adapter("x", lora, scale=SCALE)
-    base, adapted = (engine.score([LONG], SamplingParams(adapter=name))[0].logprobs for name in (None, "x"))
+    tokens = [token % model.vocab_size for token in LONG]
+    base, adapted = (engine.score([tokens], SamplingParams(adapter=name))[0].logprobs for name in (None, "x"))
     assert np.abs(adapted - base).max() > 1e-2
     engine.update_params(merge_lora(params, lora, scale=SCALE))
-    (merged,) = engine.score([LONG])
+    (merged,) = engine.score([tokens])
     np.testing.assert_allclose(adapted, merged.logprobs, atol=1e-4)
 
 
