@@ -108,6 +108,7 @@ def _by_head(x: Float[Array, "T H M"], w: GroupedWeight | PairedGroups, num_toke
         return _paired_by_head(x, w, num_tokens)
     if isinstance(w, PackedGroups):
         return _packed_by_head(x, w, num_tokens)
+    assert isinstance(w, jax.Array), "it is never quantized"
     return _plain_by_head(x, w)
 
 

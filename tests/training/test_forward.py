@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,8 @@ EXPERTS_AND_LATENTS = ["mixtral", "qwen2_moe", "deepseek_v3"]
 @pytest.mark.parametrize("family", ["llama", *EXPERTS_AND_LATENTS])
 def test_options_of_an_engine_have_its_number_formats(family):
     params, config = load(family, "default", stack_layers=True)
-    formats = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
-    engine = Engine(params, config, EngineConfig(token_budget=16, budget_ladder=(), num_blocks=24, block_size=4, **formats))
+    shape: dict[str, Any] = {"token_budget": 16, "budget_ladder": (), "num_blocks": 24, "block_size": 4}
+    engine = Engine(params, config, EngineConfig(dtype="bfloat16", kv_dtype="bfloat16", **shape))
     params, batch = jax.tree.map(jnp.asarray, params), pack(SEQUENCES[:1])
     (scores,) = engine.score(SEQUENCES[:1])
     assert_same_bits(PROGRAM(params, batch, config=config, options=options_of(engine)), scores.logprobs)
