@@ -7,10 +7,15 @@ import jax
 from pallas_kernels.jax_versions import platform_of
 
 
+def platform() -> str:
+    """What the program is lowered for: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return platform_of(device) or jax.default_backend()
+
+
 def is_gpu() -> bool:
     """Whether the program is lowered for a GPU of any kind."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return platform_of(device) == "gpu" if device is not None else jax.default_backend() == "gpu"
+    return platform() == "gpu"
 
 
 def generation() -> str | None:

@@ -195,8 +195,8 @@ def write_peft(
         "bias": "none",
         "rank_pattern": others,
         "alpha_pattern": {module: _number(scale * own) for module, own in others.items()},
-        # The last words of their names suffice unless experts, which have none, end in the same.
-        "target_modules": sorted(last if model.moe is None else ranks),
+        # The last words of their names suffice unless others, such as experts, end in the same.
+        "target_modules": sorted(last if model.moe is None and model.state is None else ranks),
         "fan_in_fan_out": not all(sources[specs[name].path].transpose for name in lora["layers"]),
     }
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -333,7 +333,7 @@ def _why_not(module: str, specs: Mapping[str, WeightSpec]) -> str:
     if ".layers." not in module and ".h." not in module and ".blocks." not in module:
         reason = f"changes {module!r}, which is not in a layer: embedding and head are shared by all requests"
     else:
-        reason = f"changes {module!r} ({last}), which is not a linear layer of this model's attention or MLP"
+        reason = f"changes {module!r} ({last}), which is not a linear layer of this model's attention, state or MLP"
     return f"the adapter {reason}; requests can have adapters of {', '.join(specs)}. If it belongs to this model, {_MERGE}"
 
 

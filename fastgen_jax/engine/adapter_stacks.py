@@ -17,7 +17,7 @@ from fastgen_jax.models.adapters import AdaptedWeight
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
-from fastgen_jax.models.targets import Lora, adaptable
+from fastgen_jax.models.targets import STATE, Lora, adaptable
 from fastgen_jax.models.weight_spec import WeightSpec, matrix
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
@@ -50,10 +50,11 @@ def adapter_arrays(lora: Lora, model: ModelConfig, config: ResolvedConfig, *, sc
     Raises:
         ValueError: it changes what adapters cannot change, or has another shape or a higher rank than the engine allows.
     """
-    check_lora(lora, model, max_rank=config.max_adapter_rank)
+    specs = adaptable(model, divided=config.tensor_parallel is not None)
+    check_lora(lora, model, specs, max_rank=config.max_adapter_rank)
     rank, having = config.max_adapter_rank, layers_with(model)
     arrays = {}
-    for name, spec in adaptable(model).items():
+    for name, spec in specs.items():
         count, inputs, widths = len(having[name]), spec.shape[0], _widths(spec)
         down = np.zeros((count, inputs, len(widths), rank), np.float32)
         up = [np.zeros((count, rank, width), np.float32) for width in widths]
@@ -122,13 +123,18 @@ def _each(change: Any, weight: AdaptedWeight, *others: AdaptedWeight) -> Adapted
     )
 
 
-def check_lora(lora: Lora, model: ModelConfig, *, max_rank: int) -> None:
-    """ValueError unless `lora` are adapters of this model with at most this rank, in the form of `lora_params`."""
+def check_lora(lora: Lora, model: ModelConfig, specs: Mapping[str, WeightSpec], *, max_rank: int) -> None:
+    """ValueError unless `lora` are adapters of `specs` with at most this rank, in the form of `lora_params`."""
     layers = lora.get("layers") if isinstance(lora, Mapping) else None
     if not isinstance(layers, Mapping) or len(lora) != 1:
         raise ValueError("an adapter is a dict {'layers': {name: pairs}}, as lora_params returns it, or a folder of PEFT")
-    specs, having = adaptable(model), layers_with(model)
+    having = layers_with(model)
     for name, parts in layers.items():
+        if name not in specs and name in STATE:
+            raise ValueError(
+                f"the adapter changes {name!r}, which is not supported with tensor_parallel; start without it, or merge the "
+                "adapter into the model"
+            )
         if name not in specs:
             raise ValueError(
                 f"the adapter changes {name!r}, which is not a matrix that requests can have an adapter of; choose from "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -259,11 +259,11 @@ class SampledRows:
                 self.chunks.append((row, chunk))
                 params = chunk.sequence.request.params
                 wants_logprobs |= params.logprobs is not None or params.prompt_logprobs is not None
-        self._logprobs: tuple[np.ndarray, ...] | None = None
+        self._of_tokens: tuple[list[Any], ...] | None = None
         if wants_logprobs:
-            arrays = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
-            arrays += (sampled.processed_logprobs, sampled.log_kept_masses)
-            self._logprobs = tuple(map(np.asarray, arrays))
+            of_tokens = (sampled.logprobs, sampled.ranks, sampled.processed_logprobs, sampled.log_kept_masses)
+            self._of_tokens = tuple(np.asarray(array).tolist() for array in of_tokens)
+            self._top = tuple(map(np.asarray, (sampled.top_ids, sampled.top_logprobs)))
 
     @property
     def new_tokens(self) -> list[int]:
@@ -272,11 +272,11 @@ class SampledRows:
 
     def logprob(self, row: int, token_id: int, num_top: int, *, processed: bool) -> TokenLogprob:
         """The log-probabilities of `token_id`, which is the token sampled in `row` or the row's target."""
-        assert self._logprobs is not None
-        logprobs, ranks, top_ids, top_logprobs, processed_logprobs, log_kept_masses = self._logprobs
-        top = dict(zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True))
-        more = (float(processed_logprobs[row]), float(log_kept_masses[row])) if processed else ()
-        return TokenLogprob(token_id, float(logprobs[row]), int(ranks[row]), top, *more)
+        assert self._of_tokens is not None
+        logprobs, ranks, processed_logprobs, log_kept_masses = self._of_tokens
+        top = dict(zip(*(array[row, :num_top].tolist() for array in self._top), strict=True)) if num_top else {}
+        more = (processed_logprobs[row], log_kept_masses[row]) if processed else ()
+        return TokenLogprob(token_id, logprobs[row], ranks[row], top, *more)
 
     def prompt_logprobs(self, end: int, chunk: Chunk) -> Iterator[tuple[int, TokenLogprob]]:
         """Position and log-probability of each prompt token that a row of `chunk`, which ends before row `end`, predicts."""

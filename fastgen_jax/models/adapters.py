@@ -33,7 +33,7 @@ from pallas_kernels.pytree import pytree, static
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_OF_CALLED_ROWS = frozenset({"o", *MLP})  # what a layer multiplies after its attention
+_OF_CALLED_ROWS = frozenset({"o", "mix_out", *MLP})  # what a layer multiplies after its attention or state
 
 
 @pytree

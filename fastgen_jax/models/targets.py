@@ -12,10 +12,15 @@ Lora: TypeAlias = dict[str, Any]
 """`{"layers": {"qkv": ({"a": [L, in, r], "b": [L, r, out]}, ...), ...}}`: a pair for each projection that a matrix fuses."""
 
 ATTENTION = ("qkv", "q", "q_a", "q_b", "kv_a", "o")
+STATE = ("mix_in", "mix_gates", "mix_out")
 MLP = ("gate_up", "up", "down")
 
 
-def adaptable(config: ModelConfig) -> dict[str, WeightSpec]:
-    """The matrices of a layer that an adapter may change: those of attention and of the MLP, without experts."""
+def adaptable(config: ModelConfig, *, divided: bool = False) -> dict[str, WeightSpec]:
+    """The matrices of a layer that an adapter may change: those of attention, state and MLP, without experts.
+
+    With `divided`, those of an engine on several devices: without the state, whose columns have an order of their own there.
+    """
     specs = param_specs(config)["layers"]
-    return {name: specs[name] for name in (*ATTENTION, *MLP) if name in specs and specs[name].kind is Kind.MATRIX}
+    names = (*ATTENTION, *(() if divided else STATE), *MLP)
+    return {name: specs[name] for name in names if name in specs and specs[name].kind is Kind.MATRIX}

@@ -12,7 +12,7 @@ those of a rollout bit for bit, and derivatives are those of the plain products:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,10 +25,12 @@ from fastgen_jax.engine.sampling.token_logprobs import token_logprobs
 from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, Layer, head, hidden_rows
-from fastgen_jax.models.params import all_specs, head_spec
+from fastgen_jax.models.mla import Expansions, split_by_head
+from fastgen_jax.models.params import all_specs, expert_specs, head_spec
 from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from fastgen_jax.training.batch import TrainingBatch
+from pallas_kernels.grouped_matmul import pair as pair_groups
 from pallas_kernels.matmul import pair
 from pallas_kernels.packed_attention import packed_attention
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, CacheLayer, RaggedIndex, Scoring
@@ -111,14 +113,17 @@ def logprobs(
 def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, options: Options) -> jax.Array:
     refuse_states(config, "training")
     specs = all_specs(config)
-    outside = {name: _paired(specs.get(name), leaf) for name, leaf in params.items() if name not in ("layers", "lm_head")}
     layers = params["layers"]
+    outside = {
+        name: _paired(specs.get(name), leaf, config) for name, leaf in params.items() if name not in ("layers", "lm_head")
+    }
 
     def wrapped(layer: Layer) -> Layer:
         def run(x: jax.Array, cache: KVCache, weights: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
             def compute(x: jax.Array, weights: LayerWeights) -> jax.Array:
-                pairs = {name: _paired(specs[f"layers.{name}"], leaf) for name, leaf in weights.items()}
-                return layer(x, cache, pairs, call)[0]
+                weights, own_call = _own_experts(weights, call, config)
+                pairs = {name: _paired(specs[f"layers.{name}"], leaf, config) for name, leaf in weights.items()}
+                return layer(x, cache, pairs, own_call)[0]
 
             # The layers are the body of a loop, in which nothing can be merged with the first computation.
             compute = jax.checkpoint(compute, prevent_cse=not isinstance(layers, Mapping)) if options.remat else compute
@@ -152,17 +157,40 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
     return hidden_rows({**outside, "layers": layers}, nothing, batch.ragged, config=config, execution=execution)[0]
 
 
-def _paired(spec: WeightSpec | None, leaf: Leaf) -> Leaf:
+def _paired(spec: WeightSpec | None, leaf: Leaf, config: ModelConfig) -> Leaf:
     """The form of a weight in which products have the engine's bits; see `pallas_kernels.matmul.pair`."""
-    if spec is None or spec.kind is not Kind.MATRIX:
-        return leaf
-    return pair(leaf, platform=jax.default_backend(), gated=spec.gated)
+    platform, kind = jax.default_backend(), None if spec is None else spec.kind
+    if spec is not None and kind is Kind.MATRIX:
+        return pair(leaf, platform=platform, gated=spec.gated)
+    if spec is not None and kind is Kind.EXPERTS:
+        return pair_groups(leaf, platform=platform, gated=spec.gated)
+    if kind is Kind.HEADS:
+        assert config.mla is not None, "only latent attention has one matrix per head"
+        k_up, v_up = split_by_head(leaf, config.mla, config.num_heads)
+        return Expansions(k_up=pair_groups(k_up, platform=platform), v_up=pair_groups(v_up, platform=platform))
+    return leaf
+
+
+def _own_experts(weights: LayerWeights, call: LayerCall, config: ModelConfig) -> tuple[LayerWeights, LayerCall]:
+    """The weights and the call of a layer whose stacks of experts may be those of all layers: with its own on a CPU.
+
+    Panels are made of what a layer gets. Elsewhere a slice would be a copy without a use.
+    """
+    if config.moe is None or call.first_expert is None or jax.default_backend() != "cpu":
+        return weights, call
+    first, count = call.first_expert, config.moe.num_experts
+    own = {
+        name: jax.lax.dynamic_slice_in_dim(weights[name], first, count)
+        for name, spec in expert_specs(config.embed_dim, config.moe).items()
+        if spec.kind is Kind.EXPERTS
+    }
+    return {**weights, **own}, replace(call, first_expert=0)
 
 
 def _head(params: Params, config: ModelConfig) -> Params:
     """What `head` reads of `params`."""
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
-    return {**params, "lm_head": _paired(head_spec(config), weight)}
+    return {**params, "lm_head": _paired(head_spec(config), weight, config)}
 
 
 def _in_dtype(params: Params, config: ModelConfig, options: Options) -> Params:

@@ -98,13 +98,16 @@ class Rollouts:
         del self._finished[:count]
         return taken
 
-    def _add(self, group: Group, i: int) -> None:
+    def params_of(self, number: int, i: int) -> SamplingParams:
+        """The sampling of answer i of group `number`."""
         settings = self._settings
-        seed = np.random.SeedSequence((settings.seed, group.number, i)).generate_state(1)[0]
-        params = SamplingParams(
+        seed = np.random.SeedSequence((settings.seed, number, i)).generate_state(1)[0]
+        return SamplingParams(
             max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=int(seed), logprobs=0
         )
-        self._requests[self._engine.add(group.prompt_ids, params)] = (group, i)
+
+    def _add(self, group: Group, i: int) -> None:
+        self._requests[self._engine.add(group.prompt_ids, self.params_of(group.number, i))] = (group, i)
 
     def extend(self, output: RequestOutput) -> None:
         """Adds an output of the engine to its answer."""

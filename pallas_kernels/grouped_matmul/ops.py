@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import cpu, tpu_support
+from pallas_kernels.grouped_matmul.paired import PairedGroups
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
@@ -46,7 +47,7 @@ IMPLEMENTATIONS = {
 
 def grouped_matmul(
     x: Float[Array, "T E"],
-    w: GroupedWeight,
+    w: GroupedWeight | PairedGroups,
     group_sizes: Int[Array, " X"],
     *,
     first_group: int | Int[Array, ""] = 0,
@@ -78,12 +79,14 @@ def grouped_matmul(
     _check(x, w, group_sizes, first_group, implementation)
     if isinstance(w, PackedGroups) and w.gated:
         raise ValueError("w was prepared with gated=True, for grouped_swiglu; for grouped_matmul, prepare with gated=False")
+    if isinstance(w, PairedGroups) and w.packed.gated:
+        raise ValueError("w was paired with gated=True, for grouped_swiglu; for grouped_matmul, pair with gated=False")
     return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def grouped_swiglu(
     x: Float[Array, "T E"],
-    w: GroupedWeight,
+    w: GroupedWeight | PairedGroups,
     group_sizes: Int[Array, " X"],
     *,
     first_group: int | Int[Array, ""] = 0,
@@ -99,14 +102,24 @@ def grouped_swiglu(
         if not w.gated:
             raise ValueError("w was prepared with gated=False; for grouped_swiglu, prepare it with gated=True")
         return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
+    if isinstance(w, PairedGroups):
+        if not w.packed.gated:
+            raise ValueError("w was paired with gated=False; for grouped_swiglu, pair it with gated=True")
+        return _product(x, w, group_sizes, first_group, implementation).astype(x.dtype)
     return gated(_product(x, w, group_sizes, first_group, implementation)).astype(x.dtype)
 
 
 def _product(
-    x: jax.Array, w: GroupedWeight, group_sizes: jax.Array, first_group: int | jax.Array, implementation: str | None
+    x: jax.Array,
+    w: GroupedWeight | PairedGroups,
+    group_sizes: jax.Array,
+    first_group: int | jax.Array,
+    implementation: str | None,
 ) -> jax.Array:
     """float32[T, F]"""
     first = jnp.asarray(first_group, jnp.int32)
+    if isinstance(w, PairedGroups):
+        return _paired_product(x, w, group_sizes, first)
     if isinstance(w, PackedGroups):
         if w.layer is not None:  # the groups of all layers, one after another
             first = w.layer * w.shape[0] + first
@@ -158,9 +171,27 @@ def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> 
     return jax.jvp(product, primals, tangents)
 
 
+@jax.custom_jvp
+def _paired_product(x: jax.Array, w: PairedGroups, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
+    """float32[T, F]: the packed product, with the derivative of the plain one."""
+    return _product(x, w.packed, group_sizes, first, None)
+
+
+@_paired_product.defjvp
+def _paired_derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    x, w, group_sizes, first = primals
+    x_tangent, w_tangent, _, _ = tangents
+
+    def product(x: jax.Array, plain: jax.Array) -> jax.Array:
+        y = grouped_matmul_ragged_dot(x, plain.astype(x.dtype), group_sizes, first)
+        return gated(y) if w.packed.gated else y
+
+    return _paired_product(*primals), jax.jvp(product, (x, w.plain), (x_tangent, w_tangent.plain))[1]
+
+
 def _check(
     x: jax.Array,
-    w: GroupedWeight,
+    w: GroupedWeight | PairedGroups,
     group_sizes: jax.Array,
     first_group: int | jax.Array,
     implementation: str | None,
@@ -181,8 +212,9 @@ def _check(
         )
     if implementation is None:
         return
-    if isinstance(w, PackedGroups):
-        raise ValueError(f"implementation is {implementation!r}, but PackedGroups have a single implementation; pass None")
+    if isinstance(w, PackedGroups | PairedGroups):
+        kind = type(w).__name__
+        raise ValueError(f"implementation is {implementation!r}, but {kind} have a single implementation; pass None")
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")

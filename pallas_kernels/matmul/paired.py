@@ -45,7 +45,7 @@ def pair(w: Float[Array, "K N"], *, platform: str, gated: bool = False) -> Float
         return w
     kept = w if w.dtype == jnp.bfloat16 else w.astype(jnp.float32)
     packed = PackedWeight(
-        panels=_panels(jax.lax.stop_gradient(kept), gated),
+        panels=panels(jax.lax.stop_gradient(kept), gated),
         scales=None,
         num_inputs=w.shape[0],
         num_outputs=w.shape[1] // (1 + gated),
@@ -54,7 +54,7 @@ def pair(w: Float[Array, "K N"], *, platform: str, gated: bool = False) -> Float
     return PairedWeight(plain=kept, packed=packed)
 
 
-def _panels(w: jax.Array, gated: bool) -> jax.Array:
+def panels(w: jax.Array, gated: bool) -> jax.Array:
     """`cpu.pack` within a program."""
     group = cpu.narrow_group() if w.dtype == jnp.bfloat16 else 1
     width = cpu.panel_width() // (1 + gated)

@@ -136,7 +136,7 @@ def test_an_adapter_that_cannot_be_added_for_each_request_is_refused_with_the_re
         ({"base_model.model.model.embed_tokens.lora_embedding_A": (4, 96)}, "which is no matrix A or B of a linear layer"),
         (
             {f"base_model.model.model.layers.0.mlp.gate.lora_{x}.weight": (4, 4) for x in "AB"},
-            "is not a linear layer of this model's attention or MLP",
+            "is not a linear layer of this model's attention, state or MLP",
         ),
         ({"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight": (4, 32)}, "has only lora_A of"),
         (

@@ -14,6 +14,7 @@ from fastgen_jax.engine.metrics import compile_count
 from fastgen_jax.training import merge_lora
 from pallas_kernels import native
 from tests.adapters import COUNT, RANK, SCALE, adapter_engine, new_engine, random_lora, tiny_lora
+from tests.models.parity import load, variants
 from tests.tiny import drain, greedy, tiny_engine, tiny_model, tokens_of
 
 NAMES = (None, *(f"a{number}" for number in range(COUNT)))
@@ -73,6 +74,23 @@ def test_an_adapter_computes_what_the_model_with_merged_weights_computes(engine:
             np.testing.assert_allclose(scores.logprobs, want.logprobs, atol=2e-5)
     finally:
         merged.update_params(params, version=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "falcon_h1", "qwen3_5"])
+def test_an_adapter_of_a_state_computes_what_the_merged_weights_compute(family: str):
+    variant = next(variant for name, variant in variants() if name == family)
+    params, model = load(family, variant, stack_layers=True)
+    lora = random_lora(model, 0, targets=("mix_in", "mix_gates", "mix_out"))
+    shape = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 32}
+    engine = Engine(params, model, EngineConfig(dtype="float32", max_adapters=1, max_adapter_rank=RANK, **shape))
+    engine.load_adapter("x", lora, scale=SCALE)
+    tokens = [token % model.vocab_size for token in LONG]
+    base, adapted = (engine.score([tokens], SamplingParams(adapter=name))[0].logprobs for name in (None, "x"))
+    assert np.abs(adapted - base).max() > 1e-2
+    engine.update_params(merge_lora(params, lora, scale=SCALE))
+    (merged,) = engine.score([tokens])
+    np.testing.assert_allclose(adapted, merged.logprobs, atol=1e-4)
 
 
 def test_adapters_change_the_answers(engine: Engine):

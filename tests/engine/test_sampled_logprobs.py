@@ -32,7 +32,7 @@ def test_the_probability_is_that_after_everything_that_precedes_the_draw(seed, g
     for name, value in {**settings, **penalties}.items():
         views[name][...] = value
     views["slots"][...], views["seeds"][...] = np.arange(R), rng.integers(0, 2**32, R)
-    for flag in ("any_sampling", "any_penalties", "any_bias", "any_masks", "any_bans", "any_logprobs"):
+    for flag in ("any_sampling", "any_penalties", "any_bias", "any_masks", "any_bans", "any_logprobs", "any_top_logprobs"):
         views[flag][...] = 1
     if given:
         views["targets"][...] = rng.integers(0, V, R)

@@ -303,9 +303,18 @@ def test_seed_and_position_each_change_the_tokens_and_repeat_them() -> None:
 # Log-probabilities
 
 
+def test_other_tokens_are_compared_only_for_requests_that_want_them() -> None:
+    logits = np.random.default_rng(0).normal(size=(R, V))
+    (without, _), (output, _) = (run(logits, sampling_rows(R, any_logprobs=1, any_top_logprobs=x)) for x in (0, 1))
+    assert not without.top_ids.any()
+    np.testing.assert_array_equal(without.logprobs, output.logprobs)
+    np.testing.assert_array_equal(output.top_ids[:, 0], logits.argmax(axis=1))
+
+
 def test_a_vocabulary_smaller_than_the_number_of_logprobs_fills_up_with_tokens_that_do_not_exist() -> None:
     logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
-    logprobs, ranks, top_ids, top_logprobs = sampling._logprobs(logits, jnp.array([2]), max_logprobs=5)
+    logprobs, ranks, scale = sampling._logprobs(logits, jnp.array([2]))
+    top_ids, top_logprobs = sampling._top_logprobs(logits, scale, max_logprobs=5)
     assert top_ids.tolist() == [[1, 2, 0, 3, 3]]
     assert ranks.tolist() == [2]
     np.testing.assert_allclose(np.exp(np.r_[logprobs, top_logprobs[0]]), [0.3, 0.6, 0.3, 0.1, 0, 0], atol=1e-6)

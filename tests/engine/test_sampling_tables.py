@@ -74,6 +74,8 @@ def test_parameters_reach_the_rows_of_their_sequences_in_any_order() -> None:
         ({"do_sample": False, "repetition_penalty": 2}, {"any_penalties"}),
         ({"do_sample": False, "logit_bias": {3: 1}}, {"any_bias"}),
         ({"do_sample": False, "logprobs": 0}, {"any_logprobs"}),
+        ({"do_sample": False, "logprobs": 1}, {"any_logprobs", "any_top_logprobs"}),
+        ({"do_sample": False, "prompt_logprobs": 2}, {"any_top_logprobs"}),  # where rows have targets
         ({"do_sample": False, "min_new_tokens": 5}, {"any_bans"}),
         ({"do_sample": False, "min_new_tokens": 4}, set()),  # at position 9, the fifth new one
         ({"do_sample": False, "min_new_tokens": 5, "ignore_eos": True}, set()),
@@ -100,7 +102,7 @@ def test_a_row_that_samples_nothing_is_neutral_except_for_its_target() -> None:
     views = filled(tables, [0, 0], writes=[0, 0], targets={1: 42})
     assert views["slots"].tolist() == [S] * R
     assert views["targets"].tolist() == [V, 42, V, V, V, V]
-    assert {name for name, view in views.items() if not view.ndim and view} == {"any_logprobs"}
+    assert {name for name, view in views.items() if not view.ndim and view} == {"any_logprobs", "any_top_logprobs"}
 
 
 def test_stop_and_end_tokens_are_listed_while_they_are_banned() -> None:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from pallas_kernels import gpu_target
+
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float32, Int32, Shaped
+    from jaxtyping import Array, Bool, Float32, Int32, Shaped, UInt32
 
 PIECE_WIDTH = 128  # lanes of a vector register on TPU; a vocabulary then has a few hundred pieces
 
@@ -61,16 +64,26 @@ def sum_in_any_order(ratios: Float32[Array, "R V"]) -> Float32[Array, " R"]:
 
     Each ratio is 39 bits in three digits, whose sums are exact.
     """
-    total, rest = jnp.zeros(ratios.shape[0], jnp.float32), ratios
-    digits = []
+    total, rest, digits = jnp.zeros(ratios.shape[0], jnp.float32), ratios, []
     for _ in range(3):
         rest = rest * 2.0**13
-        digit = jnp.floor(rest)
-        digits.append(jnp.sum(digit.astype(jnp.uint32), axis=1, dtype=jnp.uint32))
-        rest = rest - digit
-    for place, digit in reversed(list(enumerate(digits, 1))):
+        digits.append(jnp.floor(rest))
+        rest = rest - digits[-1]
+    digits = [digit.astype(jnp.uint32) for digit in digits]
+    sums = _sums_in_one_pass(*digits) if gpu_target.platform() == "cpu" else _sums(*digits)
+    for place, digit in reversed(list(enumerate(sums, 1))):
         total = total + digit.astype(jnp.float32) * 2.0 ** (-13 * place)
     return total
+
+
+def _sums(*digits: UInt32[Array, "R V"]) -> tuple[UInt32[Array, " R"], ...]:
+    return tuple(jnp.sum(digit, axis=1, dtype=jnp.uint32) for digit in digits)
+
+
+def _sums_in_one_pass(*digits: UInt32[Array, "R V"]) -> tuple[UInt32[Array, " R"], ...]:
+    """The same on a CPU, whose compiler would compute the digits, and the ratios before them, once for each sum."""
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+    return tuple(lax.reduce(digits, (np.uint32(0),) * len(digits), add, (1,)))
 
 
 def sortable(x: Float32[Array, "R V"]) -> Int32[Array, "R V"]:

@@ -36,6 +36,7 @@ from fastgen_jax.engine.sampling.rows import (
 from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
+from pallas_kernels import gpu_target
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ _TOP_P_SLACK = 2.0**-22  # float32 rounds p and the total by 2**-24 each: withou
 
 @pytree
 class SampleOutput:
-    """One entry per sampled row. All but the first are zeros in a step without requests for log-probabilities.
+    """One entry per sampled row. All but the first are zeros in a step without requests for log-probabilities, and the last
+    two in one whose requests want those of no other tokens.
 
     `logprobs`, `ranks` and `top_*` are raw, of the model: before the logits processor, penalties, bias and temperature.
     """
@@ -110,10 +112,13 @@ def sample(
             row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0]
         )
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
-    some, none = (partial(of, max_logprobs=max_logprobs) for of in (_logprobs, _no_logprobs))
-    logprobs, ranks, top_ids, top_logprobs = (
-        lax.cond(batch.any_logprobs > 0, some, none, logits, tokens) if work == "any" else none(logits, tokens)
-    )
+    logprobs, ranks, scale = _zeros(tokens.shape)
+    top_ids, top_logprobs = _no_top(logits, scale, max_logprobs=max_logprobs)
+    if work == "any":
+        wants, wants_top = batch.any_logprobs > 0, (batch.any_logprobs > 0) & (batch.any_top_logprobs > 0)
+        logprobs, ranks, scale = lax.cond(wants, _logprobs, lambda _, tokens: _zeros(tokens.shape), logits, tokens)
+        some, none = (partial(of, max_logprobs=max_logprobs) for of in (_top_logprobs, _no_top))
+        top_ids, top_logprobs = lax.cond(wants_top, some, none, logits, scale)
     output = SampleOutput(
         tokens=tokens,
         processed_logprobs=processed_logprobs,
@@ -320,6 +325,8 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branche
         has_branches=has_branches,
     )
     ratios = jnp.where(reaches(keys, top_k), ratios, 0)
+    if gpu_target.platform() == "cpu":  # its compiler would compute the exponentials for each of their readers
+        ratios = lax.optimization_barrier(ratios)
 
     sum_of_ratios = sum_in_any_order(ratios)
     masses = jnp.round(ratios * (2.0**_ONE / sum_of_ratios)[:, None]).astype(jnp.int32)
@@ -333,38 +340,48 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branche
     return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
 
 
+class _Scale(NamedTuple):
+    """What turns a logit into a log-probability: subtract both."""
+
+    largest: Float32[Array, " R"]
+    log_total: Float32[Array, " R"]
+
+    def logprobs(self, logits: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
+        return _below(logits, self.largest) - self.log_total[:, None]
+
+
 def _logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
-) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
-    vocab_size = logits.shape[1]
-    largest = row_max(logits)[:, None]
-
-    def below_largest(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
-        return jnp.where(x == largest, 0, x - largest)  # inf - inf would be NaN
-
+    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]
+) -> tuple[Float32[Array, " R"], Int32[Array, " R"], _Scale]:
+    """The log-probabilities and the ranks of `tokens`."""
+    largest = row_max(logits)
     # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
-    log_total = jnp.log1p(sum_in_any_order(jnp.exp(below_largest(logits))) - 1)[:, None]
+    scale = _Scale(largest, jnp.log1p(sum_in_any_order(jnp.exp(_below(logits, largest))) - 1))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    logprobs = (below_largest(chosen) - log_total)[:, 0]
-    ranks = 1 + row_sum(logits > chosen)
+    return scale.logprobs(chosen)[:, 0], 1 + row_sum(logits > chosen), scale
+
+
+def _zeros(shape: tuple[int, ...]) -> tuple[Float32[Array, " R"], Int32[Array, " R"], _Scale]:
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros, jnp.zeros(shape, jnp.int32), _Scale(zeros, zeros)
+
+
+def _top_logprobs(
+    logits: Float32[Array, "R V"], scale: _Scale, *, max_logprobs: int
+) -> tuple[Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
+    """The most likely tokens and their log-probabilities."""
+    vocab_size = logits.shape[1]
     num_top = min(max_logprobs, vocab_size)
     values, top_ids = lax.top_k(logits, num_top)
     fill = ((0, 0), (0, max_logprobs - num_top))
     return (
-        logprobs,
-        ranks,
         jnp.pad(top_ids.astype(jnp.int32), fill, constant_values=vocab_size),
-        jnp.pad(below_largest(values) - log_total, fill, constant_values=-jnp.inf),
+        jnp.pad(scale.logprobs(values), fill, constant_values=-jnp.inf),
     )
 
 
-def _no_logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"], *, max_logprobs: int
-) -> tuple[Float32[Array, " R"], Int32[Array, " R"], Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
-    num_rows = tokens.shape[0]
-    return (
-        jnp.zeros(num_rows, jnp.float32),
-        jnp.zeros(num_rows, jnp.int32),
-        jnp.zeros((num_rows, max_logprobs), jnp.int32),
-        jnp.zeros((num_rows, max_logprobs), jnp.float32),
-    )
+def _no_top(
+    logits: Float32[Array, "R V"], scale: _Scale, *, max_logprobs: int
+) -> tuple[Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
+    shape = (logits.shape[0], max_logprobs)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)

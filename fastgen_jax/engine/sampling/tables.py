@@ -77,6 +77,7 @@ class SamplingBatch:
     any_bans: Int32[Array, ""]
     any_logprobs: Int32[Array, ""]
     any_masks: Int32[Array, ""]
+    any_top_logprobs: Int32[Array, ""]
 
 
 def sampling_fields(num_rows: int) -> list[tuple[str, tuple[int, ...], type[np.generic]]]:
@@ -88,7 +89,7 @@ def sampling_fields(num_rows: int) -> list[tuple[str, tuple[int, ...], type[np.g
         ("stop_ids", (num_rows, _MAX_BANNED_IDS), np.int32),
         ("targets", (num_rows,), np.int32),
         ("writes_token", (num_rows,), np.int32),
-        *((name, (), np.int32) for name in (*_FLAGS, "any_bans")),
+        *((name, (), np.int32) for name in (*_FLAGS, "any_bans", "any_top_logprobs")),
     ]
 
 
@@ -126,6 +127,7 @@ class SamplingTables:
         self._stop_ids = np.full((max_num_seqs + 1, _MAX_BANNED_IDS), vocab_size, np.int32)
         self._flags = np.zeros(max_num_seqs + 1, np.uint8)
         self._process_prompt = np.zeros(max_num_seqs + 1, bool)
+        self._wants_top = np.zeros(max_num_seqs + 1, bool)
         self.next_tokens: dict[int, int] = {}
         """The token to report instead of a sampled one, of each slot that has one."""
 
@@ -178,6 +180,7 @@ class SamplingTables:
         raised = (not params.greedy, has_penalties, has_bias, params.logprobs is not None, has_mask)
         self._flags[slot] = sum(1 << bit for bit, is_raised in enumerate(raised) if is_raised)
         self._process_prompt[slot] = params.logprobs_mode == "processed" and params.prompt_logprobs is not None
+        self._wants_top[slot] = max(params.logprobs or 0, params.prompt_logprobs or 0) > 0
         self.next_tokens.pop(slot, None)
         if next_token_id is not None:
             self.next_tokens[slot] = next_token_id
@@ -213,6 +216,7 @@ class SamplingTables:
         if (views["ban_before"][:n] > positions).any():
             self._stop_ids.take(rows, axis=0, out=views["stop_ids"][:n], mode="clip")
             views["any_bans"][...] = 1
+        views["any_top_logprobs"][...] = self._wants_top.take(slots).any()
         if targets:
             views["targets"][list(targets)] = list(targets.values())
             views["any_logprobs"][...] = 1
