@@ -214,10 +214,12 @@ def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     num_devices = config.tensor_parallel or 1
     itemsize = jnp.dtype(config.dtype).itemsize
     kept = config.choices.formats.kept if config.choices.formats is not None else ()
-    weights = read_weight_bytes(model, num_devices, itemsize, tokens=tokens, quantize=config.quantize, kept=kept)
+    platform = jax.default_backend()
+    weights = read_weight_bytes(
+        model, num_devices, itemsize, tokens=tokens, quantize=config.quantize, kept=kept, platform=platform
+    )
     if "lm_head" in {*param_specs(model), *dict(kept)}:  # of a separate embedding only the rows of these tokens are read
         weights -= (model.vocab_size - tokens) * model.embed_dim * itemsize // num_devices
-    platform = jax.default_backend()
     kv_bytes = divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(config.kv_dtype).itemsize,
         stored_head_dim=stored_head_dim(model.head_dim, platform),

@@ -180,7 +180,9 @@ def _weight_bytes(formats: Formats, config: EngineConfig, model: ModelConfig, ma
     if packed and formats.dtype == "float16":
         itemsize = 4  # packed matrices are bfloat16 or float32
     divided = config.tensor_parallel or 1
-    weights = footprint.weight_bytes(model, divided, itemsize, quantize=formats.quantize, packed=packed, kept=formats.kept)
+    weights = footprint.weight_bytes(
+        model, divided, itemsize, quantize=formats.quantize, packed=packed, kept=formats.kept, platform=machine.platform
+    )
     weights += footprint.adapter_bytes(model, config.num_adapters, config.max_adapter_rank, formats.dtype)
     return weights * divided if machine.platform == "cpu" else weights  # CPU devices share the memory of one host
 

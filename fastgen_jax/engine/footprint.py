@@ -45,13 +45,14 @@ def weight_bytes(
     quantize: str | None = None,
     packed: bool = False,
     kept: tuple[tuple[str, float], ...] = (),
+    platform: str = "cpu",
 ) -> int:
     """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device.
 
     `kept`: weights, by path, that have another number of bits per value, scales included. `packed`: matrices are stored for
     the native CPU kernels, so that a tied head cannot share the embedding's memory.
     """
-    model = divided(model, num_devices)
+    model = divided(model, num_devices, platform)
     specs, having = param_specs(model), layers_with(model)
 
     def held(spec: WeightSpec, copies: int = 1) -> float:

@@ -59,7 +59,8 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devic
     Every form of a weight has the shape of the original, except one that is divided over devices.
     """
     given, wanted = _weights_and_shapes(params, model)
-    _, shapes_of_divided = _weights_and_shapes(params, divided(model, num_devices))
+    platform = jax.default_backend()
+    _, shapes_of_divided = _weights_and_shapes(params, divided(model, num_devices, platform))
     # A tied head may be stored separately; if the new weights lack it, it is made from their embedding.
     if model.tie_embeddings and "lm_head" in current:
         wanted["params['lm_head']"] = head_spec(model).shape
@@ -73,7 +74,8 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devic
             leaf, jax.Array | np.ndarray | Float8Weight | Int8Weight | PackedWeight | PackedGroups | Expansions
         ):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
-        if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if _is_on_a_mesh(leaf) else None):
+        is_prepared = _is_on_a_mesh(leaf) or platform == "tpu"  # on a TPU experts are wider
+        if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if is_prepared else None):
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")
         if isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {leaf.dtype}, but must be floating point")

@@ -16,7 +16,7 @@ from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import divided_shape
+from fastgen_jax.models.division import divided_array, divided_shape
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
@@ -52,6 +52,7 @@ def prepare_leaf(
     if isinstance(array, BlockGroups):
         return prepare_groups(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if not (config.packed_weights and spec.is_product):
+        array = _filled_up(spec, array, model, jax.default_backend())
         if quantize is None and not isinstance(array, Int8Weight):
             return jnp.asarray(array, dtype)
         return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize))
@@ -100,12 +101,29 @@ def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
     return Expansions(k_up=pack(np.ascontiguousarray(k_up)), v_up=pack(np.ascontiguousarray(v_up)))
 
 
+def _filled_up(
+    spec: WeightSpec, array: np.ndarray | jax.Array | Int8Weight, model: ModelConfig, platform: str
+) -> np.ndarray | jax.Array | Int8Weight:
+    """A weight of experts with the widths that the kernel of the platform needs; others as they are."""
+    wanted = divided_shape(spec, model, 1, platform)
+    if array.shape[-len(wanted) :] == wanted:
+        return array
+    every_axis = range(-len(spec.axes), 0)
+    fill = partial(divided_array, spec, config=model, num_devices=1, platform=platform)
+    if not isinstance(array, Int8Weight):
+        return fill(array=np.asarray(array), axes=every_axis, fill=0)
+    scales = fill(array=np.asarray(array.scales), axes=[axis for axis in every_axis if axis != -2], fill=1)
+    values = fill(array=np.asarray(array.values), axes=every_axis, fill=0)
+    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+
+
 def _divided(
     spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig, dtype: DTypeLike
 ) -> jax.Array | Int8Weight | Float8Weight:
     """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
-        wanted = divided_shape(spec, model, array.sharding.mesh.size)
+        devices = sorted(array.sharding.device_set, key=lambda device: device.id)
+        wanted = divided_shape(spec, model, len(devices), devices[0].platform)
         if array.shape[-len(wanted) :] == wanted:
             return array
     host = host_leaf(spec, array, dtype=dtype, quantize=config.quantize)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
-_TILE = 64
+_TILE = 64  # rows and columns of an expert's matrices that the kernels of accelerators multiply
+_LANES = 128  # of a TPU: arrays whose rows are no multiple of it are stored in another order of axes, and then copied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,11 @@ def divided_heads(num_heads: int, num_kv_heads: int, num_devices: int) -> Heads:
 
 
 @functools.lru_cache(maxsize=64)
-def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
-    """The model that the devices compute; `config` itself if they divide it as it is."""
+def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> ModelConfig:
+    """The model that the devices compute; `config` itself if they divide it as it is.
+
+    Of what depends on the `platform` only the weights know: the widths of experts.
+    """
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     moe = config.moe
 
@@ -86,7 +90,10 @@ def divided(config: ModelConfig, num_devices: int) -> ModelConfig:
         state=config.state and divided_state(config.state, num_devices),
         moe=moe
         and dataclasses.replace(
-            moe, expert_dim=_wide(moe.expert_dim, num_devices), shared_dim=_wide(moe.shared_dim, num_devices)
+            moe,
+            expert_dim=_expert_width(moe.expert_dim, num_devices, platform, gated=moe.gated),
+            down_dim=_down_width(moe.latent_dim or config.embed_dim, platform),
+            shared_dim=_wide(moe.shared_dim, num_devices),
         ),
     )
 
@@ -103,21 +110,38 @@ def _wide(size: int, num_devices: int) -> int:
     return share * num_devices
 
 
+def _expert_width(size: int, num_devices: int, platform: str, *, gated: bool) -> int:
+    """The width of the experts of a divided model: that of `_wide` or, on TPUs, whole tiles also on a single device.
+
+    Gate and up lie side by side, so that two of their tiles fill the lanes; without a gate, a tile must.
+    """
+    if platform != "tpu":
+        return _wide(size, num_devices)
+    tile = _TILE if gated else _LANES
+    return -(-size // (num_devices * tile)) * tile * num_devices
+
+
+def _down_width(embed_dim: int, platform: str) -> int | None:
+    """Columns of the down matrices of experts, if they are more than E: on a TPU a multiple of its lanes."""
+    width = -(-embed_dim // _LANES) * _LANES
+    return width if platform == "tpu" and width != embed_dim else None
+
+
 def row_norm_heads(config: ModelConfig, num_devices: int) -> tuple[int, int]:
     """Over how many heads a norm over all query heads, and all key heads, averages: without padding, with repetitions."""
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     return sum(head is not None for head in heads.query), sum(head is not None for head in heads.kv)
 
 
-def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
+def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int, platform: str = "cpu") -> tuple[int, ...]:
     """The widths of the projections that are side by side in the weight in the divided model; () for a single one."""
-    found = _sources(spec, -1, config, num_devices)
+    found = _sources(spec, -1, config, num_devices, platform)
     return tuple(map(len, found)) if len(found) > 1 else ()
 
 
-def divided_shape(spec: WeightSpec, config: ModelConfig, num_devices: int) -> tuple[int, ...]:
+def divided_shape(spec: WeightSpec, config: ModelConfig, num_devices: int, platform: str = "cpu") -> tuple[int, ...]:
     """`spec.shape` of the weight in the divided model."""
-    return tuple(sum(map(len, _sources(spec, axis, config, num_devices))) for axis in range(-len(spec.axes), 0))
+    return tuple(sum(map(len, _sources(spec, axis, config, num_devices, platform))) for axis in range(-len(spec.axes), 0))
 
 
 def divided_array(
@@ -128,6 +152,7 @@ def divided_array(
     *,
     axes: Sequence[int],
     fill: int,
+    platform: str = "cpu",
 ) -> Shaped[np.ndarray, "*_"]:
     """`array` as a weight of the divided model: heads repeated, and everything that is added equal to `fill`.
 
@@ -135,7 +160,7 @@ def divided_array(
     """
     for place, axis in enumerate(reversed(axes), 1):
         size = array.shape[-place]
-        sources = np.concatenate(_sources(spec, axis, config, num_devices))
+        sources = np.concatenate(_sources(spec, axis, config, num_devices, platform))
         if len(sources) == size and (sources == np.arange(size)).all():
             continue
         added = [(0, 0)] * array.ndim
@@ -144,7 +169,7 @@ def divided_array(
     return array
 
 
-def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int) -> list[np.ndarray]:
+def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int, platform: str) -> list[np.ndarray]:
     """For each part of an axis, the entries of the axis that the divided model has; one past the end for padding."""
     size, letter = spec.shape[axis], spec.axes[axis]
     parts = spec.parts if axis == -1 and len(spec.parts) > 1 else (size,)
@@ -153,12 +178,20 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int)
         parts = (queries, *parts[1:], queries)
     starts = np.cumsum((0, *parts[:-1]))
     if letter in ("F", "V"):
-        wide = [np.arange(_wide(part, num_devices)) for part in parts]
+        gated = config.moe is not None and config.moe.gated
+        is_expert = letter == "F" and spec.axes[0] == "X"
+        if is_expert:
+            widths = [_expert_width(part, num_devices, platform, gated=gated) for part in parts]
+        else:
+            widths = [_wide(part, num_devices) for part in parts]
+        wide = [np.arange(width) for width in widths]
         return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
     if letter in STATE_AXES and config.state is not None:
         return state_sources(spec.bias_of or spec.name, size, config.state, num_devices)
     if letter not in ("HD", "H", "KD", "K"):
-        return [np.arange(size)]
+        is_down = letter == "E" and spec.axes[0] == "X" and axis == -1
+        width = (_down_width(size, platform) if is_down else None) or size
+        return [np.minimum(np.arange(width), size)]
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     # The parts of a fused axis are queries, keys, values and gates.
     alone = heads.query if letter[0] == "H" else heads.kv

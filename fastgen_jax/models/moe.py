@@ -157,6 +157,9 @@ def _weighted_experts(
     # is not defined.
     mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
     y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    width = config.latent_dim or x.shape[1]
+    if y.shape[1] != width:
+        y = y[:, :width]  # the rest is zeros: see `MoEConfig.down_dim`
     if config.latent_dim is not None:
         y = linear(y.astype(x.dtype), w["latent_out"], num_rows=num_tokens, out_dtype=jnp.float32)
     return y + _shared_expert(x, w, num_tokens, config=config) if config.shared_dim else y
@@ -170,8 +173,11 @@ def _experts(
     first: Int[Array, ""],
     *,
     config: MoEConfig,
-) -> Float[Array, "Tk E"]:
-    """In float32: every row through its expert. Rows are sorted by `expert`; `sizes` counts the rows of each expert."""
+) -> Float[Array, "Tk _"]:
+    """In float32: every row through its expert. Rows are sorted by `expert`; `sizes` counts the rows of each expert.
+
+    The result has as many columns as the down matrices: see `MoEConfig.down_dim`.
+    """
     down = partial(grouped_matmul, w=w["expert_down"], group_sizes=sizes, first_group=first, out_dtype=jnp.float32)
     if config.fused_swiglu:
         return down(grouped_swiglu(rows, w["expert_gate_up"], sizes, first_group=first))

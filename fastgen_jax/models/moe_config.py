@@ -50,6 +50,7 @@ class MoEConfig:
     gated: bool = True  # an expert is act(x @ gate) * (x @ up), else act(x @ up)
     expert_bias: bool = False
     swiglu_limit: float | None = None  # clamp of the gpt-oss activation, see `moe.clamped_swiglu`; None: `activation`
+    down_dim: int | None = None  # columns of the down matrices, if there are more than E: zeros that are not used
     shared_dim: int = 0  # F of the expert that is applied to every token; 0: none
     shared_gate: bool = False  # scale the output of the shared expert by a sigmoid
     latent_dim: int | None = None  # width that routed experts read and write, projected from and to E; None: E

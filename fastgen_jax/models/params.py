@@ -228,7 +228,7 @@ def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
         up = experts("expert_gate_up", (x, width, 2 * f), ("X", "E", "F"), parts=(f, f), gated=moe.fused_swiglu)
     else:
         up = experts("expert_up", (x, width, f), ("X", "E", "F"))
-    down = experts("expert_down", (x, f, width), ("X", "F", "E"))
+    down = experts("expert_down", (x, f, moe.down_dim or width), ("X", "F", "E"))
     yield from (up, down)
     if moe.expert_bias:
         yield from (bias(up), bias(down))

@@ -78,11 +78,11 @@ def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -
 
     It has the sizes of the divided model (see `division`) and its columns are reordered (see `columns`).
     """
-    every_axis = range(-len(spec.axes), 0)
-    parts = divided_parts(spec, config, mesh.size)
+    every_axis, platform = range(-len(spec.axes), 0), mesh.devices.flat[0].platform
+    parts = divided_parts(spec, config, mesh.size, platform)
 
     def sized(array: jax.Array | np.ndarray, axes: Sequence[int], fill: int = 0) -> np.ndarray:
-        array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill)
+        array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill, platform=platform)
         return deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
 
     def placed(array: np.ndarray, partition: PartitionSpec) -> jax.Array:

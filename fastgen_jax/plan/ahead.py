@@ -110,7 +110,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     )
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
     bytes_per_weight = jnp.dtype(formats.dtype).itemsize
-    weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize)
+    weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize, platform=platform)
     config = resolve(replace(choices, formats=formats), model, machine=machine, weights=weights)
     budgets = config.budget_ladder
     if choices.token_budget is None:

@@ -9,6 +9,7 @@ from fastgen_jax.devices import Topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.footprint import bits_per_value, temporary_bytes, weight_bytes
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.weight_spec import DType, Kind
 from fastgen_jax.plan.roofline import StepShape, Windows, decode_attended, roofline
@@ -64,13 +65,15 @@ def read_weight_bytes(
     tokens: int,
     quantize: str | None = None,
     kept: tuple[tuple[str, float], ...] = (),
+    platform: str = "cpu",
 ) -> int:
     """The part of `weight_bytes` that a step of `tokens` tokens reads if every expert is chosen equally often.
 
     A tied head that is among `kept` is read beside the embedding.
     """
     packed = "lm_head" in dict(kept)
-    weights = weight_bytes(model, num_devices, itemsize, quantize=quantize, kept=kept, packed=packed)
+    weights = weight_bytes(model, num_devices, itemsize, quantize=quantize, kept=kept, packed=packed, platform=platform)
+    model = divided(model, num_devices, platform)
     moe = model.moe
     if moe is None:
         return weights
@@ -139,7 +142,14 @@ def planned_step(
         model,
         topology.device,
         topology.num_devices,
-        weight_bytes=read_weight_bytes(model, topology.num_devices, itemsize, tokens=tokens, quantize=quantize),
+        weight_bytes=read_weight_bytes(
+            model,
+            topology.num_devices,
+            itemsize,
+            tokens=tokens,
+            quantize=quantize,
+            platform=topology.device.platform,
+        ),
         kv_bytes_per_token=token_bytes,
         activation_bytes=itemsize,
     )

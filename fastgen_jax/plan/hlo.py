@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -79,13 +80,15 @@ def _axes(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
 
 
-def forms(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The shapes that a copy of a weight may have, apart from the order of the axes."""
-    return shape, _padded(shape, 128), _padded(shape, 8)
+def forms(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The shapes that a copy of a weight may have, apart from the order of the axes.
 
-
-def _padded(shape: tuple[int, ...], multiple: int) -> tuple[int, ...]:
-    return (*shape[:-2], *(-(-n // multiple) * multiple for n in shape[-2:]))
+    One or both of the last two axes may be padded to tiles of the kernels, 128 numbers, or of cuBLAS, 8.
+    """
+    *stack, rows, columns = shape
+    for tile in (128, 8):
+        for last in itertools.product(*({n, -(-n // tile) * tile} for n in (rows, columns))):
+            yield *stack, *last
 
 
 def _may_copy(instruction: _Instruction) -> bool:

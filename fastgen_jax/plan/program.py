@@ -208,7 +208,7 @@ def compile_step(
         collectives=hlo.count_in_loops(text),
         operations=hlo.operations_per_layer(text),
         waits=hlo.waits(text),
-        copies=hlo.copied_weights(text, _matrix_shapes(arguments[0], token_budget)),
+        copies=hlo.copied_weights(text, matrix_shapes(arguments[0], token_budget)),
         compiled=compiled,
     )
 
@@ -238,14 +238,19 @@ def _step_images(images: ImagesConfig, num_tokens: int, mesh: Mesh, dtype: DType
     )
 
 
-def _matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
-    """The shapes on one device of the large weights, of one layer and of all; without those that activations may have."""
+def matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
+    """The shapes on one device of the large weights, of one layer and of all; without those that activations may have.
+
+    Experts of all layers are also one stack, as grouped products read them.
+    """
     shapes = set()
     for leaf in jax.tree.leaves(params):
         shape = leaf.sharding.shard_shape(leaf.shape)
         while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
             if not any(num_tokens in form for form in hlo.forms(tuple(shape))):
                 shapes.add(tuple(shape))
+                if len(shape) == 4:
+                    shapes.add((shape[0] * shape[1], *shape[2:]))
             shape = shape[1:]
     return shapes
 
@@ -269,8 +274,7 @@ def step_arguments(
     """
     mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
     vocab_size = model.vocab_size
-    if mesh is not None:
-        model = divided(model, mesh.size)
+    model = divided(model, 1 if mesh is None else mesh.size, device.platform)
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
     params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
     if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately

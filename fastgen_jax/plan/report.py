@@ -109,7 +109,10 @@ def make_plan(
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
-        weights=footprint.weight_bytes(model, devices.num_devices, itemsize, quantize=quantize) + vision,
+        weights=footprint.weight_bytes(
+            model, devices.num_devices, itemsize, quantize=quantize, platform=devices.device.platform
+        )
+        + vision,
         state=footprint.sampler_bytes(model, max_num_seqs)
         + footprint.state_bytes(model, devices.device.platform, max_num_seqs),
         temporaries=footprint.temporary_bytes(
@@ -256,7 +259,7 @@ def _advice(
             advice.append(f"a context of at most {left} tokens: --context {left}")
         sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if topology.num_devices < n <= model.num_heads]
         for n in sizes:
-            weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize)
+            weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize, platform=kind.platform)
             if (
                 weights + cache * topology.num_devices // n + memory.state + memory.temporaries + memory.reserved
                 <= kind.memory_bytes
@@ -264,7 +267,7 @@ def _advice(
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
-            int8 = footprint.weight_bytes(model, topology.num_devices, itemsize, quantize="int8")
+            int8 = footprint.weight_bytes(model, topology.num_devices, itemsize, quantize="int8", platform=kind.platform)
             if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append("8-bit weights: --quantize int8")
         larger = [d for d in DEVICES.values() if d.memory_bytes > kind.memory_bytes]

@@ -7,6 +7,7 @@ import jax
 from pallas_kernels.jax_versions import TPU_KERNELS, platform_of, too_old
 
 LANES = 128
+_LARGEST_DEPTH = 4096  # a tile of float32 weights with so many inputs has 2 MiB
 
 
 def may_be_lowered() -> bool:
@@ -23,5 +24,9 @@ def may_be_lowered() -> bool:
 
 
 def supports(shape: tuple[int, ...]) -> bool:
-    """Whether weights [G, E, F] consist of whole tiles. If not, the compiler first copies all weights to a new layout."""
-    return shape[1] % LANES == 0 and shape[2] % LANES == 0
+    """Whether the kernel reads weights [G, E, F] where they are.
+
+    Otherwise the compiler first copies all of them to another layout, if F is no multiple of the lanes, or E can neither be
+    divided into tiles nor fits into one.
+    """
+    return shape[2] % LANES == 0 and (shape[1] % LANES == 0 or shape[1] <= _LARGEST_DEPTH)

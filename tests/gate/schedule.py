@@ -38,6 +38,12 @@ SHAPES = {
     "decode-int8": Call(name="decode", num_tokens=64, num_sequences=64, block_size=128, kv_dtype="int8"),
     "prompt-128": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048, block_size=128),
     "prompt-int8": Call(name="prompt", num_tokens=2048, num_sequences=1, context=2048, block_size=128, kv_dtype="int8"),
+    # Heads of 64; before they were packed, they were stored and computed as the heads of 128 above.
+    "decode-64": Call(name="decode", num_tokens=64, head_dim=64, block_size=128, packed=True),
+    "decode-64-int8": Call(name="decode", num_tokens=64, head_dim=64, block_size=128, kv_dtype="int8", packed=True),
+    "prompt-64": Call(
+        name="prompt", num_tokens=2048, num_sequences=1, context=2048, head_dim=64, block_size=128, packed=True
+    ),
 }
 COMPARED = ("decode", "prompt", "mixed")
 

@@ -300,6 +300,14 @@ QWEN3_NEXT_8_LAYERS: dict[str, Any] = {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
+# Experts of awkward widths, and the number of devices that divide them.
+EXPERT_MODELS = {
+    "gpt-oss-20b": (GPT_OSS_20B, 8),  # 360 columns a device, and rows of 2880
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, 4),  # 192
+    "Phi-3.5-MoE": (PHI_3_5_MOE, 8),  # 800
+    "Qwen1.5-MoE-A2.7B": (QWEN1_5_MOE, 8),  # 176
+    "Granite-3.0-3B-A800M": (GRANITE_3_3B_A800M, 8),  # 64, and heads of 64
+}
 GPU_MODELS = {
     "Llama-3-8B": LLAMA_3_8B,
     "Mixtral-8x7B": MIXTRAL_8X7B,
@@ -336,6 +344,7 @@ class Call:
     extras: bool = False  # ALiBi slopes and sinks
     dtype: str = "bfloat16"
     kv_dtype: str | None = None  # None: dtype
+    packed: bool = False  # keys and values share rows of the cache, as with heads of 64 on a TPU
 
 
 CALLS = (
@@ -353,6 +362,19 @@ CALLS = (
     Call(name="int8 KV, 70B on 8 devices", num_tokens=512, num_heads=8, num_kv_heads=1, block_size=128, kv_dtype="int8"),
     Call(name="int8 KV, 32 KV heads", num_tokens=512, num_kv_heads=32, block_size=128, kv_dtype="int8"),
     Call(name="float8 KV, decode 64 x 4k", num_tokens=64, block_size=128, kv_dtype="float8_e4m3fn"),
+    Call(name="heads of 64", num_tokens=512, head_dim=64, block_size=128, packed=True),
+    Call(name="heads of 64, MQA, sinks", num_tokens=512, num_kv_heads=1, head_dim=64, window=128, extras=True, packed=True),
+    Call(name="heads of 64, int8 KV", num_tokens=512, head_dim=64, block_size=128, kv_dtype="int8", packed=True),
+    Call(
+        name="heads of 64, float8 KV, K=3",
+        num_tokens=512,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        block_size=128,
+        kv_dtype="float8_e4m3fn",
+        packed=True,
+    ),
     Call(name="128k contexts", num_tokens=512, context=131072),
     Call(name="tables of 48 Ki blocks", num_tokens=64, num_heads=8, num_kv_heads=1, num_sequences=2, context=49152 * 32),
 )
@@ -374,10 +396,11 @@ def lower_attention(
     dtype, kv_dtype, i32, f32 = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype), jnp.int32, jnp.float32
     q = array((call.num_tokens, call.num_heads, call.head_dim), dtype)
     new = array((call.num_tokens, call.num_kv_heads, call.head_dim), dtype)
-    shape = (num_blocks, call.num_kv_heads, call.block_size, call.head_dim)
-    cache = array(shape, kv_dtype)
+    parts = 2 if call.packed else 1
+    cache = array((num_blocks, call.num_kv_heads, call.block_size, parts * call.head_dim), kv_dtype)
     if is_quantized(kv_dtype):
-        cache = QuantizedCache(values=cache, scales=array(shape[:-1], f32))
+        cache = QuantizedCache(values=cache, scales=array((num_blocks, parts * call.num_kv_heads, call.block_size), f32))
+    caches = (cache, None if call.packed else cache)
     index = RaggedIndex(
         kv_slots=array((call.num_tokens,), i32),
         query_starts=array((call.num_sequences + 1,), i32),
@@ -390,5 +413,5 @@ def lower_attention(
         scoring = Scoring(scale=0.1, sliding_window=call.window, soft_cap=call.soft_cap, **extras)
         return attention(q, k, v, k_cache, v_cache, index, CacheLayer(number=0, num_blocks=num_blocks), scoring)
 
-    lowered = jax.jit(program, donate_argnums=(3, 4)).lower(q, new, new, cache, cache, index, extras)
-    return lowered, 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    lowered = jax.jit(program, donate_argnums=(3, 4)).lower(q, new, new, *caches, index, extras)
+    return lowered, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))

@@ -26,9 +26,11 @@ KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and val
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 SECONDS_PER_PROGRAM = 180  # of processor time
 COLLECTIVES_PER_LAYER = 2
+EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
 # The checks that CI has time for: a test of the gate itself, the kernels with both kinds of cache, and one whole step.
 QUICK = (
     "a too large tile is refused",
+    "a copied stack of experts is found",
     "attention: 70B on 8 devices, B=128",
     "attention: int8 KV, 70B on 8 devices",
     "step: Llama-3-8B",
@@ -116,6 +118,36 @@ def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
     return 0, "a program beyond the device's memory was accepted"
 
 
+def check_copies_are_found(mesh: Any) -> tuple[int, str]:
+    """Tests the gate itself: experts whose width is not filled up are copied, and the copy must be found."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fastgen_jax.plan import hlo
+    from fastgen_jax.plan.program import compile_lowered, lowering_for, matrix_shapes
+    from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    stack = jax.ShapeDtypeStruct((2 * 32, 2880, 720), jnp.bfloat16, sharding=whole)  # two layers
+    x = jax.ShapeDtypeStruct((512, 2880), jnp.bfloat16, sharding=whole)
+    sizes = jax.ShapeDtypeStruct((32,), jnp.int32, sharding=whole)
+
+    def layers(x: Any, stack: Any, sizes: Any) -> Any:
+        def layer(n: Any, x: Any) -> Any:
+            return x.at[:, :720].add(grouped_matmul_tpu(x, stack, sizes, n * 32).astype(x.dtype))
+
+        return jax.lax.fori_loop(0, 2, layer, x)
+
+    with lowering_for(mesh):
+        compiled = compile_lowered(jax.jit(layers).lower(x, stack, sizes))
+    copies = hlo.copied_weights(compiled.as_text() or "", matrix_shapes({"stack": stack}, 512))
+    return (
+        compiled.memory_analysis().temp_size_in_bytes,
+        "" if copies else "a stack of experts in another layout was accepted",
+    )
+
+
 def check_refusal(mesh: Any) -> tuple[int, str]:
     """Tests the gate itself: the compiler must refuse a tile that exceeds VMEM."""
     from fastgen_jax.plan.program import DoesNotCompile
@@ -135,10 +167,12 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
 
     Each model's step is compiled over a cache of each of the `kv_dtypes`.
     """
+    from fastgen_jax.models.sharding import tensor_mesh
     from tests.gate import shapes
 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
+    checks["a copied stack of experts is found"] = functools.partial(check_copies_are_found, small)
     for call in shapes.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
     for kv_dtype in kv_dtypes:
@@ -148,6 +182,10 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 checks[f"{name} is refused"] = functools.partial(check_step_refused, hf, mesh)
             else:
                 checks[name] = functools.partial(check_step, hf, mesh, kv_dtype=kv_dtype)
+    if kind in EXPERT_KINDS:
+        for model, (hf, num_devices) in shapes.EXPERT_MODELS.items():
+            some = tensor_mesh(mesh.devices.flat[:num_devices])
+            checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
     return checks
 
 

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastgen_jax.models.division import divided_array
 from fastgen_jax.models.moe import moe, route
 from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.params import expert_specs
 from pallas_kernels import native
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import prepare
+from tests.models.test_sharding import TINY
 
 _E, _T = 12, 21
 _PLAIN = MoEConfig(num_experts=8, experts_per_token=3, expert_dim=10, layers=(0,))
@@ -138,6 +141,20 @@ def test_experts_compute_what_numpy_computes_token_by_token(name: str):
     residual = np.random.default_rng(2).standard_normal(x.shape, np.float32)
     got = moe(jnp.asarray(x), _prepared(w, config), config=config, num_tokens=jnp.int32(_T), residual=jnp.asarray(residual))
     np.testing.assert_allclose(got, _numpy_moe(x, w, config) + residual, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "clamped"])
+def test_experts_that_are_filled_up_for_a_tpu_compute_the_same(name: str):
+    config, x = _CONFIGS[name], _tokens()
+    w = _weights(config)
+    filled, model = dict(w), replace(TINY, moe=config)
+    for spec in expert_specs(_E, config).values():
+        axes = range(-len(spec.shape), 0)
+        filled[spec.name] = divided_array(spec, w[spec.name], model, 1, axes=axes, fill=0, platform="tpu")
+    assert filled["expert_gate_up"].shape == (8, _E, 128)
+    assert filled["expert_down"].shape == (8, 64, 128)
+    got = moe(jnp.asarray(x), jax.tree.map(jnp.asarray, filled), config=config, num_tokens=jnp.int32(_T), residual=None)
+    np.testing.assert_allclose(got, _numpy_moe(x, w, config), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["clamped", "gated_shared"])

@@ -24,6 +24,7 @@ from fastgen_jax.models.families.common import alibi_slopes
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 from fastgen_jax.models.params import all_specs, layer_specs
 from fastgen_jax.models.state_config import DeltaNet, Mamba2, ShortConv
+from fastgen_jax.models.weight_spec import Kind
 
 TINY = ModelConfig(
     family="llama",
@@ -250,6 +251,23 @@ def test_shares_of_wide_experts_are_filled_up_to_whole_tiles() -> None:
         assert moe is not None
         widths[num_devices] = moe.expert_dim
     assert widths == {1: 130, 2: 2 * 128, 4: 4 * 33}
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_experts_on_a_tpu_are_filled_up_to_whole_tiles(num_devices: int) -> None:
+    wide = divided(EXPERTS, num_devices, "tpu")
+    assert wide.moe is not None
+    assert (wide.moe.expert_dim, wide.moe.down_dim) == (64 * num_devices, 128)
+    without_gate = divided(dataclasses.replace(EXPERTS, moe=dataclasses.replace(MOE, gated=False)), num_devices, "tpu").moe
+    assert without_gate is not None
+    assert without_gate.expert_dim == 128 * num_devices  # gate and up fill the lanes together, up alone does not
+    shapes = {spec.name: spec.shape for spec in layer_specs(wide, 0).values()}
+    for name, spec in layer_specs(EXPERTS, 0).items():
+        array = np.ones(spec.shape)
+        axes = range(-len(spec.shape), 0)
+        filled = divided_array(spec, array, EXPERTS, num_devices, axes=axes, fill=0, platform="tpu")
+        assert filled.shape == divided_shape(spec, EXPERTS, num_devices, "tpu") == shapes[name]
+        assert spec.kind is not Kind.EXPERTS or filled.sum() == array.sum()
 
 
 def test_scales_of_8_bit_weights_are_filled_up_with_ones() -> None:

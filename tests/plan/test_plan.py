@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from fastgen_jax.cli import main
@@ -14,6 +15,7 @@ from fastgen_jax.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_per_layer, waits
+from fastgen_jax.plan.program import matrix_shapes
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
 from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
@@ -60,10 +62,11 @@ def test_a_model_that_does_not_fit_comes_with_advice() -> None:
     assert any(line == "2 devices of v5e instead of 1" for line in one.advice)
 
 
-def test_a_head_dim_of_64_is_stored_as_128_on_a_tpu_but_not_on_a_gpu() -> None:
-    config = LLAMA_3_8B | {"hidden_size": 2048, "head_dim": 64}
+@pytest.mark.parametrize(("head_dim", "stored"), [(32, 64), (64, 64), (80, 128), (128, 128), (192, 256)])
+def test_heads_of_up_to_64_are_stored_as_64_on_a_tpu_and_others_as_a_multiple_of_128(head_dim: int, stored: int) -> None:
+    config = LLAMA_3_8B | {"hidden_size": 2048, "head_dim": head_dim}
     on_tpu, on_gpu = (plan(config, topology, context=1024).memory.block for topology in ("v5e:2x2", "h100:4"))
-    assert on_tpu == 2 * on_gpu
+    assert on_tpu * head_dim == stored * on_gpu
 
 
 def test_an_8_bit_cache_uses_one_byte_per_number_and_four_per_head() -> None:
@@ -163,6 +166,31 @@ def test_weights_that_are_copied_in_a_loop_or_outside_are_detected() -> None:
     assert copied_weights(PROGRAM, {(512, 28672)}) == []
 
 
+@pytest.mark.parametrize(
+    ("result", "times"),
+    [
+        ("bf16[64,2880,720]{2,1,0} copy(%p)", 1),  # of all layers, before the loop
+        ("bf16[64,2880,768]{2,1,0} pad(%p, %zero)", 1),
+        ("bf16[1,32,2880,720]{3,2,1,0} dynamic-slice(%p, %i)", 8),  # of a layer, in the loop
+        ("f32[720,32,2880]{2,1,0} convert(%p)", 8),
+    ],
+)
+def test_copies_of_experts_are_detected(result: str, times: int) -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stack = jax.ShapeDtypeStruct((2, 32, 2880, 720), jnp.bfloat16, sharding=place)
+    inside, outside = (f"  %copied = {result}\n" if times == n else "" for n in (8, 1))
+    hlo = f"""
+%body (p: bf16[8,4]) -> bf16[8,4] {{
+{inside}  ROOT %r = bf16[8,4] negate(%p)
+}}
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {{
+{outside}  ROOT %w = bf16[8,4] while(%p), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"8"}}}}
+}}
+"""
+    copies = copied_weights(hlo, matrix_shapes({"layers": {"expert_gate_up": stack}}, 512))
+    assert [(copy.name, copy.times) for copy in copies] == [("copied", times)]
+
+
 def test_the_operations_of_a_layer_and_what_the_host_waits_for_are_counted() -> None:
     assert operations_per_layer(PROGRAM) == 5  # not the end of the fusion
     assert waits(PROGRAM) == 2  # a branch, and a loop of unknown length
@@ -253,8 +281,8 @@ def test_every_gpu_has_a_target_description_for_the_compiler(kind: str) -> None:
 def test_quantized_weights_are_planned_as_they_are_loaded(family: str, settings: dict) -> None:
     tiny = {"gpt_oss": "families/gpt_oss/mxfp4", "deepseek_v3": "families/deepseek_v3/fp8", "llama": "tiny/default"}
     config = json.loads((REFERENCE / tiny[family] / "config.json").read_text())
-    quantized = plan(config | {"quantization_config": settings}, "v5e:1x1", context=64)
-    plain = plan({name: value for name, value in config.items() if name != "quantization_config"}, "v5e:1x1", context=64)
+    quantized = plan(config | {"quantization_config": settings}, "h100:1", context=64)  # a TPU fills up these tiny experts
+    plain = plan({name: value for name, value in config.items() if name != "quantization_config"}, "h100:1", context=64)
     assert quantized.memory == plain.memory
     assert plain.memory.weights == 2 * plain.num_params  # experts in some layers, an MLP in others
     assert f"bfloat16; on disk {settings['quant_method']}, dequantized while loading" in table(quantized)

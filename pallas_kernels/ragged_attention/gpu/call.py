@@ -70,8 +70,8 @@ def ragged_attention_gpu(
     if plan is None:
         plan = call.plan(index, scoring)
     group, dtype = call.group, call.pieces.dtype
-    assert v_cache is not None, "packed caches are refused before"
     k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
+    assert v_cache is not None, "packed caches are refused before"
 
     operands = {"tables": index.block_tables, "layer": jnp.asarray(layer.number, jnp.int32).reshape(1)}
     for name, cache in (("k", k_cache), ("v", v_cache)):

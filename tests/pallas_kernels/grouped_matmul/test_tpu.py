@@ -39,10 +39,10 @@ def _normal(*shape: int, seed: int) -> np.ndarray:
 )
 @pytest.mark.usefixtures("fast_compilation")
 def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: str, tile_rows: int | None):
-    # Numbers of rows and columns that are no multiples of a tile.
+    # Numbers of rows, of inputs and of columns that are no multiples of a tile.
     dtype = jnp.bfloat16 if storage == "bfloat16" else jnp.float32
-    x = jnp.asarray(_normal(40, 128, seed=0), dtype)
-    weights = jnp.asarray(_normal(12, 128, 160, seed=1), dtype)
+    x = jnp.asarray(_normal(40, 96, seed=0), dtype)
+    weights = jnp.asarray(_normal(12, 96, 160, seed=1), dtype)
     w = prepare(weights, quantize="int8" if storage == "int8" else None, platform="tpu")
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
     run = jax.jit(partial(grouped_matmul_tpu, tile_rows=tile_rows, interpret=interpret))
@@ -51,7 +51,7 @@ def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: 
         group_sizes, first_group = jnp.asarray(sizes, jnp.int32), jnp.int32(8)  # the last of a stack of three layers
         garbage = jnp.where(jnp.arange(40)[:, None] < sum(sizes), x, jnp.nan)  # rows of no group
         got, want = run(garbage, w, group_sizes, first_group), reference(x, w, group_sizes, first_group)
-        # sums of 128 products of size one, in another order
+        # sums of 96 products of size one, in another order
         np.testing.assert_allclose(got, want, atol=1e-4)
     if mode == "eager":
         assert races_found() is False
