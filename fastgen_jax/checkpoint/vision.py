@@ -33,7 +33,7 @@ def images_of(checkpoint: Checkpoint) -> ImagesConfig | None:
 
 
 def load_tower(checkpoint: HuggingFaceCheckpoint, images: ImagesConfig, *, dtype: DType) -> Params:
-    """The weights of the tower on the default device, those of its layers stacked.
+    """The weights of the tower on the default device, those of its layers stacked, in the shapes for its platform.
 
     Raises ValueError for a missing or unknown tensor, or one of another shape.
     """
@@ -55,11 +55,14 @@ def load_tower(checkpoint: HuggingFaceCheckpoint, images: ImagesConfig, *, dtype
         array = np.asarray(tensor.map())
         return array.reshape(array.shape[0], -1).T if weight.is_matrix else array
 
+    shapes = towers.weight_shapes(images.tower, jax.default_backend())
     leaves: dict[str, Any] = {}
     for path, weight in towers.weights(images.tower).items():
         arrays = [read(weight, name) for name in weight.tensors]
         array = arrays[0] if weight.count is None else np.stack(arrays)
-        leaves[path] = jax.device_put(np.array(array, dtype=np.dtype(dtype)))
+        filled = np.zeros(shapes[path], np.dtype(dtype))
+        filled[tuple(slice(size) for size in array.shape)] = array
+        leaves[path] = jax.device_put(filled)
     if extra := sorted(stored.keys() - used):
         raise ValueError(
             f"{checkpoint.path} holds {len(extra)} tensors of the vision tower that are not known "

@@ -136,7 +136,7 @@ def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, 
 
 def state_bytes(model: ModelConfig, platform: str, max_num_seqs: int) -> int:
     """Bytes of what running sequences hold beside their KV blocks; 0 for most models."""
-    return max_num_seqs * state_shapes(model, platform).num_bytes
+    return max_num_seqs * state_shapes(divided(model, 1, platform), platform).num_bytes
 
 
 @functools.lru_cache(maxsize=64)

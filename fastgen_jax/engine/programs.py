@@ -109,14 +109,15 @@ class Programs:
     def zeros(self) -> tuple[KVCache, SamplerState]:
         """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
+        platform = jax.default_backend()
         cache = empty_cache(
-            divided(model, config.tensor_parallel or 1),
+            divided(model, config.tensor_parallel or 1, platform),
             num_rows=cache_groups(model, len(config.windows)).num_rows,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             num_slots=config.max_num_seqs,
             dtype=jnp.dtype(config.kv_dtype),
-            platform=jax.default_backend(),
+            platform=platform,
         )
         return cache, self.idle_state()
 

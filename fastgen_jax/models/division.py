@@ -74,7 +74,7 @@ def divided_heads(num_heads: int, num_kv_heads: int, num_devices: int) -> Heads:
 def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> ModelConfig:
     """The model that the devices compute; `config` itself if they divide it as it is.
 
-    Of what depends on the `platform` only the weights know: the widths of experts.
+    Of what depends on the `platform` only weights and cache know: the widths of experts, and of what states keep.
     """
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     moe = config.moe
@@ -87,7 +87,7 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
         mlp_dim=_wide(config.mlp_dim, num_devices),
         vocab_size=_wide(config.vocab_size, num_devices),
         alibi_slopes=slopes,
-        state=config.state and divided_state(config.state, num_devices),
+        state=config.state and divided_state(config.state, num_devices, platform),
         moe=moe
         and dataclasses.replace(
             moe,
@@ -187,7 +187,7 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int,
         wide = [np.arange(width) for width in widths]
         return [np.where(i < part, start + i, size) for i, part, start in zip(wide, parts, starts, strict=True)]
     if letter in STATE_AXES and config.state is not None:
-        return state_sources(spec.bias_of or spec.name, size, config.state, num_devices)
+        return state_sources(spec.bias_of or spec.name, size, config.state, num_devices, platform)
     if letter not in ("HD", "H", "KD", "K"):
         is_down = letter == "E" and spec.axes[0] == "X" and axis == -1
         width = (_down_width(size, platform) if is_down else None) or size

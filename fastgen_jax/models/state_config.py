@@ -41,11 +41,17 @@ class Mamba2:
     norm_first: bool = False  # the gate follows the norm: norm(y) * silu(gate)
     in_multipliers: tuple[float, ...] = ()  # of gate, x, b, c and dt, as they are projected; (): none
     out_multiplier: float = 1.0  # of the input of the output projection
+    tile: int = 1  # columns of mix_in and of kept inputs are filled up with zeros to a multiple of it; see `divided_state`
 
     @property
     def inner_dim(self) -> int:
         """Values of all heads."""
         return self.num_heads * self.head_dim
+
+    @property
+    def in_dim(self) -> int:
+        """Columns of mix_in that mean something."""
+        return 2 * (self.inner_dim + self.num_groups * self.state_dim) + self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,7 @@ class DeltaNet:
     value_dim: int
     width: int  # of the convolution, in tokens
     activation: Activation = "silu"  # after the convolution
+    tile: int = 1  # columns of kept inputs are filled up with zeros to a multiple of it; see `divided_state`
 
 
 StateConfig = ShortConv | Mamba2 | DeltaNet

@@ -18,6 +18,7 @@ import numpy as np
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.state_config import Mamba2, ShortConv, StateConfig
 
+_LANES = 128  # of a TPU: arrays whose rows are no multiple of it are stored in another order of axes, and then copied
 AXES = frozenset({"inner", "channels", "heads"})
 """Logical axes of the weights of states that are divided."""
 
@@ -45,23 +46,32 @@ def check_state(config: ModelConfig, num_devices: int) -> None:
             )
 
 
-def divided_state(state: StateConfig, num_devices: int) -> StateConfig:
-    """The state that the devices compute together: its groups of keys are repeated."""
-    return _with_key_heads(state, _num_key_heads(state) * _repeats(state, num_devices))
+def divided_state(state: StateConfig, num_devices: int, platform: str = "cpu") -> StateConfig:
+    """The state that the devices compute together: its groups of keys are repeated.
+
+    On TPUs, each device's part of what would not fill whole rows is filled up.
+    """
+    state = _with_key_heads(state, _num_key_heads(state) * _repeats(state, num_devices))
+    if platform != "tpu" or isinstance(state, ShortConv):
+        return state
+    return dataclasses.replace(state, tile=_LANES * num_devices)
 
 
 def state_of_device(state: StateConfig, num_devices: int) -> StateConfig:
     """The part of a divided state that one device computes."""
     if num_devices == 1 or isinstance(state, ShortConv):
         return state
-    part = dataclasses.replace(state, num_heads=state.num_heads // num_devices)
+    part = dataclasses.replace(state, num_heads=state.num_heads // num_devices, tile=1)
     if isinstance(part, Mamba2) and part.norm_groups > 1:
         part = dataclasses.replace(part, norm_groups=part.norm_groups // num_devices)
     return _with_key_heads(part, _num_key_heads(state) // num_devices)
 
 
-def state_sources(name: str, size: int, state: StateConfig, num_devices: int) -> list[np.ndarray]:
-    """For each part of the columns of the weight `name`, the entries that the divided state has there."""
+def state_sources(name: str, size: int, state: StateConfig, num_devices: int, platform: str) -> list[np.ndarray]:
+    """For each part of the columns of the weight `name`, the entries that the divided state has there.
+
+    One past the end stands for padding.
+    """
     parts = _parts(name, size, state)
     repeats, keys, found, start = _repeats(state, num_devices), _num_key_heads(state), [], 0
     for width, of_keys in parts:
@@ -70,6 +80,9 @@ def state_sources(name: str, size: int, state: StateConfig, num_devices: int) ->
             columns = np.repeat(columns.reshape(keys, 1, -1), repeats, axis=1).reshape(-1)
         found.append(columns)
         start += width
+    wide = divided_state(state, num_devices, platform)
+    if isinstance(wide, Mamba2) and name == "mix_in" and wide.in_dim % wide.tile:
+        found.append(np.full(-wide.in_dim % wide.tile, size))
     return found
 
 

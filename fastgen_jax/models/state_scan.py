@@ -53,7 +53,7 @@ class States(NamedTuple):
     matrix: Float[Array, "places H D Dv"]
     """The state before the first token of a sequence's last piece."""
     recent: Float[Array, "places C _"]
-    """`Inputs` of the tokens of that piece, flat and side by side."""
+    """`Inputs` of the tokens of that piece, flat and side by side, perhaps with zeros after them."""
 
 
 def piece_size(platform: str) -> int:
@@ -78,6 +78,7 @@ def scan(
     num_places, size, _ = states.recent.shape
     places = rows.places(layer, num_places, num_layers)
     flat = jnp.concatenate([x.reshape(x.shape[0], -1) for x in inputs if x is not None], axis=-1)  # [T, _]
+    flat = jnp.pad(flat, ((0, 0), (0, states.recent.shape[2] - flat.shape[1])))  # on a TPU it is filled up
     first = rows.starts // size
     counts = jnp.where(rows.stops > rows.starts, -(-rows.stops // size) - first, 0)  # pieces of each row
     order = jnp.argsort(-counts, stable=True).astype(jnp.int32)  # so that the rows with an i-th piece are the first ones

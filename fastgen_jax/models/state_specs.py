@@ -22,7 +22,7 @@ def state_specs(embed_dim: int, state: StateConfig) -> Iterator[WeightSpec]:
         h, inner = state.num_heads, state.inner_dim
         channels = inner + 2 * state.num_groups * state.state_dim
         mix_in, kernel, out = (
-            matrix("mix_in", (e, inner + channels + h), ("E", "inner")),
+            matrix("mix_in", (e, -(-state.in_dim // state.tile) * state.tile), ("E", "inner")),
             conv("conv", (state.width, channels)),
             _out(inner, e),
         )

@@ -67,7 +67,8 @@ def _shapes(config: ModelConfig, piece: int | None) -> StateShapes:
         "matrix": (heads, key_dim, value_dim),
     }
     if piece is not None:
-        shapes["recent"] = (piece, key_heads * key_dim + heads * value_dim + rates * heads)
+        flat = key_heads * key_dim + heads * value_dim + rates * heads
+        shapes["recent"] = (piece, -(-flat // state.tile) * state.tile)
     return StateShapes(len(state.layers), shapes)
 
 
@@ -143,6 +144,7 @@ def _mamba2(y: jax.Array, w: LayerWeights, states: Pools, layer: _Layer) -> tupl
     assert isinstance(state, Mamba2)
     h, d, g, n, inner = state.num_heads, state.head_dim, state.num_groups, state.state_dim, state.inner_dim
     num_tokens, dtype = y.shape[0], y.dtype
+    y = y[:, : state.in_dim]
     if state.in_multipliers:
         parts = np.repeat(np.asarray(state.in_multipliers, np.float32), (inner, inner, g * n, g * n, h))
         y = y * jnp.asarray(parts, y.dtype)[None, :]

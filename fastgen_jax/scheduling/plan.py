@@ -38,7 +38,8 @@ class StepLimits:
 
     A step holds `token_budget` tokens, `max_num_seqs` sequences have a slot, and `max_sample_rows` rows of logits are
     computed. `groups` says how many blocks of `block_size` tokens a sequence holds. `watermark_blocks` stay free when a
-    sequence is admitted next to others. A waiting sequence is overtaken at most `max_bypasses` times.
+    sequence is admitted next to others. A waiting sequence is overtaken at most `max_bypasses` times. With a `chunk_size`
+    all chunks are those of `fixed_chunks`.
     """
 
     token_budget: int
@@ -48,3 +49,4 @@ class StepLimits:
     groups: BlockGroups
     watermark_blocks: int
     max_bypasses: int
+    chunk_size: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from fastgen_jax.scheduling.fixed_chunks import end_of_fixed_chunk
 from fastgen_jax.scheduling.images import end_of_chunk
 from fastgen_jax.scheduling.plan import StepPlan
 from fastgen_jax.scheduling.planner import Planner
@@ -98,6 +99,8 @@ def _fault_of_chunks(plan: StepPlan, runs: set[Sequence], admitted: dict[Sequenc
         needed = max(0, stop - max(start, sequence.first_row))
         if stop != end_of_chunk(sequence.request.images, stop):
             return f"a chunk of {sequence} ends at {stop}, within an image whose tokens one step must compute"
+        if limits.chunk_size is not None and stop != (end := end_of_fixed_chunk(sequence, start, limits.chunk_size)):
+            return f"a chunk of {sequence} ends at {stop}; with chunks of a fixed size it must end at {end}"
         if rows != needed or samples != (stop == sequence.num_tokens):
             return (
                 f"a chunk of {sequence} that ends at {stop} has num_sample_rows={rows} and samples={samples}; it must "

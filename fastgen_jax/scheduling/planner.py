@@ -6,6 +6,7 @@ from collections import Counter, abc
 from dataclasses import KW_ONLY, dataclass, field
 
 from fastgen_jax.scheduling.block_pool import BlockLedger
+from fastgen_jax.scheduling.fixed_chunks import end_of_fixed_chunk
 from fastgen_jax.scheduling.images import end_of_chunk
 from fastgen_jax.scheduling.pace import Pace
 from fastgen_jax.scheduling.plan import Admission, StepLimits, StepPlan
@@ -284,12 +285,16 @@ class Planner:
     def _cut(self, sequence: Sequence, start: int, tokens: int, rows: int) -> Chunk | None:
         """The longest chunk from `start` within `tokens` tokens and `rows` rows of logits; None if it is empty.
 
-        It does not end within an image whose tokens must be computed in one step.
+        It does not end within an image whose tokens must be computed in one step. A fixed chunk is as long as it is: None if
+        it does not fit.
         """
         first_row = max(start, sequence.first_row)
         stop = min(sequence.num_tokens, start + tokens, first_row + rows)
         if sequence.request.images:
             stop = end_of_chunk(sequence.request.images, stop)
+        if self.limits.chunk_size is not None:
+            fixed = end_of_fixed_chunk(sequence, start, self.limits.chunk_size)
+            stop = fixed if fixed <= stop else start
         if stop <= start:
             return None
         return Chunk(sequence, start, stop - start, max(0, stop - first_row), stop == sequence.num_tokens)
@@ -331,7 +336,11 @@ class Planner:
         return sequence.capacity + num_new * self.limits.block_size - sequence.num_computed
 
     def _continue(self, sequence: Sequence) -> bool:
-        if self._room_for(sequence) < min(self.tokens_left, sequence.remaining):
+        wanted = sequence.remaining
+        if self.limits.chunk_size is not None:
+            start = sequence.num_computed
+            wanted = end_of_fixed_chunk(sequence, start, self.limits.chunk_size) - start
+        if self._room_for(sequence) < min(self.tokens_left, wanted):
             self.short_of_blocks = True
         chunk = self._next_chunk(sequence)
         if chunk is None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fastgen_jax.scheduling.block_pool import BlockPool
 from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.images import content_of
-from fastgen_jax.scheduling.sequence import Sequence
+from fastgen_jax.scheduling.sequence import NEVER, Sequence
 
 
 class Prefix(NamedTuple):
@@ -26,23 +26,26 @@ class Prefix(NamedTuple):
         return self.tables[0] if len(self.tables) == 1 else [block_id for table in self.tables for block_id in table]
 
 
-def cached_prefix(sequence: Sequence, pool: BlockPool, groups: BlockGroups) -> Prefix:
-    """The longest cached prefix: of known tokens, before the first position whose logits are needed.
+def cached_prefix(sequence: Sequence, pool: BlockPool, groups: BlockGroups, *, unit: int = 1) -> Prefix:
+    """The longest cached prefix: of known tokens, before the first position whose logits are needed, in `unit`s of blocks.
 
     Groups without a window must have all blocks of it, the others those that a query after it can see.
     """
     if not pool.prefix_caching:
         return Prefix()
-    stop = min(sequence.first_row, sequence.num_known_tokens) // pool.block_size  # tokens in flight have no digest yet
+    # Tokens in flight have no digest yet.
+    stop = min(sequence.first_row, sequence.num_known_tokens, sequence.num_shareable) // pool.block_size
     digests = (_digest(sequence, pool, i) for i in range(stop))
     if not groups.is_windowed:
         found = pool.lookup(digests)
+        found = found[: len(found) - len(found) % unit]
         return Prefix(len(found), (found,)) if found else Prefix()
 
     full = {group for group, window in enumerate(groups.windows) if window is None}
     length = len(pool.lookup(digests)) if 0 in full else len(list(digests))
+    length -= length % unit
     while (missing := _missing(sequence, pool, groups, length)) is not None:
-        length = missing  # every longer prefix needs this block, too
+        length = missing - missing % unit  # every longer prefix needs this block, too
     if not length:
         return Prefix()
     tables = []
@@ -67,7 +70,7 @@ def _missing(sequence: Sequence, pool: BlockPool, groups: BlockGroups, length: i
 def register_blocks(sequence: Sequence, pool: BlockPool) -> None:
     """Registers the full blocks whose tokens are known and whose KV is dispatched."""
     size = pool.block_size
-    stop = min(sequence.num_computed, sequence.num_known_tokens)
+    stop = min(sequence.num_computed, sequence.num_known_tokens, sequence.num_shareable)
     while sequence.next_block_end <= stop:
         index = sequence.next_block_end // size - 1
         digest = _digest(sequence, pool, index)
@@ -75,6 +78,8 @@ def register_blocks(sequence: Sequence, pool: BlockPool) -> None:
             if index >= freed:
                 pool.register(table[index], group_key(digest, group))
         sequence.next_block_end += size
+    if sequence.next_block_end > sequence.num_shareable:
+        sequence.next_block_end = NEVER
 
 
 def group_key(digest: bytes, group: int) -> bytes:

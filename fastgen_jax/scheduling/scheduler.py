@@ -10,6 +10,7 @@ from typing import get_args
 
 from fastgen_jax.scheduling.block_pool import BlockLedger, BlockPool
 from fastgen_jax.scheduling.estimate import steps_until_first_token
+from fastgen_jax.scheduling.fixed_chunks import check_size, num_shareable
 from fastgen_jax.scheduling.groups import BlockGroups
 from fastgen_jax.scheduling.integrity import check_state
 from fastgen_jax.scheduling.limits import max_total_tokens
@@ -48,6 +49,8 @@ class Scheduler:
         promise: what a policy in `NEED_PROMISE` promises; None for the others.
         clock: returns seconds on the clock of the requests' arrival times; only policies read it.
         step_sizes: the sizes in tokens to which steps are padded, ascending; empty if they are not padded.
+        chunk_size: if not None, how a request is cut into chunks depends on the request alone: a prompt every `chunk_size`
+            tokens, a multiple of `block_size`, and what follows it into single tokens. See `fixed_chunks`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,6 +74,7 @@ class Scheduler:
         promise: Promise | None = None,
         clock: abc.Callable[[], float] = time.monotonic,
         step_sizes: tuple[int, ...] = (),
+        chunk_size: int | None = None,
     ) -> None:
         for name, value, lowest in (
             ("num_blocks", num_blocks, 1),
@@ -92,6 +96,10 @@ class Scheduler:
             )
         if not windows or any(window is not None and window < 1 for window in windows):
             raise ValueError(f"windows is {windows}; it needs one entry for each cache group, None or at least 1")
+        if chunk_size is not None:
+            check_size(chunk_size, block_size=block_size, token_budget=token_budget, max_num_seqs=max_num_seqs)
+            if policy in NEED_PROMISE:
+                raise ValueError(f"chunk_size={chunk_size} with policy {policy!r}, which shortens chunks; choose 'splitfuse'")
         self.max_context_len = max_context_len
         groups = BlockGroups(windows=windows, block_size=block_size, token_budget=token_budget)
         self.limits = StepLimits(
@@ -102,13 +110,15 @@ class Scheduler:
             groups=groups,
             watermark_blocks=-(-num_blocks // 100) if watermark_blocks is None else watermark_blocks,
             max_bypasses=max_bypasses,
+            chunk_size=chunk_size,
         )
         self.stats = SchedulerStats()
         self._pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching, salt=prefix_salt)
         self._state = SchedulerState(self._pool, groups, max_num_seqs=max_num_seqs, stats=self.stats)
         self._borrowed: list[int] = []  # blocks held outside of any request, once for each time they are held
         self._policy = POLICIES[policy] if isinstance(policy, str) else CheckedPolicy(policy)
-        self._cached_prefix = partial(cached_prefix, pool=self._pool, groups=groups)
+        unit = 1 if chunk_size is None else chunk_size // block_size
+        self._cached_prefix = partial(cached_prefix, pool=self._pool, groups=groups, unit=unit)
         self._clock = clock
         self._pace = Pace(promise, clock, step_sizes) if promise else None
         self._steps_in_flight: deque[Step] = deque()
@@ -455,4 +465,6 @@ class Scheduler:
         order = (request.priority, request.arrival_time, self._num_added)
         sequence = Sequence(request, max_total_tokens=limit, order=order)
         sequence.next_block_end = pool.block_size if pool.prefix_caching else limit + 1
+        if self.limits.chunk_size is not None:
+            sequence.num_shareable = num_shareable(sequence, self.limits.chunk_size)
         return sequence

@@ -38,6 +38,7 @@ class Sequence:
     meaning, and frees the next one when `next_free` positions are computed. `num_cached` is how many prompt tokens came
     from the prefix cache when the sequence first ran. `next_prompt_row` is the first prompt position whose logits are
     still needed for `prompt_logprobs`; it equals `num_prompt_tokens` when none are.
+    The KV of the first `num_shareable` positions may be shared with other sequences.
     `num_bypasses` counts the later sequences that were admitted while there was no room for this one.
     """
 
@@ -58,6 +59,7 @@ class Sequence:
         "num_freed",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_shareable",
         "num_tokens",
         "order",
         "output_token_ids",
@@ -92,6 +94,7 @@ class Sequence:
         self.num_cached = 0
         self.num_preemptions = 0
         self.num_bypasses = 0
+        self.num_shareable = NEVER
         self.next_prompt_row = self.first_prompt_row
         self.block_digests: list[bytes] = []  # of full blocks of known tokens, computed on demand
         self.next_block_end = 0  # the end of the first block that is not registered with the prefix cache

@@ -63,8 +63,11 @@ def expected(family: str, variant: str) -> tuple[np.ndarray, np.ndarray, int]:
 class Runs:
     """One compiled program of a model, for the tokens of its prompt and answer, run on any split into chunks."""
 
-    def __init__(self, params: Params, config: ModelConfig, num_tokens: int, **options: Any) -> None:
+    def __init__(
+        self, params: Params, config: ModelConfig, num_tokens: int, *, platform: str | None = None, **options: Any
+    ) -> None:
         self.params, self.config, self.num_tokens = params, config, num_tokens
+        self.platform = platform or jax.default_backend()  # for which the cache is made
         self.table = np.random.default_rng(0).permutation(NUM_BLOCKS).astype(np.int32)
         self.program = jax.jit(partial(forward, config=config, execution=Execution(**options)), donate_argnums=1)
 
@@ -77,7 +80,7 @@ class Runs:
             block_size=BLOCK_SIZE,
             num_slots=2,
             dtype=self.params["embed"].dtype,
-            platform=jax.default_backend(),
+            platform=self.platform,
         )
         rows, start = [], 0
         for size in sizes:

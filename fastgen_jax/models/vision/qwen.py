@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.models.layers import ACTIVATIONS
+from fastgen_jax.models.layers import ACTIVATIONS, project
+from fastgen_jax.models.segments import Place, run_loops
 from fastgen_jax.models.vision.attention import attend_all, attend_within
 from fastgen_jax.models.vision.config import MOST_RATIO, QwenVisionConfig
+from fastgen_jax.models.vision.weights import layer_weights
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 from pallas_kernels.rotary import rotate
 
@@ -137,44 +139,36 @@ def embed(params: Params, inputs: Inputs, *, config: QwenVisionConfig) -> Float[
     angles = angles.reshape(len(x), dim // 2)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, is_full: jax.Array) -> jax.Array:
-        if config.window is None:
+    is_full = [config.window is None or layer in config.full_layers for layer in range(config.num_layers)]
+    window = ((config.window or 1) * config.merge) ** 2
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int) -> jax.Array:
+        if is_full[layer]:
             return attend_all(q, k, v, inputs.is_patch)
-        window = (config.window * config.merge) ** 2
-        return jax.lax.cond(
-            is_full,
-            lambda: attend_all(q, k, v, inputs.is_patch),
-            lambda: attend_within(q, k, v, inputs.is_patch, window=window),
-        )
+        return attend_within(q, k, v, inputs.is_patch, window=window)
 
-    def layer(
-        carry: tuple[jax.Array, jax.Array], item: tuple[LayerWeights, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        (x, kept), (w, is_full, row) = carry, item
+    def layer(carry: tuple[jax.Array, jax.Array], place: Place) -> tuple[jax.Array, jax.Array]:
+        x, kept = carry
+        w = layer_weights(params["layers"], place)
         h = _norm(x, w, "attn_norm", config)
-        qkv = _linear(h, w, "qkv").reshape(-1, 3, heads, dim)
-        out = attend(rotate(qkv[:, 0], cos, sin), rotate(qkv[:, 1], cos, sin), qkv[:, 2], is_full)
-        x = x + _linear(out.reshape(x.shape), w, "o")
+        qkv = project(h, w, "qkv").reshape(-1, 3, heads, dim)
+        out = attend(rotate(qkv[:, 0], cos, sin), rotate(qkv[:, 1], cos, sin), qkv[:, 2], place.first)
+        x = x + project(out.reshape(x.shape), w, "o")
         h = _norm(x, w, "mlp_norm", config)
-        hidden = ACTIVATIONS[config.activation](_linear(h, w, "gate" if config.is_gated else "up"))
+        hidden = ACTIVATIONS[config.activation](project(h, w, "gate" if config.is_gated else "up"))
         if config.is_gated:
-            hidden = hidden * _linear(h, w, "up")
-        x = x + _linear(hidden, w, "down")
-        if config.deep_layers:
-            kept = jax.lax.dynamic_update_index_in_dim(kept, x, row, axis=0)
-        return (x, kept), None
+            hidden = hidden * project(h, w, "up")
+        x = x + project(hidden, w, "down")
+        row = place.row(config.deep_layers)
+        return x, kept if row is None else jax.lax.dynamic_update_index_in_dim(kept, x, row, axis=0)
 
-    layers = np.arange(config.num_layers)
-    # The results of all other layers go to the last row, which nothing reads.
-    row_of = {layer: row for row, layer in enumerate(config.deep_layers)}
-    rows = np.array([row_of.get(layer, len(row_of)) for layer in layers.tolist()], np.int32)
-    kept = jnp.zeros((len(row_of) + 1, *x.shape), x.dtype) if row_of else jnp.zeros(0, x.dtype)
-    is_full = jnp.asarray(np.isin(layers, config.full_layers))
-    (x, kept), _ = jax.lax.scan(layer, (x, kept), (params["layers"], is_full, jnp.asarray(rows)))
+    # Attention is chosen by the loops over layers: a branch would make the host of a GPU wait.
+    kinds = [(full, number in config.deep_layers) for number, full in enumerate(is_full)]
+    x, kept = run_loops(kinds, layer, (x, jnp.zeros((len(config.deep_layers), *x.shape), x.dtype)))
 
     wide = config.embed_dim * config.merge**2
     parts = [_merge(_norm(x, params, "merger_norm", config).reshape(-1, wide), params, "merger_")]
-    for row in range(len(row_of)):
+    for row in range(len(config.deep_layers)):
         w = {name: leaf[row] for name, leaf in params["deep"].items()}
         parts.append(_merge(_norm(kept[row].reshape(-1, wide), w, "norm", config), w, ""))
     return jnp.take(jnp.stack(parts), inputs.slots, axis=1)
@@ -211,11 +205,7 @@ def _positions(table: Float[Array, "places E"], inputs: Inputs, side: int) -> Fl
 
 def _merge(x: Float[Array, "slots wide"], w: LayerWeights, prefix: str) -> Float[Array, "slots E"]:
     """The MLP at the end, of rows that are already normalized."""
-    return _linear(ACTIVATIONS["gelu"](_linear(x, w, f"{prefix}up")), w, f"{prefix}down")
-
-
-def _linear(x: Float[Array, "n inputs"], w: LayerWeights, name: str) -> Float[Array, "n outputs"]:
-    return x @ w[name] + w[f"{name}_bias"][None, :]
+    return project(ACTIVATIONS["gelu"](project(x, w, f"{prefix}up")), w, f"{prefix}down")
 
 
 def _norm(x: Float[Array, "n width"], w: LayerWeights, name: str, config: QwenVisionConfig) -> Float[Array, "n width"]:

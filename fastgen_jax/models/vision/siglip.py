@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.models.layers import ACTIVATIONS
+from fastgen_jax.models.layers import ACTIVATIONS, project
+from fastgen_jax.models.segments import Place, run_loops
 from fastgen_jax.models.vision.attention import attend_all
 from fastgen_jax.models.vision.config import SiglipConfig
+from fastgen_jax.models.vision.weights import layer_weights
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 
 if TYPE_CHECKING:
@@ -39,16 +41,17 @@ def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig
     mean, std = (jnp.asarray(values, jnp.float32)[None, None, :] for values in (config.mean, config.std))
     values = (pixels.astype(jnp.float32) * config.rescale - mean) / std
     patches = values.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3 * p * p)
-    x = _linear(patches.astype(params["patch"].dtype), params, "patch") + params["positions"]
+    x = project(patches.astype(params["patch"].dtype), params, "patch") + params["positions"]
 
-    def layer(x: jax.Array, w: LayerWeights) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, place: Place) -> jax.Array:
+        w = layer_weights(params["layers"], place)
         h = _norm(x, w, "attn_norm", config)
-        q, k, v = (_linear(h, w, name).reshape(-1, config.num_heads, e // config.num_heads) for name in "qkv")
-        x = x + _linear(attend_all(q, k, v).reshape(x.shape), w, "o")
+        q, k, v = (project(h, w, name).reshape(-1, config.num_heads, e // config.num_heads) for name in "qkv")
+        x = x + project(attend_all(q, k, v).reshape(x.shape), w, "o")
         h = _norm(x, w, "mlp_norm", config)
-        return x + _linear(ACTIVATIONS[config.activation](_linear(h, w, "up")), w, "down"), None
+        return x + project(ACTIVATIONS[config.activation](project(h, w, "up")), w, "down")
 
-    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x = run_loops([None] * config.num_layers, layer, x)
     x = _norm(x, params, "post_norm", config).astype(jnp.float32)
     tokens = math.isqrt(config.tokens_per_image)
     kernel = side // tokens
@@ -57,10 +60,6 @@ def embed(params: Params, pixels: UInt8[Array, "Y X 3"], *, config: SiglipConfig
     scale = 1.0 + params["projector_norm"].astype(jnp.float32)[None, :]
     normed = pooled * jax.lax.rsqrt(jnp.mean(jnp.square(pooled), axis=-1, keepdims=True) + config.norm_eps) * scale
     return (normed.astype(params["projector"].dtype) @ params["projector"])[None]
-
-
-def _linear(x: Float[Array, "n inputs"], w: LayerWeights, name: str) -> Float[Array, "n outputs"]:
-    return x @ w[name] + w[f"{name}_bias"][None, :]
 
 
 def _norm(x: Float[Array, "n E"], w: LayerWeights, name: str, config: SiglipConfig) -> Float[Array, "n E"]:

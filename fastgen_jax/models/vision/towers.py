@@ -17,6 +17,9 @@ from fastgen_jax.models.weight_spec import Params
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
+_LANES = 128  # of a TPU: arrays whose rows are no multiple of it are stored in another order of axes, and then copied
+_HIDDEN = {"layers.gate": -1, "layers.gate_bias": -1, "layers.up": -1, "layers.up_bias": -1, "layers.down": -2}
+"""The axis of the hidden units of the MLPs."""
 _MODULES: dict[type[TowerConfig], ModuleType] = {SiglipConfig: siglip, QwenVisionConfig: qwen}
 
 
@@ -44,12 +47,16 @@ def weights(config: TowerConfig) -> dict[str, TowerWeight]:
     return qwen_weights(config) if isinstance(config, QwenVisionConfig) else siglip_weights(config)
 
 
-def weight_shapes(config: TowerConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights as they are used, by their paths."""
+def weight_shapes(config: TowerConfig, platform: str = "cpu") -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights as they are used, by their paths. On a TPU, hidden units are filled up with zeros."""
     found = {}
     for path, weight in weights(config).items():
         first, *rest = weight.shape
         sizes = (int(np.prod(rest)), first) if weight.is_matrix else weight.shape
+        if platform == "tpu" and path in _HIDDEN:
+            wide = list(sizes)
+            wide[_HIDDEN[path]] = -(-config.mlp_dim // _LANES) * _LANES
+            sizes = tuple(wide)
         found[path] = sizes if weight.count is None else (weight.count, *sizes)
     return found
 

@@ -1,0 +1,40 @@
+"""Chunks whose ends depend on their own request alone, so that other requests never change how its tokens are computed.
+
+    position  0       C       2C     P                    C tokens a chunk, P tokens of prompt
+              | chunk | chunk | chunk | . | . | . |       one token a chunk after it, generated or computed again
+
+A prompt whose log-probabilities are needed has chunks of one token from the first of them on: a step may have a single row of
+logits left for it. Only whole chunks of C tokens are shared among prompts, since a block of any other chunk holds keys and
+values that another request would compute in a chunk of another length.
+"""
+
+from __future__ import annotations
+
+from fastgen_jax.scheduling.sequence import Sequence
+
+
+def end_of_fixed_chunk(sequence: Sequence, start: int, size: int) -> int:
+    """The end of the chunk that begins at position `start`, in chunks of `size` tokens."""
+    return max(start + 1, min(start - start % size + size, _end_of_chunks(sequence)))
+
+
+def num_shareable(sequence: Sequence, size: int) -> int:
+    """How many positions are in whole chunks of `size` tokens."""
+    end = _end_of_chunks(sequence)
+    return end - end % size
+
+
+def _end_of_chunks(sequence: Sequence) -> int:
+    """Where chunks of one token begin."""
+    return min(sequence.num_prompt_tokens, sequence.first_prompt_row)
+
+
+def check_size(size: int, *, block_size: int, token_budget: int, max_num_seqs: int) -> None:
+    """ValueError unless whole chunks are whole blocks, and every step has room for one beside generating sequences."""
+    if size < 1 or size % block_size:
+        raise ValueError(f"chunk_size is {size}; it must be a multiple of block_size={block_size}")
+    if size + max_num_seqs - 1 > token_budget:
+        raise ValueError(
+            f"chunk_size={size} and max_num_seqs={max_num_seqs} need steps of {size + max_num_seqs - 1} tokens, but "
+            f"token_budget is {token_budget}; raise it"
+        )
