@@ -217,12 +217,14 @@ def qwen3next(m: Metadata) -> JsonObject:
     layers = m.get("block_count") - m.get("nextn_predict_layers", 0)
     interval = m.get("full_attention_interval", 4)
     recurrent = m.get("attention.recurrent_layers", [bool((i + 1) % interval) for i in range(layers)])
-    m.get("rope.dimension_sections", 0)  # all three are the same for text
+    rope = partial_rope(m)
+    if sections := m.get("rope.dimension_sections", ()):  # of time, row and column, and a fourth one that is unused
+        rope |= {"mrope_section": [int(size) for size in sections[:3]], "mrope_interleaved": True}
     heads = m.get("ssm.time_step_rank")
     fields = {
         "num_hidden_layers": layers,
         "layer_types": ["linear_attention" if state else "full_attention" for state in recurrent[:layers]],
-        "rope_parameters": partial_rope(m),
+        "rope_parameters": rope,
         "linear_num_value_heads": heads,
         "linear_num_key_heads": m.get("ssm.group_count"),
         "linear_key_head_dim": m.get("ssm.state_size"),

@@ -11,7 +11,6 @@ import numpy as np
 from fastgen_jax.checkpoint.base import Checkpoint, missing_tensor
 from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint, read_json
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig, TowerWeight
 from fastgen_jax.models.vision.read import images_from_hf, tower_name
 from fastgen_jax.models.weight_spec import DType, Params
@@ -38,6 +37,8 @@ def load_tower(checkpoint: HuggingFaceCheckpoint, images: ImagesConfig, *, dtype
     Raises ValueError for a missing or unknown tensor, or one of another shape.
     """
     import jax
+
+    from fastgen_jax.models.vision import towers
 
     stored = {tower_name(name): name for name in checkpoint.around_text}
     used: set[str] = set()

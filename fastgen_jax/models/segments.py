@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fastgen_jax.models.weight_spec import LayerWeights
+
 
 class Segment(NamedTuple):
     """The layers [start, start + period * repeats), in which layer i + period is of the kind of layer i."""
@@ -36,6 +38,13 @@ class Place:
         if self.first not in layers:
             return None
         return layers.index(self.first) + sum(i * segment.count(layers) for segment, i in self.loops)
+
+
+def layer_weights(stacks: LayerWeights, place: Place) -> LayerWeights:
+    """The weights of a layer out of `stacks` of all layers."""
+    row = place.row(range(len(jax.tree.leaves(dict(stacks))[0])))
+    assert row is not None, "it is one of the layers"
+    return {name: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False) for name, leaf in stacks.items()}
 
 
 def run_loops(kinds: Sequence[Hashable], compute: Callable[[Any, Place], Any], carry: Any) -> Any:

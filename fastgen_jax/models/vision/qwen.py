@@ -24,10 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.models.layers import ACTIVATIONS, project
-from fastgen_jax.models.segments import Place, run_loops
+from fastgen_jax.models.segments import Place, layer_weights, run_loops
 from fastgen_jax.models.vision.attention import attend_all, attend_within
 from fastgen_jax.models.vision.config import MOST_RATIO, QwenVisionConfig
-from fastgen_jax.models.vision.weights import layer_weights
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 from pallas_kernels.rotary import rotate
 

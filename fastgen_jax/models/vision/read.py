@@ -12,7 +12,7 @@ from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.families.common import activation, refuse_unsupported
 from fastgen_jax.models.families.fields import Fields
 from fastgen_jax.models.vision.config import ImagesConfig, QwenVisionConfig, SiglipConfig
-from fastgen_jax.models.vision.towers import weights
+from fastgen_jax.models.vision.weights import weights
 
 _PREFIXES = re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|visual\.)")
 _QWEN = {

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax.models.layers import ACTIVATIONS, project
-from fastgen_jax.models.segments import Place, run_loops
+from fastgen_jax.models.segments import Place, layer_weights, run_loops
 from fastgen_jax.models.vision.attention import attend_all
 from fastgen_jax.models.vision.config import SiglipConfig
-from fastgen_jax.models.vision.weights import layer_weights
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 
 if TYPE_CHECKING:

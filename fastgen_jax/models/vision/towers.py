@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from fastgen_jax.models.vision import qwen, siglip
-from fastgen_jax.models.vision.config import QwenVisionConfig, SiglipConfig, TowerConfig, TowerWeight
-from fastgen_jax.models.vision.weights import qwen_weights, siglip_weights
+from fastgen_jax.models.vision.config import QwenVisionConfig, SiglipConfig, TowerConfig
+from fastgen_jax.models.vision.weights import weights
 from fastgen_jax.models.weight_spec import Params
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ def embed(params: Params, inputs: Any, *, config: TowerConfig) -> Float[Array, "
     """The rows of an image: those that replace the embeddings of its tokens, then those that are added after the first
     layers of the decoder. Rows after those of its tokens mean nothing."""
     return _MODULES[type(config)].embed(params, inputs, config=config)
-
-
-def weights(config: TowerConfig) -> dict[str, TowerWeight]:
-    """The weights of the tower by their paths, in which a dot leads to a group of stacked ones."""
-    return qwen_weights(config) if isinstance(config, QwenVisionConfig) else siglip_weights(config)
 
 
 def weight_shapes(config: TowerConfig, platform: str = "cpu") -> dict[str, tuple[int, ...]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
-
-from fastgen_jax.models.segments import Place
-from fastgen_jax.models.vision.config import QwenVisionConfig, SiglipConfig, TowerWeight
-from fastgen_jax.models.weight_spec import LayerWeights
+from fastgen_jax.models.vision.config import QwenVisionConfig, SiglipConfig, TowerConfig, TowerWeight
 
 _LAYER = "vision_tower.encoder.layers.{number}"
 _QWEN_LAYER = "visual.blocks.{number}"
+
+
+def weights(config: TowerConfig) -> dict[str, TowerWeight]:
+    """The weights of the tower by their paths, in which a dot leads to a group of stacked ones."""
+    return qwen_weights(config) if isinstance(config, QwenVisionConfig) else siglip_weights(config)
 
 
 def siglip_weights(config: SiglipConfig) -> dict[str, TowerWeight]:
@@ -91,10 +92,3 @@ def qwen_weights(config: QwenVisionConfig) -> dict[str, TowerWeight]:
         add_linear("deep.up", f"{merger}.{up}", wide, wide, count)
         add_linear("deep.down", f"{merger}.{down}", config.text_dim, wide, count)
     return found
-
-
-def layer_weights(stacks: LayerWeights, place: Place) -> LayerWeights:
-    """The weights of a layer out of those of all layers of a tower."""
-    row = place.row(range(len(jax.tree.leaves(dict(stacks))[0])))
-    assert row is not None, "it is a layer of the tower"
-    return {name: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False) for name, leaf in stacks.items()}
