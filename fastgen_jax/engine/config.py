@@ -111,6 +111,10 @@ class EngineConfig:
     background_compile: bool | None = None
     """Start with the program of a full step, and compile those of smaller steps while it serves. None: yes in
     `from_pretrained`, unless policy "sla" needs to know how long steps take; no for an engine made from weights."""
+    deterministic: bool = False
+    """Compute the tokens of a request the same way, to the last bit, whatever else runs: one step size for all steps, and
+    chunks of a prompt whose borders depend on the prompt alone. A step with one token then costs as much as a full one, and
+    log-probabilities of a prompt are computed token by token. No effect with native CPU kernels, whose results are exact."""
     max_num_seqs: int = 64
     """Maximum number of sequences that run at the same time; others wait."""
     max_context_len: int | None = None

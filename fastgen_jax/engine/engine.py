@@ -100,6 +100,7 @@ class Engine:
             prefix_caching=self.config.prefix_caching,
             promise=choices.promise,
             step_sizes=self.config.budget_ladder if choices.promise else (),
+            chunk_size=self.config.chunk_size,
         )
         """For its statistics, estimates and integrity check; only the engine changes it."""
         self.manual_sequences = ManualSequences(self.scheduler)

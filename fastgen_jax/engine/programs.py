@@ -54,6 +54,8 @@ _GPU_OPTIONS: dict[str, bool | str] = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_disable_hlo_passes": "cublas-pad-for-gemms",
 }
+# Timing chooses among kernels of the same product, which round differently: not the same ones for every start or program.
+_DETERMINISTIC_GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_autotune_level": "0"}
 
 
 @pytree
@@ -146,6 +148,7 @@ class Programs:
             logits_processor=self.config.choices.logits_processor,
             has_int8_weights=has_int8(self.params),
             work=work,
+            deterministic=self.config.fixed_chunks,
         )
         return program.lower(*self._arguments(bucket, images))
 
@@ -219,6 +222,8 @@ def program_name(
     """
     shape = (budget, config.max_num_seqs, config.max_blocks, config.num_blocks, config.block_size)
     form = (config.choices.attention, config.activation_dtype, config.tensor_parallel, work)
+    if config.fixed_chunks:
+        form = (*form, "deterministic")
     if config.has_grids:  # with other positions in the packed array
         form = (*form, "grids")
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
@@ -246,6 +251,7 @@ def step_program(
     logits_processor: LogitsProcessor | None = None,
     has_int8_weights: bool = False,
     work: Work = "any",
+    deterministic: bool = False,
     device: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
@@ -255,8 +261,8 @@ def step_program(
 
     `attention` names an implementation of `ragged_attention`; `activation_dtype` is that of `forward`. With `mesh`,
     weights and cache are sharded over it as in `models.sharding`; everything else, including results, is replicated.
-    `has_int8_weights` affects only how products are compiled; `work` is what the sampler can do. `device` is one of those to
-    compile for; None: of the mesh, or of this process.
+    `has_int8_weights` affects only how products are compiled; `work` is what the sampler can do. If `deterministic`, no row
+    depends on what the others hold. `device` is one of those to compile for; None: of the mesh, or of this process.
     """
     step = partial(
         _step,
@@ -267,6 +273,7 @@ def step_program(
         mesh=mesh,
         logits_processor=logits_processor,
         work=work,
+        deterministic=deterministic,
     )
     device = device or (jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     if device.platform == "cpu":
@@ -276,6 +283,8 @@ def step_program(
     options = compiler_options(device)
     if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
         options = _GPU_OPTIONS
+    if device.platform == "gpu" and deterministic:
+        options = {**(options or {}), **_DETERMINISTIC_GPU_OPTIONS}
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
         return jit(step)
@@ -318,6 +327,7 @@ def _step(
     mesh: Mesh | None,
     logits_processor: LogitsProcessor | None,
     work: Work,
+    deterministic: bool,
 ) -> tuple[StepOutput, KVCache, SamplerState]:
     batch, sampling = bucket.unpack(packed)
     last_tokens = jnp.take(state.last_tokens, batch.token_slots, mode="clip")
@@ -328,7 +338,9 @@ def _step(
         kv_cache,
         batch,
         config=config,
-        execution=Execution(attention=attention, activation_dtype=activation_dtype, mesh=mesh),
+        execution=Execution(
+            attention=attention, activation_dtype=activation_dtype, mesh=mesh, independent_pieces=deterministic
+        ),
         adapters=adapters,
         images=images,
     )

@@ -7,7 +7,7 @@ from typing import get_args
 
 import jax
 
-from fastgen_jax.engine import footprint, generation
+from fastgen_jax.engine import determinism, footprint, generation
 from fastgen_jax.engine.config import (
     DType,
     EngineConfig,
@@ -57,6 +57,8 @@ class ResolvedConfig:
     prefix_caching: bool
     budget_ladder: tuple[int, ...]
     """Step sizes in tokens, smallest first; the last is the token budget. Only candidates until some are chosen."""
+    fixed_chunks: bool
+    """Whether chunks have a `chunk_size`; see `determinism`."""
     generation_config: generation.Pairs
     fitted: str
     """What `fit` chose and why, in one line; empty without it."""
@@ -72,6 +74,13 @@ class ResolvedConfig:
     def token_budget(self) -> int:
         """Maximum number of tokens per step."""
         return self.budget_ladder[-1]
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of a prompt that one step computes, if that does not depend on other requests."""
+        if not self.fixed_chunks:
+            return None
+        return determinism.chunk_size(self.token_budget, max_num_seqs=self.max_num_seqs, block_size=self.block_size)
 
     @property
     def max_num_seqs(self) -> int:
@@ -183,6 +192,9 @@ def resolve(
         )
     max_context_len = config.max_context_len or model.max_context_len
     block_size = config.block_size or default_block_size(platform, kv_dtype)
+    fixed_chunks = determinism.has_fixed_chunks(config, packs=packs, kv_dtype=kv_dtype)
+    if fixed_chunks:
+        determinism.check(config, model, block_size=block_size)
     windows = choose_groups(model, max_context_len).windows
     groups = BlockGroups(windows=windows, block_size=block_size, token_budget=largest_budget(config))
     bytes_per_block = footprint.block_bytes(
@@ -235,7 +247,10 @@ def resolve(
             config,
             longest=min(max_context_len, num_blocks // len(windows) * block_size),
             padding_is_cheap=packs,
+            fixed_chunks=fixed_chunks,
+            block_size=block_size,
         ),
+        fixed_chunks=fixed_chunks,
         generation_config=config.generation_config if isinstance(config.generation_config, tuple) else (),
         fitted=_fitted(
             config,
@@ -273,7 +288,13 @@ def _packs_weights(config: EngineConfig) -> bool:
     return jax.default_backend() == "cpu" and config.tensor_parallel is None and native.available()
 
 
-def _step_sizes(config: EngineConfig, *, longest: int, padding_is_cheap: bool) -> tuple[int, ...]:
+def _step_sizes(
+    config: EngineConfig, *, longest: int, padding_is_cheap: bool, fixed_chunks: bool, block_size: int
+) -> tuple[int, ...]:
+    if fixed_chunks:  # one size, of which none is measured
+        if config.token_budget is not None:
+            return (config.token_budget,)
+        return determinism.candidates(MEASURED_BUDGETS, max_num_seqs=config.max_num_seqs, block_size=block_size)
     if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder

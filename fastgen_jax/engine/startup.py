@@ -27,7 +27,7 @@ from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import environment
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import compile_cache, executables, fit, ladder, saved_choices
+from fastgen_jax.engine import compile_cache, determinism, executables, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.programs import devices_of, saved_in
@@ -164,7 +164,10 @@ def start(
     folder = compile_cache.use(choices.compile_cache_dir, group(choices, model))
     config = _resolve_as_before(choices, model, folder)
     candidates, measured, cost = config.budget_ladder, None, _cost_model(config, model)
-    if choices.token_budget is None and not choices.remeasure:
+    if config.fixed_chunks:
+        size = determinism.choose(candidates, knee=cost.knee, max_num_seqs=config.max_num_seqs)
+        config = replace(config, budget_ladder=(size,))
+    elif choices.token_budget is None and not choices.remeasure:
         measured = _measured_before(config, model, folder)
         sizes = measured or ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
         config = replace(config, budget_ladder=sizes)
@@ -186,7 +189,7 @@ def start(
     if config.fitted:
         log.info("fit: %s", config.fitted)
     log.info("engine ready: %s", config)
-    modeled = choices.token_budget is None and not choices.remeasure and measured is None
+    modeled = choices.token_budget is None and not (choices.remeasure or config.fixed_chunks) and measured is None
     if not (modeled and choices.refine_ladder and folder and folder.writable):
         return config, runner, None
     save = partial(

@@ -94,8 +94,10 @@ def prepare_step(
     implementation: str | Attention | None,
     mesh: Mesh | None = None,
     spans: Int32[Array, "P 4"] | None = None,
+    independent_pieces: bool = False,
 ) -> Step:
-    """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`."""
+    """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`,
+    `independent_pieces` as for `plan_layers`."""
     positions = batch.positions if batch.rope_positions is None else batch.rope_positions
     rotations = {rope: rotation(positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes}
     # Without the barrier XLA moves the cosines into every layer that uses them.
@@ -133,6 +135,7 @@ def prepare_step(
             num_blocks=num_blocks,
             packed=kv_cache.v is None,
             implementation=implementation,
+            independent_pieces=independent_pieces,
         )
     attend = attend if mesh is None else divide_heads(attend, mesh)
     return Step(

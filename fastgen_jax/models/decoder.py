@@ -55,6 +55,8 @@ class Execution:
     """Dtype of the residual stream; None: that of the embedding."""
     mesh: Mesh | None = None
     """Devices that weights and cache are sharded over, by `models.sharding`; None: a single device."""
+    independent_pieces: bool = False
+    """Divides the attention of each sequence by its own length alone; see `ragged_attention.plan_layers`."""
     wrap_layer: Callable[[Layer], Layer] | None = None
     """Makes another function of that of a layer, for example one that is computed again for a derivative."""
 
@@ -99,6 +101,7 @@ def hidden_rows(
         implementation=execution.attention,
         mesh=execution.mesh,
         spans=None if images is None else images.spans,
+        independent_pieces=execution.independent_pieces,
     )
     if execution.mesh is not None:
         config = divided(config, execution.mesh.size)

@@ -24,6 +24,7 @@ from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.sharding import divide_experts
 from fastgen_jax.models.weight_spec import LayerWeights
+from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.matmul import linear, swiglu
 
@@ -68,6 +69,8 @@ def route(
     # dtypes XLA would convert the matrix.
     logits = linear(x, w["router"], num_rows=num_tokens, out_dtype=jnp.float32)
     if config.router_bias:
+        if gpu_target.is_gpu():  # as in `linear`: XLA would slice the matrix out of its stack to add the bias in the product
+            logits = jax.lax.optimization_barrier(logits)
         logits = logits + w["router_bias"].astype(jnp.float32)[None, :]
     k = config.experts_per_token
     if config.scores in ("softmax_of_chosen", "sigmoid_of_chosen"):

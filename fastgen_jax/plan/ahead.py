@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
-from fastgen_jax.engine import executables, fit, footprint, ladder, saved_choices, startup
+from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
@@ -120,7 +120,10 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
-        budgets = tuple(sorted(ladder.modeled_ladder(cost, budgets, max_num_seqs=choices.max_num_seqs)))
+        if config.fixed_chunks:
+            budgets = (determinism.choose(budgets, knee=cost.knee, max_num_seqs=choices.max_num_seqs),)
+        else:
+            budgets = tuple(sorted(ladder.modeled_ladder(cost, budgets, max_num_seqs=choices.max_num_seqs)))
     return replace(config, choices=choices, budget_ladder=budgets, generation_config=())
 
 

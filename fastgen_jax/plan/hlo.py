@@ -105,6 +105,22 @@ def operations_per_layer(hlo: str) -> int:
     return max((_operations(computations[body]) for body in _bodies(hlo)), default=0)
 
 
+def layer_instructions(hlo: str) -> list[str]:
+    """What the loop over layers computes, without the names of its values: two programs with equal lists round alike."""
+    computations = _instructions(hlo)
+    pending = [max(_bodies(hlo), key=lambda body: _operations(computations[body]))]
+    seen, found = set(pending), []
+    while pending:
+        for instruction in computations.get(pending.pop(), ()):
+            called = set(_CALLED.findall(instruction.line)) - seen
+            seen |= called
+            pending += called
+            if instruction.operation not in _NO_WORK:
+                line = re.sub(r", metadata=\{[^}]*\}", "", instruction.line)
+                found.append(re.sub(r"%[\w.\-]+|calls=[\w.\-]+|to_apply=[\w.\-]+|/\*[^*]*\*/", "", line).strip())
+    return sorted(found)
+
+
 def _operations(instructions: list[_Instruction]) -> int:
     return sum(
         instruction.operation not in _NO_WORK and not instruction.operation.endswith("-done") for instruction in instructions

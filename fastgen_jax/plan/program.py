@@ -149,6 +149,7 @@ def compile_step(
     quantize: str | None = None,
     attention: str | None = None,
     work: Work = "any",
+    deterministic: bool = False,
     images: ImagesConfig | None = None,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
@@ -190,6 +191,7 @@ def compile_step(
         mesh=mesh,
         has_int8_weights=quantize == "int8",
         work=work,
+        deterministic=deterministic,
     )
     start = time.perf_counter()
     with lowering_for(mesh):

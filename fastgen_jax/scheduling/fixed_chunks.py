@@ -3,9 +3,9 @@
     position  0       C       2C     P                    C tokens a chunk, P tokens of prompt
               | chunk | chunk | chunk | . | . | . |       one token a chunk after it, generated or computed again
 
-A prompt whose log-probabilities are needed has chunks of one token from the first of them on: a step may have a single row of
-logits left for it. Only whole chunks of C tokens are shared among prompts, since a block of any other chunk holds keys and
-values that another request would compute in a chunk of another length.
+A prompt whose log-probabilities are needed has chunks of one token from the first of them on: a step may have a single row
+of logits left for it. Only whole chunks of C tokens are shared among prompts, since a block of any other chunk holds keys
+and values that another request would compute in a chunk of another length.
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ class Scheduler:
         if chunk_size is not None:
             check_size(chunk_size, block_size=block_size, token_budget=token_budget, max_num_seqs=max_num_seqs)
             if policy in NEED_PROMISE:
-                raise ValueError(f"chunk_size={chunk_size} with policy {policy!r}, which shortens chunks; choose 'splitfuse'")
+                raise ValueError(
+                    f"chunk_size={chunk_size} with policy {policy!r}, which shortens chunks; choose 'splitfuse'"
+                )
         self.max_context_len = max_context_len
         groups = BlockGroups(windows=windows, block_size=block_size, token_budget=token_budget)
         self.limits = StepLimits(

@@ -155,6 +155,7 @@ def plan_layers(
     num_blocks: int,
     packed: bool = False,
     implementation: str | None = None,
+    independent_pieces: bool = False,
 ) -> list[RaggedIndex]:
     """`indices` with what a kernel derives from them, so that a loop over layers does not derive it in every layer.
 
@@ -166,6 +167,8 @@ def plan_layers(
       num_tokens, num_heads, num_blocks: T, H and N of later calls.
       packed: whether later calls have no v_cache.
       implementation: as for `ragged_attention`.
+      independent_pieces: whether a GPU's kernel divides a long context by its own length alone. Else the number of pieces,
+        and with it the rounding, depends on the other sequences, so that there are always about enough for the device.
 
     Returns:
       one index for each of `indices`. Where kernels derive nothing, as on a CPU, they are those themselves.
@@ -184,7 +187,7 @@ def plan_layers(
     if plan_tpu is not None and not same:
         tpu += [plan_tpu(k_cache, other, tpu[0], packed=packed, **shape) for other in indices[1:]]
     gpu = [
-        None if plan_gpu is None else plan_gpu(k_cache, i, window, **shape)
+        None if plan_gpu is None else plan_gpu(k_cache, i, window, independent=independent_pieces, **shape)
         for i, window in zip(indices, windows, strict=True)
     ]
     # Without the barrier XLA moves parts of a plan into every layer.

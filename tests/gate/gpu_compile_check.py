@@ -26,6 +26,7 @@ from tests.gate.shapes import (
     LLAMA_3_8B,
     LLAMA_3_70B,
     MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
     SMALL_GPU_MODELS,
     Call,
     lower_attention,
@@ -146,6 +147,13 @@ def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
     return ""
 
 
+def family_config(hf: dict[str, Any]) -> Any:
+    """The model's config, imported here because the environment must be set before JAX is."""
+    from fastgen_jax.models.families import family_of
+
+    return family_of(hf["architectures"][0]).config_from_hf(hf)
+
+
 def check_step(
     hf: dict[str, Any],
     mesh: Any,
@@ -162,14 +170,12 @@ def check_step(
 
     Where there is no kernel, portable attention waits for the conditions of its loops.
     """
-    from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
 
-    model = family_of(hf["architectures"][0]).config_from_hf(hf)
     kernels: list[Kernel] = []
     with assembler_reports(kernels):
         program = compile_step(
-            model,
+            family_config(hf),
             mesh,
             token_budget=tokens,
             max_num_seqs=64,
@@ -193,6 +199,43 @@ def check_step(
     if not words and program.waits and work != "any" and has_kernel:
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
+
+
+def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None = None) -> tuple[int, list[Kernel], str]:
+    """With `deterministic`, which of its programs runs a step must not change how a layer is computed.
+
+    `other_tokens` is the size of the last program, to test the gate itself.
+    """
+    from fastgen_jax.plan.hlo import layer_instructions
+    from fastgen_jax.plan.program import compile_step
+
+    layers: list[list[str]] = []
+    for work in ("greedy", "sampled", "any"):
+        program = compile_step(
+            family_config(hf),
+            mesh,
+            token_budget=(other_tokens or 256) if work == "any" else 256,
+            max_num_seqs=64,
+            max_context_len=8192,
+            block_size=32,
+            num_blocks=2048,
+            work=work,
+            deterministic=True,
+        )
+        layers.append(layer_instructions(program.compiled.as_text() or ""))
+        if layers[-1] != layers[0]:
+            return (
+                program.temporaries,
+                [],
+                f"the program for {work} steps computes layers in another way",
+            )
+    return program.temporaries, [], ""
+
+
+def check_other_layers(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """Tests the gate itself: layers for another number of rows are others."""
+    *rest, words = check_same_layers(LLAMA_3_8B, mesh, other_tokens=128)
+    return *rest, "" if "in another way" in words else "other layers went unnoticed"
 
 
 def check_copies(mesh: Any) -> tuple[int, list[Kernel], str]:
@@ -254,6 +297,9 @@ def main() -> int:
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
     checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)
     checks["H100 copied weights are detected"] = functools.partial(check_copies, h100)
+    checks["H100 deterministic: Llama-3-8B"] = functools.partial(check_same_layers, LLAMA_3_8B, h100)
+    checks["H100 deterministic: Qwen3-30B-A3B"] = functools.partial(check_same_layers, QWEN3_30B_A3B, h100)
+    checks["H100 deterministic: other layers are noticed"] = functools.partial(check_other_layers, h100)
     facts: list[str] = []
     step = functools.partial(check_step, facts=facts)
     checks["H100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, h100)

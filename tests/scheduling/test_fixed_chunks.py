@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +12,14 @@ from fastgen_jax.scheduling import Scheduler
 from tests.scheduling.fake_device import drive, make_request, naive_tokens
 from tests.scheduling.test_properties import ANY_WORKLOAD, Workload, workloads
 
-SIZES = {"num_blocks": 40, "block_size": 2, "token_budget": 12, "max_num_seqs": 4, "max_context_len": 40, "max_sample_rows": 4}
+SIZES: dict[str, Any] = {"num_blocks": 40, "block_size": 2, "token_budget": 12, "max_num_seqs": 4} | {
+    "max_context_len": 40,
+    "max_sample_rows": 4,
+}
 POLICIES = ("splitfuse", "prompts_first", "orca")
 
 
-def in_fixed_chunks(workload: Workload, blocks: int, **options: object) -> Scheduler:
+def in_fixed_chunks(workload: Workload, blocks: int, **options: Any) -> Scheduler:
     arguments = workload.arguments
     size = blocks * arguments["block_size"]
     room = max(arguments["token_budget"], size + arguments["max_num_seqs"] - 1)

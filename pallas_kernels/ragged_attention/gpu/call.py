@@ -110,12 +110,22 @@ def ragged_attention_gpu(
 
 
 def plan_gpu(
-    k_cache: Cache, index: RaggedIndex, window: int | None, *, num_tokens: int, num_heads: int, num_blocks: int
+    k_cache: Cache,
+    index: RaggedIndex,
+    window: int | None,
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_blocks: int,
+    independent: bool = False,
 ) -> GpuPlan:
-    """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read."""
+    """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read.
+
+    `independent` as for `plan_pieces`.
+    """
     scoring = Scoring(scale=1.0, sliding_window=window)
     call = _Call.of(k_cache, index, scoring, num_tokens=num_tokens, num_heads=num_heads, num_blocks=num_blocks)
-    return call.plan(index, scoring)
+    return call.plan(index, scoring, independent=independent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +208,7 @@ class _Call:
             num_kv_heads=num_kv_heads,
         )
 
-    def plan(self, index: RaggedIndex, scoring: Scoring) -> GpuPlan:
+    def plan(self, index: RaggedIndex, scoring: Scoring, *, independent: bool = False) -> GpuPlan:
         window = NO_WINDOW if scoring.sliding_window is None else jnp.minimum(scoring.sliding_window, NO_WINDOW)
         return plan_step(
             index,
@@ -207,6 +217,7 @@ class _Call:
             num_kv_heads=self.num_kv_heads,
             tiles=self.tiles,
             specs=(self.pieces, self.chunks),
+            independent=independent,
         )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # head in them.
 PLACE, TILE, TILES, FIRST_HEAD = range(4)
 UNUSED, SINGLE, CHUNK = range(3)
+_MOST_INDEPENDENT = 512  # pieces: their float32 results are 32 MiB for 8 KV heads of 128
 
 
 @pytree
@@ -52,15 +53,22 @@ def plan_step(
     num_kv_heads: int,
     tiles: GpuTiles,
     specs: tuple[Spec, Spec],
+    independent: bool = False,
 ) -> GpuPlan:
-    """The plan of a step; `specs` are those of the kernels for pieces and for chunks."""
+    """The plan of a step; `specs` are those of the kernels for pieces and for chunks, `independent` as for `plan_pieces`."""
     query_starts, context_lens = index.query_starts, index.context_lens
     lengths = query_starts[1:] - query_starts[:-1]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
     sequence = jnp.minimum(sequence, context_lens.shape[0] - 1)
     pieces, first_piece, num_pieces = plan_pieces(
-        query_starts, context_lens, window, num_kv_heads=num_kv_heads, tiles=tiles, spec=specs[0]
+        query_starts,
+        context_lens,
+        window,
+        num_kv_heads=num_kv_heads,
+        tiles=tiles,
+        spec=specs[0],
+        independent=independent,
     )
     chunks = tile = row = None
     if num_tokens > 1:
@@ -121,8 +129,12 @@ def plan_pieces(
     num_kv_heads: int,
     tiles: GpuTiles,
     spec: Spec,
+    independent: bool = False,
 ) -> tuple[Int[Array, "rows columns"], Int[Array, " S"], Int[Array, " S"]]:
     """Splits the contexts of single queries into pieces of about the same size, enough to keep the device busy.
+
+    If `independent`, the pieces of a sequence depend on its own context alone: as many as `min_piece` allows, but not so
+    many that all sequences together could have more than `_MOST_INDEPENDENT`.
 
     Returns:
       the work list; the first piece and the number of pieces of each sequence, i32[S].
@@ -132,7 +144,12 @@ def plan_pieces(
     lengths = query_starts[1:] - query_starts[:-1]
     first = _first_key(context_lens - 1, window, spec)
     steps = jnp.where((lengths == 1) & (context_lens > 0), -(-(context_lens - first) // spec.keys), 0)
-    share = jnp.maximum(max(1, tiles.min_piece // spec.keys), -(-jnp.sum(steps, dtype=jnp.int32) // wanted))
+    share = jnp.int32(max(1, tiles.min_piece // spec.keys))
+    if independent:
+        most = max(1, min(most, _MOST_INDEPENDENT // num_sequences))
+        wanted = num_sequences * (most - 1)
+    else:
+        share = jnp.maximum(share, -(-jnp.sum(steps, dtype=jnp.int32) // wanted))
     share = jnp.maximum(share, -(-steps // most))  # steps per piece, i32[S]
     pieces = -(-steps // share)
     share = -(-steps // jnp.maximum(pieces, 1))  # all pieces of a sequence have the same size

@@ -110,7 +110,7 @@ chunk_lists = st.lists(
 
 
 @functools.cache
-def plans(group: int, num_kv_heads: int, generation: str):
+def plans(group: int, num_kv_heads: int, generation: str, independent: bool = False):
     """Both plans as one compiled function of the index arrays."""
     kind: Any = {"group": group, "generation": generation}
 
@@ -120,6 +120,7 @@ def plans(group: int, num_kv_heads: int, generation: str):
             num_kv_heads=num_kv_heads,
             tiles=modeled(128, group, generation),
             spec=spec(**kind, partial=True),
+            independent=independent,
         )
         tokens = jnp.arange(NUM_TOKENS, dtype=jnp.int32)
         sequence = jnp.sum(index["query_starts"][None, 1:] <= tokens[:, None], axis=1, dtype=jnp.int32)
@@ -137,9 +138,10 @@ def plans(group: int, num_kv_heads: int, generation: str):
     kernel=st.sampled_from([("hopper", 3), ("ampere", 4)]),
     window=st.sampled_from([1, 77, 1000, 2**30]),
     num_kv_heads=st.sampled_from([1, 8]),
+    independent=st.booleans(),
 )
 def test_every_query_is_planned_once_and_sees_all_its_keys(
-    chunks: list[tuple[int, int]], kernel: tuple[str, int], window: int, num_kv_heads: int
+    chunks: list[tuple[int, int]], kernel: tuple[str, int], window: int, num_kv_heads: int, independent: bool
 ) -> None:
     generation, group = kernel
     lengths = np.array([query for query, _ in chunks])
@@ -158,7 +160,7 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         assert len(np.unique(both)) == len(both)  # no key twice
         seen[token] = np.sort(both)
 
-    work, first_piece, pieces, tiles, tile, first_row, sequence = plans(group, num_kv_heads, generation)(index)
+    work, first_piece, pieces, tiles, tile, first_row, sequence = plans(group, num_kv_heads, generation, independent)(index)
     work, count = work[:-1], int(work[-1, 0])
     assert pieces.max() <= most_pieces(NUM_SEQUENCES, num_kv_heads, modeled(128, group, generation))
     assert count == pieces.sum()
@@ -189,6 +191,22 @@ def test_every_query_is_planned_once_and_sees_all_its_keys(
         s = np.searchsorted(starts, token, side="right") - 1
         position = contexts[s] - starts[s + 1] + token
         np.testing.assert_array_equal(seen[token], np.arange(max(0, position - window + 1), position + 1))
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_independent_pieces_of_a_context_do_not_depend_on_the_others(independent: bool) -> None:
+    def borders(contexts: list[int]) -> list[list[int]]:
+        index = {
+            "query_starts": jnp.asarray([0, *np.cumsum(np.minimum(contexts, 1))], jnp.int32),
+            "context_lens": jnp.asarray(contexts, jnp.int32),
+            "window": jnp.int32(2**30),
+        }
+        work, first, count, *_ = plans(4, 8, "hopper", independent)(index)
+        return work[first[0] : first[0] + count[0], [FIRST, END]].tolist()
+
+    alone = borders([70_000, 0, 0, 0, 0, 0])
+    assert len(alone) > 8
+    assert (borders([70_000, 5, 90_000, 90_000, 90_000, 90_000]) == alone) == independent
 
 
 def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
