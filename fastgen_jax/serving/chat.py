@@ -93,6 +93,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
     """Validates a conversation and starts its answer. Raises as `start_work` does."""
     adapter = server.adapter_of(body.model)
     backend = server.ready()
+    body = body.model_copy(update={"model": server.name_of(body.model)})
     tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
     form = _form(server.model.config, tokenizer, body)
     prompt = await chat_parts(server, tokenizer, body)

@@ -57,6 +57,7 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
     """POST /v1/completions."""
     adapter = server.adapter_of(body.model)
     backend = server.ready()
+    body = body.model_copy(update={"model": server.name_of(body.model)})
     request.state.names = body.names
     limit = body.max_completion_tokens or body.max_tokens
     params = body.sampling_params(

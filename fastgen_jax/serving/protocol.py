@@ -96,7 +96,7 @@ class Sampling(Guided):
         "vllm_xargs": (None, {}),
     }
 
-    model: str
+    model: str | None = Field(None, description="The served model if omitted, as in vLLM.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
