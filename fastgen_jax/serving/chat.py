@@ -23,12 +23,7 @@ from fastgen_jax.serving.conversation import ChatPrompt, NamedTool
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.images import image_bytes
-from fastgen_jax.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    Sampling,
-    TokenizeRequest,
-)
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from fastgen_jax.serving.reasoning import (
     ReasoningFormat,
     effort_variables,
@@ -36,6 +31,7 @@ from fastgen_jax.serving.reasoning import (
     read_reasoning,
     reasoning_format,
 )
+from fastgen_jax.serving.sampling_fields import Sampling
 from fastgen_jax.serving.settings import ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
