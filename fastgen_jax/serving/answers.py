@@ -6,105 +6,28 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import NotRequired, TypedDict
 
 from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
-from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
+from fastgen_jax.serving.answer_forms import (
+    ChatChoice,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptLogprobs,
+)
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest
 from fastgen_jax.serving.samples import Scores, TextOffsets
+from fastgen_jax.serving.sampling_fields import Sampling
 from fastgen_jax.serving.tool_formats.pieces import Piece, Reader
-from fastgen_jax.serving.tools import CALL_ID_LENGTH, CallDelta, CallWriter, ToolCall, merge_calls
+from fastgen_jax.serving.tools import CALL_ID_LENGTH, CallWriter, merge_calls
 from fastgen_jax.serving.work import Milliseconds, TokenUsage, Usage, Work
 from fastgen_jax.text import Tokenizer
 from fastgen_jax.text.messages import checked_messages, text_of
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # built once: it runs for every token
-
-
-class CompletionLogprobs(TypedDict):
-    """Log-probabilities of a completion: parallel lists with one entry per token."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-    log_kept_masses: NotRequired[list[float | None]]
-    """With `logprobs_mode` "processed": an extension."""
-
-
-class PromptLogprob(TypedDict):
-    """Log-probability of a token at one position of a prompt, in vLLM's format."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""One entry per token of a prompt: by token id, first that token, then the most likely ones. None for the first token."""
-
-
-class CompletionChoice(TypedDict):
-    """One sample of a completion, or one streamed piece of it."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-    stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[PromptLogprobs]
-
-
-class ChatLogprob(TypedDict):
-    """Log-probability of one token of a chat."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: NotRequired[list[ChatLogprob]]
-    log_kept_mass: NotRequired[float]
-    """With `logprobs_mode` "processed": an extension."""
-
-
-class ChatLogprobs(TypedDict):
-    """Log-probabilities of a chat."""
-
-    content: list[ChatLogprob]
-
-
-class ChatDelta(TypedDict, total=False):
-    """What a streamed piece adds to a message."""
-
-    role: str
-    content: str
-    reasoning_content: str
-    reasoning: str
-    tool_calls: list[CallDelta]
-
-
-class ChatChoice(TypedDict):
-    """One streamed piece of a sample of a chat."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
-
-
-class ChatMessage(TypedDict):
-    """The complete message of a sample."""
-
-    role: str
-    content: str | None
-    refusal: None
-    reasoning_content: NotRequired[str]
-    """The name of DeepSeek, SGLang and llama.cpp."""
-    reasoning: NotRequired[str]
-    """The same text under the name of vLLM and OpenRouter."""
-    tool_calls: NotRequired[list[ToolCall]]
 
 
 class TokenTexts:

@@ -23,12 +23,7 @@ from fastgen_jax.serving.conversation import ChatPrompt, NamedTool
 from fastgen_jax.serving.errors import ApiError, context_exceeded, unsupported
 from fastgen_jax.serving.guided import Guide
 from fastgen_jax.serving.images import image_bytes
-from fastgen_jax.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    Sampling,
-    TokenizeRequest,
-)
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from fastgen_jax.serving.reasoning import (
     ReasoningFormat,
     effort_variables,
@@ -36,6 +31,7 @@ from fastgen_jax.serving.reasoning import (
     read_reasoning,
     reasoning_format,
 )
+from fastgen_jax.serving.sampling_fields import Sampling
 from fastgen_jax.serving.settings import ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.serving.tool_formats import FORMATS, ToolFormat, tool_format
@@ -93,6 +89,7 @@ async def start_chat(server: ServerState, body: ChatRequest) -> tuple[Work, Chat
     """Validates a conversation and starts its answer. Raises as `start_work` does."""
     adapter = server.adapter_of(body.model)
     backend = server.ready()
+    body = body.model_copy(update={"model": server.name_of(body.model)})
     tokenizer = _with_template(server, backend.intake.need_tokenizer("a chat"), body)
     form = _form(server.model.config, tokenizer, body)
     prompt = await chat_parts(server, tokenizer, body)

@@ -35,10 +35,14 @@ _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer
 class EmbeddingsRequest(Body):
     """POST /v1/embeddings."""
 
-    model: str
+    model: str | None = None
     input: str | list[TokenId] | list[str] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Extension: keep only this many tokens at the end of a text; -1: as many as the model takes."
+    )
+    add_special_tokens: bool | None = Field(None, description="Extension: false adds no special tokens to a text.")
     user: str | None = None
 
     @property
@@ -53,7 +57,7 @@ class EmbeddingsRequest(Body):
 class ScoreRequest(Body):
     """POST /v1/score: one text against several, or texts in pairs."""
 
-    model: str
+    model: str | None = None
     text_1: str | list[str] | None = None
     text_2: str | list[str] | None = None
     queries: str | list[str] | None = Field(None, description="Another name of text_1.")
@@ -86,7 +90,7 @@ class ScoreRequest(Body):
 class RerankRequest(Body):
     """POST /rerank: documents in the order of their relevance to a query."""
 
-    model: str
+    model: str | None = None
     query: str
     documents: Annotated[list[str | JsonObject], Field(min_length=1)]
     top_n: Annotated[int, Field(ge=0)] | None = None
@@ -109,7 +113,8 @@ def add_embeddings(app: FastAPI, server: ServerState, errors: ErrorResponses) ->
     @app.post("/v1/embeddings", responses=errors)
     async def embeddings(body: EmbeddingsRequest) -> JsonFields:
         server.check_model(body.model)
-        ids = await _encoded(server, body.texts, "input")
+        add = body.add_special_tokens is not False
+        ids = await _encoded(server, body.texts, "input", keep=body.truncate_prompt_tokens, add_special_tokens=add)
         size = server.ready().intake.model.embed_dim
         if body.dimensions is not None and body.dimensions > size:
             raise ApiError(f"dimensions is {body.dimensions}, but vectors have {size} numbers", param="dimensions")
@@ -118,7 +123,7 @@ def add_embeddings(app: FastAPI, server: ServerState, errors: ErrorResponses) ->
             {"object": "embedding", "index": i, "embedding": _spelled(vector, body.encoding_format)}
             for i, vector in enumerate(vectors)
         ]
-        return {"object": "list", "data": data, "model": body.model, "usage": _usage(ids)}
+        return {"object": "list", "data": data, "model": server.name_of(body.model), "usage": _usage(ids)}
 
     @app.post("/score", responses=errors)
     @app.post("/v1/score", responses=errors)
@@ -126,7 +131,12 @@ def add_embeddings(app: FastAPI, server: ServerState, errors: ErrorResponses) ->
         server.check_model(body.model)
         scores, usage = await _scores(server, body.pairs, body.instruction)
         data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
-        head = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": body.model}
+        head = {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": server.name_of(body.model),
+        }
         return {**head, "data": data, "usage": usage}
 
     @app.post("/rerank", responses=errors)
@@ -145,17 +155,29 @@ def add_embeddings(app: FastAPI, server: ServerState, errors: ErrorResponses) ->
             }
             for i in order
         ]
-        return {"id": f"rerank-{uuid.uuid4().hex}", "model": body.model, "results": results, "usage": usage}
+        return {"id": f"rerank-{uuid.uuid4().hex}", "model": server.name_of(body.model), "results": results, "usage": usage}
 
 
-async def _encoded(server: ServerState, texts: Sequence[str | list[int]], param: str) -> list[TokenIds]:
+async def _encoded(
+    server: ServerState,
+    texts: Sequence[str | list[int]],
+    param: str,
+    *,
+    keep: int | None = None,
+    add_special_tokens: bool = True,
+) -> list[TokenIds]:
+    """The tokens of each text, at most `keep` of them from its end (-1: as many as fit)."""
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise ApiError(f"{param} has {len(texts)} texts; pass 1 to {MAX_TEXTS}", param=param)
     intake = server.ready().intake
+    limit = intake.config.longest_sequence if keep == -1 else keep
 
     def encode() -> list[TokenIds]:
-        ids = [intake.need_tokenizer("a text").encode(text) if isinstance(text, str) else text for text in texts]
-        return [in_vocabulary(one, param, vocab_size=intake.model.vocab_size) for one in ids]
+        ids = [
+            intake.encode(text, add_special_tokens=add_special_tokens) if isinstance(text, str) else text for text in texts
+        ]
+        kept = [one if limit is None else one[max(0, len(one) - limit) :] for one in ids]
+        return [in_vocabulary(one, param, vocab_size=intake.model.vocab_size) for one in kept]
 
     try:
         ids = await asyncio.to_thread(encode)

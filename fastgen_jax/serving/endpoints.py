@@ -17,19 +17,13 @@ from fastgen_jax.engine.outputs import RequestOutput, TokenLogprob
 from fastgen_jax.engine.prompts import split_prompts
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.scheduling import ContextLengthError
-from fastgen_jax.serving.answers import ChatAnswer, ChatChoice, CompletionAnswer, CompletionChoice, finite
+from fastgen_jax.serving.answer_forms import ChatChoice, CompletionChoice
+from fastgen_jax.serving.answers import ChatAnswer, CompletionAnswer, finite
 from fastgen_jax.serving.chat import chat_prompt, guide_for, headers_of, start_answer, start_chat
 from fastgen_jax.serving.errors import context_exceeded
 from fastgen_jax.serving.fields import MAX_STOP_CHARACTERS, MAX_STOPS
-from fastgen_jax.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    Sampling,
-    StreamOptions,
-    TokenizeRequest,
-)
+from fastgen_jax.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from fastgen_jax.serving.sampling_fields import Sampling, StreamOptions
 from fastgen_jax.serving.spans import record_span
 from fastgen_jax.serving.sse import EventStream, while_connected
 from fastgen_jax.serving.state import ServerState
@@ -57,6 +51,7 @@ async def complete(server: ServerState, body: CompletionRequest, request: Reques
     """POST /v1/completions."""
     adapter = server.adapter_of(body.model)
     backend = server.ready()
+    body = body.model_copy(update={"model": server.name_of(body.model)})
     request.state.names = body.names
     limit = body.max_completion_tokens or body.max_tokens
     params = body.sampling_params(

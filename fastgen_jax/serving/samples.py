@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastgen_jax.engine.outputs import RequestOutput
-from fastgen_jax.serving.protocol import Sampling
+from fastgen_jax.serving.sampling_fields import Sampling
 from fastgen_jax.text import IncrementalDetokenizer, Tokenizer
 
 

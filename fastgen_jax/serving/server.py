@@ -24,6 +24,7 @@ from fastgen_jax.checkpoint import open_checkpoint, resolve_model
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.connections import Connection
 from fastgen_jax.serving.router import Router
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
@@ -114,6 +115,7 @@ async def _serve(
     http = _Uvicorn(
         uvicorn.Config(
             create_app(server),
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="on",

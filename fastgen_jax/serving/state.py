@@ -47,6 +47,10 @@ class ServerState:
         facts = repr((__version__, self.model.root, intake.model, intake.config))
         return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
 
+    def name_of(self, name: str | None) -> str:
+        """The model's name in answers: the one that the request has, else the first served one."""
+        return name or self.model.name
+
     def check_model(self, name: str | None) -> None:
         """ApiError 404 if `name` is not the served model itself; None is accepted."""
         if not self._is_model(name):

@@ -12,7 +12,8 @@ from fastgen_jax.json_types import JsonFields
 from fastgen_jax.serving.conversation import NamedTool, Tool
 from fastgen_jax.serving.errors import ApiError
 from fastgen_jax.serving.guided import Guide
-from fastgen_jax.serving.protocol import ChatRequest, Sampling
+from fastgen_jax.serving.protocol import ChatRequest
+from fastgen_jax.serving.sampling_fields import Sampling
 from fastgen_jax.serving.tool_formats import ToolFormat
 from fastgen_jax.serving.tool_formats.pieces import Piece
 from fastgen_jax.text import Tokenizer

@@ -1,12 +1,12 @@
-"""Runs the public test suites of OpenAI's and Anthropic's Python clients, unmodified, against a served model.
+"""Runs the public test suites of OpenAI's and Anthropic's Python clients and of llama.cpp's server, unmodified.
 
     python -m tests.serving.public_suites --folder /tmp/suites
     python -m tests.serving.public_suites --folder /tmp/suites --suites anthropic --url http://127.0.0.1:8000
 
 Packages and their source distributions come from PyPI, into a virtual environment in the folder, which later runs use again.
 Without `--url` the script starts `fastgen serve` with all model names that the suites ask for, and ends it afterwards. It
-prints a table of what passed in each file, and the failures by their reason. The suites ask for stored objects by ids that
-they made up; these are replaced on their way (`known_ids`).
+prints a table of what passed in each file, and the failures by their reason. The clients' suites ask for stored objects by
+ids that they made up, and llama.cpp's for models that it does not serve; a proxy changes these (`suite_proxies`).
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ from pathlib import Path
 
 import fastgen_jax
 from tests.serving.checkpoint import write_checkpoint
-from tests.serving.known_ids import with_known_ids
+from tests.serving.suite_proxies import with_any_model, with_known_ids
 
 CONTEXT = 8192
 TESTERS = (
     *("pytest", "pytest-asyncio", "pytest-xdist", "respx", "rich", "inline-snapshot", "http-snapshot[httpx]", "httpx2"),
     *("dirty-equals", "hypothesis", "time-machine", "trio", "opentelemetry-sdk", "boto3", "pillow", "importlib-metadata"),
+    *("openai", "requests", "wget", "filelock", "numpy", "prometheus-client", "aiohttp"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """The tests of one client that send requests to `TEST_API_BASE_URL`."""
+    """The tests of one client, which send requests to `TEST_API_BASE_URL`, or of a server, which they find by its port."""
 
     package: str
-    extra: str
     tests: tuple[str, ...]
-    """Files and folders in the source distribution."""
+    """Files and folders below `folder`."""
+    extra: str | None
+    """What is installed with the client; None: the package is only unpacked."""
     path: str
     """What follows the server's address in the client's base URL."""
+    folder: str = ""
+    """Where the tests run, in the source distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,20 @@ SUITES = {
         tests=("tests/api_resources/test_messages.py", "tests/api_resources/test_models.py"),
         path="",
     ),
+    # The tests of endpoints that OpenAI and Anthropic have; their texts and token counts are those of llama.cpp's models.
+    "llama.cpp": Suite(
+        package="llama-cpp-python",
+        extra=None,
+        folder="vendor/llama.cpp/tools/server/tests",
+        tests=tuple(
+            f"unit/test_{name}.py"
+            for name in (
+                *("basic", "chat_completion", "completion", "compat_anthropic", "compat_oai_responses", "embedding"),
+                *("rerank", "security", "template", "tokenize", "tool_call"),
+            )
+        ),
+        path="",
+    ),
 }
 
 
@@ -94,10 +112,10 @@ def main() -> int:
     suites = [SUITES[name] for name in options.suites]
     python = environment(folder, suites)
     sources = {suite.package: source_of(folder, python, suite) for suite in suites}
-    names = sorted({name for suite in suites for name in models_of(sources[suite.package], suite)})
+    names = sorted({name for suite in suites for name in models_of(sources[suite.package], suite)}) or ["any"]
     with contextlib.nullcontext(options.url) if options.url else serving(options.model or tiny_model(folder), names) as url:
         for suite in suites:
-            with with_known_ids(url, names[0]) as known:
+            with (with_any_model if suite.extra is None else with_known_ids)(url, names[0]) as known:
                 results = run(suite, sources[suite.package], python, url=known, workers=options.workers)
             print("\n".join(report(suite, sources[suite.package].name, results)), flush=True)
     return 0
@@ -108,26 +126,33 @@ def environment(folder: Path, suites: Sequence[Suite]) -> Path:
     python = folder / "venv" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    clients = [f"{suite.package}[{suite.extra}]" for suite in suites]
+    clients = [f"{suite.package}[{suite.extra}]" for suite in suites if suite.extra is not None]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *TESTERS, *clients], check=True)
     return python
 
 
 def source_of(folder: Path, python: Path, suite: Suite) -> Path:
-    """The unpacked source distribution of the version that is installed."""
-    show = subprocess.run([python, "-m", "pip", "show", suite.package], check=True, capture_output=True, text=True).stdout
-    (version,) = re.findall(r"^Version: (\S+)", show, re.MULTILINE)
-    source = folder / f"{suite.package}-{version}"
+    """The unpacked source distribution of the version that is installed, or of the newest one."""
+    wanted = suite.package
+    if suite.extra is not None:
+        show = [python, "-m", "pip", "show", suite.package]
+        told = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+        wanted += "==" + re.findall(r"^Version: (\S+)", told, re.MULTILINE)[0]
+    archives = folder / "archives"
+    only_source = ["--no-deps", "--no-binary", suite.package, "--dest", str(archives), wanted]
+    subprocess.run([python, "-m", "pip", "download", "--quiet", *only_source], check=True)
+    newest = max(archives.glob(f"{suite.package.replace('-', '_')}-*.tar.gz"), key=lambda file: file.stat().st_mtime)
+    source = folder / newest.name.removesuffix(".tar.gz")
     if not source.exists():
-        only_source = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"{suite.package}=={version}"]
-        subprocess.run([python, "-m", "pip", "download", "--quiet", *only_source], check=True)
-        with tarfile.open(folder / f"{suite.package}-{version}.tar.gz") as archive:
+        with tarfile.open(newest) as archive:
             archive.extractall(folder, filter="data")
     return source
 
 
 def models_of(source: Path, suite: Suite) -> set[str]:
-    """The names of models that a suite asks for."""
+    """The names of models that a suite asks for; none if the proxy replaces them."""
+    if suite.extra is None:
+        return set()
     files = [
         file for test in suite.tests for file in ([source / test] if test.endswith(".py") else (source / test).rglob("*.py"))
     ]
@@ -159,12 +184,15 @@ def serving(model: str, names: Sequence[str]) -> Iterator[str]:
 def run(suite: Suite, source: Path, python: Path, *, url: str, workers: str) -> list[Result]:
     """The results of all tests of a suite."""
     record = source / "results.xml"
-    settings = ["-n", workers, "-q", "-p", "no:cacheprovider", f"--junitxml={record}"]
+    settings = ["-q", "-p", "no:cacheprovider", f"--junitxml={record}"]
+    if suite.extra is not None:
+        settings += ["-n", workers]  # llama.cpp's tests would look for one server per worker
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI", "ANTHROPIC", "PYTHON"))}
+    address = {"TEST_API_BASE_URL": url + suite.path, "DEBUG_EXTERNAL": "1", "PORT": url.rpartition(":")[2]}
     subprocess.run(
         [python, "-m", "pytest", *suite.tests, *settings],
-        cwd=source,
-        env={**variables, "TEST_API_BASE_URL": url + suite.path},
+        cwd=source / suite.folder,
+        env={**variables, **address},
         stdout=subprocess.DEVNULL,
     )
     return [result_of(case) for case in ElementTree.parse(record).iter("testcase") if case.find("skipped") is None]
@@ -172,7 +200,8 @@ def run(suite: Suite, source: Path, python: Path, *, url: str, workers: str) -> 
 
 def result_of(case: ElementTree.Element) -> Result:
     """One test of pytest's record."""
-    file = case.get("classname", "").removeprefix("tests.api_resources.").rpartition(".")[0]
+    name = case.get("classname", "")  # ends with the name of a class in the clients' suites
+    file = name if name.startswith("unit.") else name.removeprefix("tests.api_resources.").rpartition(".")[0]
     problem = case.find("failure")
     if problem is None:
         problem = case.find("error")

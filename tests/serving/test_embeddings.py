@@ -131,3 +131,18 @@ def test_a_failed_step_returns_the_blocks(monkeypatch):
     monkeypatch.undo()
     assert shared.scheduler.num_free_blocks == shared.config.num_blocks
     assert len(shared.manual_sequences) == 0
+
+
+def test_long_texts_can_be_cut_and_special_tokens_left_out():
+    def vectors(**fields):
+        answer = ask("/v1/embeddings", {"input": "Hello", **fields})  # the model may be omitted
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"][0]["embedding"], answer.json()["usage"]["prompt_tokens"]
+
+    end, count = vectors(truncate_prompt_tokens=2)
+    assert count == 2
+    np.testing.assert_allclose(end, vectors(input=list(ids_of("Hello")[-2:]))[0], atol=1e-5)
+    assert vectors(add_special_tokens=False)[1] == len(ids_of("Hello")) - 1
+    limit = engine().config.longest_sequence
+    assert vectors(input="x" * (limit + 9), truncate_prompt_tokens=-1)[1] == limit
+    assert ask("/v1/embeddings", {"input": "Hello", "truncate_prompt_tokens": 0}).json()["error"]["param"] == "input"

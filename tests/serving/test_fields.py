@@ -111,6 +111,24 @@ def test_a_model_may_have_several_names():
     assert card["max_model_len"] == engine().config.longest_sequence
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "Hi", "max_tokens": 2}),
+        ("chat/completions", {"messages": [USER], "max_tokens": 2}),
+        ("responses", {"input": "Hi", "max_output_tokens": 2}),
+        ("embeddings", {"input": "Hi"}),
+        ("score", {"text_1": "Hi", "text_2": "Ho"}),
+        ("rerank", {"query": "Hi", "documents": ["Ho"]}),
+    ],
+)
+def test_a_request_without_a_model_is_answered_by_the_one_that_is_served(path, body):
+    for fields in (body, {**body, "model": None}):
+        answer = ask(f"/v1/{path}", fields)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == MODEL
+
+
 def test_a_list_of_models_is_in_the_format_of_anthropic_for_its_clients():
     async def scenario(client, _):
         client._transport.app.state.server.model.other_names = ("b", "c")

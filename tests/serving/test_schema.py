@@ -11,6 +11,10 @@ from tests.serving.tiny_server import MODEL, engine
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
 EXAMPLES = 4  # per operation; `--run-slow` tries many more
+# Schemathesis draws some headers with Python's `random`.
+pytestmark = pytest.mark.filterwarnings(
+    "default:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+)
 
 
 def operations(url):

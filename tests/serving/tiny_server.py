@@ -19,6 +19,7 @@ import uvicorn
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.api.async_engine import AsyncEngine, Stream
 from fastgen_jax.serving.app import create_app
+from fastgen_jax.serving.connections import Connection
 from fastgen_jax.serving.settings import ServedModel, ServerConfig
 from fastgen_jax.serving.state import ServerState
 from fastgen_jax.text import Tokenizer
@@ -135,9 +136,8 @@ def offline(text: str, **params: Any) -> str:
 def serving(shared: Engine) -> Iterator[str]:
     """The URL of a server on a real socket, in a thread of this process, without an API key."""
     backend = AsyncEngine(shared)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend)), log_config=None)
-    )
+    app = create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend))
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # from here on connections are accepted

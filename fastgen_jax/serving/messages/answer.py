@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastgen_jax.json_types import JsonFields, JsonObject
-from fastgen_jax.serving.answers import ChatAnswer, ChatChoice
+from fastgen_jax.serving.answer_forms import ChatChoice
+from fastgen_jax.serving.answers import ChatAnswer
 from fastgen_jax.serving.messages.request import MessagesRequest
 from fastgen_jax.serving.responses.items import new_id
 from fastgen_jax.serving.sse import typed_event

@@ -34,7 +34,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         conversation = [*store.conversation(body.previous_response_id), *items]
         if not conversation and not body.instructions:
             raise ApiError("input is empty; pass a string or a list of items", param="input")
-        return chat_of(body, conversation, model=body.model or server.model.name)
+        return chat_of(body, conversation, model=server.name_of(body.model))
 
     @app.post("/v1/responses", responses=errors)
     async def create(body: ResponsesRequest, request: Request) -> Response:
@@ -49,7 +49,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)
-        answer = ResponseAnswer(body, work, chat, model=body.model or server.model.name)
+        answer = ResponseAnswer(body, work, chat, model=server.name_of(body.model))
         if body.background:
             running = BackgroundResponse(answer, work, max_tokens=max_tokens)
             store.start(running, items, end)
@@ -77,7 +77,7 @@ def add_responses(app: FastAPI, server: ServerState, errors: ErrorResponses) -> 
             raise ApiError("input is empty; there is nothing to compact", param="input")
         server.adapter_of(body.model)
         try:
-            work, chat = await start_chat(server, summary_of(body, items, model=body.model or server.model.name))
+            work, chat = await start_chat(server, summary_of(body, items, model=server.name_of(body.model)))
         except ApiError as error:
             raise renamed(error) from error
         end = at_end(server, "responses", work, request)

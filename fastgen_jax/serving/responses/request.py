@@ -10,8 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.serving.errors import ApiError, from_validation_errors, unsupported
 from fastgen_jax.serving.fields import Body, ChatOptions, check_neutral, short
-from fastgen_jax.serving.protocol import ChatRequest, StreamOptions
+from fastgen_jax.serving.protocol import ChatRequest
 from fastgen_jax.serving.responses.items import messages_of
+from fastgen_jax.serving.sampling_fields import StreamOptions
 
 # Fields that a chat has under the same name.
 _SAME = (
