@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -40,6 +41,7 @@ _VISION = (
     *("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "mm_projector.", "connector."),
     "image_newline",
 )
+_AUDIO = ("audio_tower.", "embed_vision.", "embed_audio.")  # and more, of models that also hear
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -78,7 +80,7 @@ class HuggingFaceCheckpoint:
             plain = _as_in_model(unpack(tensors, quantization), config) if quantization else tensors
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        around = {name: plain[name] for name in plain if is_multimodal(hf) and text_name(name) is None}
+        around = {name: plain[name] for name in plain if is_multimodal(hf) and text_name(name, hf) is None}
         plain = decoder_tensors(plain, hf, config)
         for name, tensor in plain.items():
             if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS and not is_buffer(name):
@@ -178,12 +180,20 @@ def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> Mode
 def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfig) -> dict[str, T]:
     """The tensors of a checkpoint that belong to its text model, under the names that they have there.
 
-    The others are those of the vision part, of multi-token prediction, which is not used, and of the indexer of DeepSeek
-    V3.2, which has no effect on the contexts that are supported.
+    The others are those of the parts for images and audio, of multi-token prediction, which is not used, of the indexer of
+    DeepSeek V3.2, which has no effect on the contexts that are supported, and keys of layers that read those of others.
     """
     if is_multimodal(hf):
-        tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name)) is not None}
+        tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name, hf)) is not None}
         tensors = _without_layers(tensors, hf.get("text_config", {}).get("cross_attention_layers") or ())
+    if config.kv_sources:
+        unused = tuple(
+            f"model.layers.{layer}.self_attn.{part}."
+            for layer in range(config.num_layers)
+            if layer not in config.kv_layers
+            for part in ("k_proj", "v_proj", "k_norm", "v_norm")
+        )
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     if "index_topk" in hf:
         tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn.indexer." not in name}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
@@ -205,10 +215,10 @@ def _without_layers(tensors: Mapping[str, T], left_out: Collection[int]) -> dict
     return kept
 
 
-def text_name(name: str) -> str | None:
-    """The name in the text model of a tensor of a multimodal model; None if it belongs to the vision part."""
+def text_name(name: str, hf: JsonFields = MappingProxyType({})) -> str | None:
+    """The name in the text model of a tensor of a multimodal model with the config `hf`; None if it is not of that model."""
     name = name.removeprefix("model.")  # since transformers 4.52 all parts except the head are in "model."
-    if name.startswith(_VISION):
+    if name.startswith(_VISION) or ("audio_config" in hf and name.startswith(_AUDIO)):
         return None
     inner = name.removeprefix("language_model.").removeprefix("text_model.")
     return inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"

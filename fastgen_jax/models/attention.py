@@ -70,6 +70,7 @@ class LayerCall:
 
     index: Int[Array, ""] | int
     has_attention: bool = True
+    has_keys: bool = True  # of its own; otherwise it reads those of another layer
     state_row: Int[Array, ""] | int | None = None  # its number among the layers with a state; None: it has none
     rows: Int[Array, " R"] | None = None  # tokens whose results are needed; None: all
     first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
@@ -120,6 +121,13 @@ def prepare_step(
         of_layers = config.layer_windows or (None,) * config.num_layers
         windows = tuple(dict.fromkeys(of_layers))
         indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
+    if config.kv_sources:
+        if callable(implementation):
+            raise ValueError(
+                f"a {config.family} model, whose layers read the keys of others, cannot run without a KV cache; use an "
+                "engine"
+            )
+        indices, windows, kinds = _with_readers(config, indices, windows, kinds, num_blocks * kv_cache.k.shape[2])
     if config.window_chunks:
         indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
         windows = (None,) * len(windows)  # the indices say where chunks begin
@@ -152,6 +160,20 @@ def prepare_step(
         attend=attend if spans is None else with_spans(attend, spans),
         state=None if config.state is None else state_rows(batch),
     )
+
+
+def _with_readers(
+    config: ModelConfig,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    kinds: tuple[int, ...],
+    num_slots: int,
+) -> tuple[list[RaggedIndex], tuple[int | None, ...], tuple[int, ...]]:
+    """Each index once more, for layers that read the keys of others: what they write is dropped."""
+    readers = [replace(index, kv_slots=jnp.full_like(index.kv_slots, num_slots)) for index in indices]
+    reads = [source != layer for layer, source in enumerate(config.kv_sources)]
+    kinds = tuple(kind + len(indices) * is_reader for kind, is_reader in zip(kinds, reads, strict=True))
+    return [*indices, *readers], windows * 2, kinds
 
 
 def _in_chunks(
@@ -203,11 +225,12 @@ def attention(
     d, index, rows = config.head_dim, call.index, call.rows
     gate = None
     if config.mla is None:
-        x = project(x, w, "qkv", num_rows=step.num_tokens)  # [T, (H + 2K) D], and with a gate H * D more
+        # [T, (H + 2K) D], and with a gate H * D more
+        x = project(x, w, "qkv" if call.has_keys else "q", num_rows=step.num_tokens)
         if config.attention_gate:
             widths = (x.shape[1] - config.num_heads * d, config.num_heads * d)
             x, gate = split_columns(x, widths, 1 if step.mesh is None else step.mesh.size)
-    q, key, value = _heads(x, w, step, _rotation_of(step, config, index), config=config)
+    q, key, value = (_heads if call.has_keys else _queries)(x, w, step, _rotation_of(step, config, index), config=config)
     if config.qk_norm == "unit":
         q, key = _unit_norms(q, key, step, config, index)
     if step.query_scale is not None:
@@ -259,17 +282,34 @@ def _heads(
         q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), step.mesh.size))
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)
-        q, key, value = (_clipped(part, config) for part in (q, key, value))
+        q, key, value = (_clipped(part, config) for part in (q, key, _v_norm(value, step, config)))
         if turn is not None:
             q, key = rotate(q, *turn), rotate(key, *turn)
         return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
     qkv = x.reshape(-1, h + 2 * k, d)
     if norm_first:
         q, key = _qk_norms(qkv[:, :h], qkv[:, h : h + k], w, step, config)
-        qkv = jnp.concatenate([q, key, qkv[:, h + k :]], axis=1)
+        qkv = jnp.concatenate([q, key, _v_norm(qkv[:, h + k :], step, config)], axis=1)
     qkv = _clipped(qkv, config)
     q, key, value = (qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]) if turn is None else rotary(qkv, *turn, num_heads=h)
     return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
+
+
+def _queries(
+    x: Float[Array, "T HD"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+    """As `_heads`, of a layer that reads the keys and values of another one: zeros take their place, and are dropped."""
+    q = x.reshape(x.shape[0], -1, config.head_dim)
+    q = _qk_norm(q, w, "q_norm", step, config) if config.qk_norm is not None else q
+    nothing = jnp.zeros((x.shape[0], config.num_kv_heads, config.head_dim), q.dtype)
+    return q if turn is None else rotate(q, *turn), nothing, nothing
+
+
+def _v_norm(value: Float[Array, "T K D"], step: Step, config: ModelConfig) -> Float[Array, "T K D"]:
+    """Values, normalized in each head if the model does so."""
+    if not config.v_norm:
+        return value
+    return rms_norm(value, jnp.ones(config.head_dim, value.dtype), eps=config.norm_eps, num_rows=step.num_tokens)
 
 
 def _qk_norms(q: jax.Array, key: jax.Array, w: LayerWeights, step: Step, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

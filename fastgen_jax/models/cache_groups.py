@@ -7,7 +7,8 @@ values of B tokens in all layers of one group, so that every group can use every
     layers of Gemma 3        w w w w w F w w w w w F        F: attends to all tokens, w: to a window
     groups of two            F F | w w | w w | w w | w w | w w
 
-Where the layers of a kind do not fill their groups, a part of their blocks is unused.
+Where the layers of a kind do not fill their groups, a part of their blocks is unused. A layer that reads the keys and
+values of another one is in the place of that layer.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class CacheGroups:
 def cache_groups(config: ModelConfig, num_groups: int) -> CacheGroups:
     """The division of the layers into `num_groups` groups that takes the least memory; ValueError if there is none."""
     layers = config.layer_windows or (None,) * config.num_layers
+    sources = config.kv_sources or range(config.num_layers)
     if num_groups == 1:
         window = layers[0] if same_for_all(layers) else None
         rows = {layer: row for row, layer in enumerate(config.kv_layers)}
-        places = tuple((0, rows.get(layer, 0)) for layer in range(config.num_layers))
+        places = tuple((0, rows.get(source, 0)) for source in sources)
         return CacheGroups(windows=(window,), num_rows=len(rows), places=places)
     for num_rows in _sizes(config):
         windows = _windows(config, num_rows)
@@ -49,8 +51,11 @@ def cache_groups(config: ModelConfig, num_groups: int) -> CacheGroups:
     else:
         raise ValueError(f"num_groups is {num_groups}, but the layers cannot be divided into so many cache groups")
     counts: Counter[int | None] = Counter()
-    places = []
-    for window in layers:
+    places: list[tuple[int, int]] = []
+    for layer, window in enumerate(layers):
+        if sources[layer] != layer:
+            places.append(places[sources[layer]])
+            continue
         group, row = divmod(counts[window], num_rows)
         places.append((windows.index(window) + group, row))
         counts[window] += 1
@@ -64,7 +69,7 @@ def choose_groups(config: ModelConfig, context_len: int) -> CacheGroups:
     def tokens(window: int | None) -> int:
         return length if window is None else min(length, window + _USUAL_EXCESS)
 
-    costs = {1: config.num_layers * length}  # in tokens of a layer, by the number of groups
+    costs = {1: len(config.kv_layers) * length}  # in tokens of a layer, by the number of groups
     if config.layer_windows and not same_for_all(config.layer_windows):
         for num_rows in _sizes(config):
             windows = _windows(config, num_rows)
@@ -78,11 +83,16 @@ def choose_groups(config: ModelConfig, context_len: int) -> CacheGroups:
 
 def _sizes(config: ModelConfig) -> range:
     """Layers per group, fewest first, so that all layers without a window fit into the first group."""
-    return range(max(1, Counter(config.layer_windows)[None]), config.num_layers + 1)
+    return range(max(1, _counts(config)[None]), len(config.kv_layers) + 1)
 
 
 def _windows(config: ModelConfig, num_rows: int) -> tuple[int | None, ...]:
     """The windows of the groups of `num_rows` layers: first that without one."""
-    counts = Counter(config.layer_windows)
+    counts = _counts(config)
     kinds = sorted(counts, key=lambda window: window is not None)
     return tuple(window for window in kinds for _ in range(-(-counts[window] // num_rows)))
+
+
+def _counts(config: ModelConfig) -> Counter[int | None]:
+    """How many layers with keys of their own have each window."""
+    return Counter(config.layer_windows[layer] for layer in config.kv_layers if config.layer_windows)

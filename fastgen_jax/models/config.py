@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from fastgen_jax.models.moe_config import Activation, MLAConfig, MoEConfig
 from fastgen_jax.models.state_config import StateConfig
+from fastgen_jax.models.stream_config import AltUp, LayerInputs
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "stepped_ntk"]
 LENGTH_DEPENDENT = ("dynamic", "longrope", "stepped_ntk")  # rotary scalings whose angles depend on the whole sequence
@@ -103,6 +104,9 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     logits_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     residual_multiplier: float = 1.0  # scales what attention and MLP add to x
+    laurel_rank: int = 0  # of a low-rank residual beside attention; 0: none (see streams.py)
+    altup: AltUp | None = None  # several residual streams
+    layer_inputs: LayerInputs | None = None  # an embedding of each token for each layer
     exceeds_float16: bool = False  # activations grow beyond 65,504: the residual stream needs a wider dtype
 
     # attention
@@ -112,6 +116,7 @@ class ModelConfig:
     qk_norm: Literal["head", "per_head", "row", "unit"] | None = None
     qk_norm_bias: bool = False
     qk_norm_rotated: bool = False  # these norms follow the rotary embedding
+    v_norm: bool = False  # values are normalized too, per head and without a scale
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
     attention_scale: float | None = None  # of the dot products; None: 1 / sqrt(D)
     attention_scale_by_layer: bool = False  # the scale of layer i, counted from 0, is also divided by i + 1
@@ -128,6 +133,7 @@ class ModelConfig:
     attention_multiplier: float = 1.0  # of the input of the output projection
     attention_gate: bool = False  # the output of attention is scaled by a sigmoid of the input, before its projection
     attention_layers: tuple[int, ...] | None = None  # the layers that have attention; None: all
+    kv_sources: tuple[int, ...] = ()  # the layer whose keys and values each layer reads; (): its own
 
     # state
     state: StateConfig | None = None  # a state of fixed size in some layers, instead of attention or beside it
@@ -137,6 +143,8 @@ class ModelConfig:
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
     mlp_multipliers: tuple[float, float] | None = None  # of the gate before its activation, and of the hidden units
+    # standard deviations above their mean from which gates count, what is below is 0; None: all (see mlp.py)
+    gate_cutoffs: tuple[float | None, ...] = ()  # one per layer; (): none
     moe: MoEConfig | None = None  # mixture of experts instead of the MLP, in some or all layers
     mlp_layers: tuple[int, ...] | None = None  # the layers that have an MLP or experts; None: all
 
@@ -163,12 +171,23 @@ class ModelConfig:
             )
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv is {self.clip_qkv}; it must be positive, or None for no clipping")
-        for name in ("layer_ropes", "layer_windows"):
+        for name in ("layer_ropes", "layer_windows", "kv_sources", "gate_cutoffs"):
             if len(getattr(self, name)) not in (0, self.num_layers):
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries; it needs one for each of the "
                     f"{self.num_layers} layers, or none"
                 )
+        for layer, source in enumerate(self.kv_sources):
+            windows = self.layer_windows or (None,) * self.num_layers
+            if source > layer or self.kv_sources[source] != source or windows[source] != windows[layer]:
+                raise ValueError(
+                    f"kv_sources[{layer}] is {source}; a layer reads its own keys and values or those of an earlier layer "
+                    "that has its own, with the same window"
+                )
+        if self.v_norm and self.qk_norm != "head":
+            raise ValueError(f"v_norm is set, but qk_norm is {self.qk_norm!r}; values are normalized beside keys: 'head'")
+        if self.altup is not None and self.layer_inputs is None:
+            raise ValueError("altup is set, but layer_inputs is None; several streams without inputs are not supported")
         if self.attention_layers is not None and self.layer_windows:
             raise ValueError(
                 "layer_windows is set, but some layers have no attention; windows beside states are not supported"
@@ -194,7 +213,14 @@ class ModelConfig:
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """The layers with attention, in the order of their keys and values in the cache."""
+        """The layers with keys and values of their own, in the order of these in the cache."""
+        if self.kv_sources:
+            return tuple(layer for layer, source in enumerate(self.kv_sources) if layer == source)
+        return self.attending_layers
+
+    @property
+    def attending_layers(self) -> tuple[int, ...]:
+        """The layers with attention."""
         return tuple(range(self.num_layers)) if self.attention_layers is None else self.attention_layers
 
     @property
@@ -210,7 +236,9 @@ class ModelConfig:
     @property
     def fused_swiglu(self) -> bool:
         """Whether the MLP is the SwiGLU that `pallas_kernels.matmul.swiglu` computes."""
-        return self.mlp_gated and self.activation == "silu" and not self.mlp_bias and self.mlp_multipliers is None
+        return (
+            self.mlp_gated and self.activation == "silu" and not (self.mlp_bias or self.mlp_multipliers or self.gate_cutoffs)
+        )
 
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """Bytes of K and V per token, over all layers, with `itemsize` bytes per number and `scale_bytes` per head."""

@@ -33,4 +33,4 @@ def count_products(config: ModelConfig, *, sampled: bool) -> int:
 def flops_per_token(config: ModelConfig, *, context_len: int = 0, sampled: bool = True) -> float:
     """Floating-point operations of one token: matrix products, attention, and the row of logits if `sampled`."""
     attention = 2 * context_len * config.num_heads * config.head_dim
-    return 2.0 * (count_products(config, sampled=sampled) + len(config.kv_layers) * attention)
+    return 2.0 * (count_products(config, sampled=sampled) + len(config.attending_layers) * attention)

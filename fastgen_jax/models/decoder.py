@@ -33,6 +33,7 @@ from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.segments import Place, Segment, run_loops
 from fastgen_jax.models.sharding import in_place
+from fastgen_jax.models.streams import in_streams, inputs_of_layers, join_streams, low_rank, split_streams, with_inputs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
@@ -116,9 +117,16 @@ def hidden_rows(
     if images is not None:
         x = jnp.where(images.is_image[:, None], images.embeddings[0].astype(x.dtype), x)
         layer = _adding(layer, images.embeddings[1:].astype(x.dtype))
+    if config.layer_inputs is not None:
+        inputs = inputs_of_layers(params, batch.token_ids, x, config=config, num_tokens=step.num_tokens)
+        layer = (with_inputs if config.altup is None else in_streams)(layer, inputs, step=step, config=config)
+    if config.altup is not None:
+        x = split_streams(x, params, config.altup, step.num_tokens)
     rows, kv_cache = run_layers(
         layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
     )
+    if config.altup is not None:
+        rows = join_streams(rows, params, config.altup, batch.num_sample_rows)
     if config.final_norm:
         rows = norm(rows, params, "final_norm", config=config, num_rows=batch.num_sample_rows)
     if config.embed_proj_dim is not None:
@@ -159,13 +167,13 @@ def _adding(layer: Layer, parts: Float[Array, "parts T E"]) -> Layer:
 def run_layers(
     layer: Layer,
     layers: LayerWeights | Sequence[LayerWeights],
-    x: Float[Array, "T E"],
+    x: Float[Array, "T ..."],
     kv_cache: KVCache,
     *,
     rows: Int[Array, " R"],
     config: ModelConfig,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, "R E"], KVCache]:
+) -> tuple[Float[Array, "R ..."], KVCache]:
     """x[rows] after applying `layer(x, cache, weights, call)` once per layer; the form of `layers` selects scan or unroll.
 
     One dict of stacked arrays is scanned, so the program does not grow with depth. If layers have different weights
@@ -231,7 +239,8 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
         first_expert = first_expert * config.moe.num_experts if experts_of_all else 0
     return LayerCall(
         index=index,
-        has_attention=place.first in config.kv_layers,
+        has_attention=place.first in config.attending_layers,
+        has_keys=place.first in config.kv_layers,
         state_row=None if config.state is None else place.row(config.state.layers),
         has_mlp=config.mlp_layers is None or place.first in config.mlp_layers,
         rows=rows,
@@ -298,12 +307,12 @@ def _held_stacks(
 def _run_packed(
     layer: Layer,
     layers: LayerWeights,
-    x: Float[Array, "T E"],
+    x: Float[Array, "T ..."],
     kv_cache: KVCache,
     *,
     rows: Int[Array, " R"],
     config: ModelConfig,
-) -> tuple[Float[Array, "R E"], KVCache]:
+) -> tuple[Float[Array, "R ..."], KVCache]:
     """`run_layers` for stacks of packed weights: loops, and the last layer by itself."""
     having, last = layers_with(config), config.num_layers - 1
 
@@ -371,13 +380,15 @@ def _sequential_layer(
         y, cache = mix(h, w, cache, step, call, config=config, residual=x if fused else None)
         if not fused:
             y = x + scale * (norm(y, w, "post_attn_norm", config=config, num_rows=used) if after else y)
+        if config.laurel_rank:
+            y = (y + low_rank(take_rows(h, call.rows), w, config=config, num_rows=used)) * 0.5**0.5
         x = norm(y, w, "attn_norm", config=config, num_rows=used) if place == "residual" else y
     if not call.has_mlp:
         return x, cache
 
     h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
     residual = x if fused else None
-    y = mlp(h, w, config=config, num_tokens=used, residual=residual, first_expert=call.first_expert, mesh=step.mesh)
+    y = mlp(h, w, call, config=config, num_tokens=used, residual=residual, mesh=step.mesh)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config, num_rows=used) if after else y)
     return norm(y, w, "mlp_norm", config=config, num_rows=used) if place == "residual" else y, cache
@@ -396,7 +407,7 @@ def _parallel_layer(
     x, used = take_rows(x, call.rows), step.num_rows(call.rows)
     for_mlp = take_rows(h, call.rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config, num_rows=used)
     y, cache = attention(h, w, cache, step, call, config=config, residual=x)
-    y = mlp(for_mlp, w, config=config, num_tokens=used, residual=y, first_expert=call.first_expert, mesh=step.mesh)
+    y = mlp(for_mlp, w, call, config=config, num_tokens=used, residual=y, mesh=step.mesh)
     return y, cache
 
 

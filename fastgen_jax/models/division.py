@@ -47,6 +47,12 @@ def check_num_devices(config: ModelConfig, num_devices: int) -> None:
             f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "
             f"least one head; choose at most {config.num_heads} devices"
         )
+    if config.gate_cutoffs and _wide(config.mlp_dim, num_devices) != config.mlp_dim:
+        raise ValueError(
+            f"an MLP of width {config.mlp_dim} whose gates have a cutoff cannot be divided over {num_devices} devices: "
+            "columns that are added would count in the mean; choose a number of devices whose shares are whole tiles of "
+            f"{_TILE}"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,7 +83,7 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
     Of what depends on the `platform` only weights and cache know: the widths of experts, and of what states keep.
     """
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
-    moe = config.moe
+    moe, inputs = config.moe, config.layer_inputs
 
     slopes = config.alibi_slopes and tuple(0.0 if head is None else config.alibi_slopes[head] for head in heads.query)
     return dataclasses.replace(
@@ -86,6 +92,7 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
         num_kv_heads=len(heads.kv),
         mlp_dim=_wide(config.mlp_dim, num_devices),
         vocab_size=_wide(config.vocab_size, num_devices),
+        layer_inputs=inputs and dataclasses.replace(inputs, num_rows=_wide(inputs.num_rows, num_devices)),
         alibi_slopes=slopes,
         state=config.state and divided_state(config.state, num_devices, platform),
         moe=moe

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastgen_jax.models.adapters import AdaptedWeight, adapted_linear
+from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project, xielu
@@ -22,26 +24,31 @@ if TYPE_CHECKING:
 def mlp(
     x: Float[Array, "T E"],
     w: LayerWeights,
+    call: LayerCall,
     *,
     config: ModelConfig,
     num_tokens: Int[Array, ""],
     residual: Float[Array, "T E"] | None,
-    first_expert: Int[Array, ""] | int | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "T E"]:
-    """The MLP of `x` [T, E] (+ residual), or its experts if the layer has a `first_expert`; see `moe`.
+    """The MLP of `x` [T, E] (+ residual), or its experts if the layer has any; see `moe`.
 
     Tokens from `num_tokens` on are padding. With `mesh` the weights are sharded over it; see `sharding`.
     """
-    if first_expert is not None:
+    if (first := call.first_expert) is not None:
         assert config.moe is not None, "a layer with a first expert has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, first_expert=first_expert, mesh=mesh)
-    hidden = _hidden(x, w, num_tokens, config, 1 if mesh is None else mesh.size)
+        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, first_expert=first, mesh=mesh)
+    hidden = _hidden(x, w, call, num_tokens, config, 1 if mesh is None else mesh.size)
     return project(hidden, w, "down", residual=residual, num_rows=num_tokens)
 
 
 def _hidden(
-    x: Float[Array, "T E"], w: LayerWeights, num_tokens: Int[Array, ""], config: ModelConfig, num_devices: int
+    x: Float[Array, "T E"],
+    w: LayerWeights,
+    call: LayerCall,
+    num_tokens: Int[Array, ""],
+    config: ModelConfig,
+    num_devices: int,
 ) -> Float[Array, "T F"]:
     """The hidden units, before the projection back to E."""
     if config.activation == "xielu":
@@ -59,4 +66,21 @@ def _hidden(
     if config.mlp_multipliers is not None:
         of_gate, of_hidden = config.mlp_multipliers
         return activation(gate * of_gate) * up * of_hidden
+    if config.gate_cutoffs:
+        gate = _above_cutoff(gate, config, call)
     return activation(gate) * up
+
+
+def _above_cutoff(gate: Float[Array, "T F"], config: ModelConfig, call: LayerCall) -> Float[Array, "T F"]:
+    """By how much gates exceed the cutoff of the layer, in standard deviations of the token's gates above their mean."""
+    cutoffs = config.gate_cutoffs
+    number = call.index if isinstance(call.index, int) else None
+    if number is not None and cutoffs[number] is None:
+        return gate
+    gate32 = gate.astype(jnp.float32)
+    mean, deviation = jnp.mean(gate32, axis=-1, keepdims=True), jnp.std(gate32, axis=-1, keepdims=True)
+    cutoff = jnp.asarray([c or 0.0 for c in cutoffs], jnp.float32)[call.index]
+    cut = jax.nn.relu(gate32 - (mean + deviation * cutoff)).astype(gate.dtype)
+    if number is not None or None not in cutoffs:
+        return cut
+    return jnp.where(jnp.asarray([c is not None for c in cutoffs])[call.index], cut, gate)

@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 from fastgen_jax.models.state_specs import state_specs
+from fastgen_jax.models.stream_specs import (
+    input_layer_specs,
+    input_model_specs,
+    low_rank_specs,
+    stream_layer_specs,
+    stream_model_specs,
+)
 from fastgen_jax.models.weight_spec import (
     DType,
     Kind,
@@ -61,17 +68,18 @@ def model_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     """The specs of the weights of layer number `layer`: the norms, then attention and state, then the MLP."""
     has_state = config.state is not None and layer in config.state.layers
-    has_attention = layer in config.kv_layers
+    has_attention = layer in config.attending_layers
     has_mlp = config.mlp_layers is None or layer in config.mlp_layers
     specs = [*_layer_norm_specs(config, mixes=has_attention or has_state, has_mlp=has_mlp)]
     if has_attention:
-        specs += _attention_specs(config)
+        specs += _attention_specs(config, has_keys=layer in config.kv_layers)
     if config.state is not None and has_state:
         specs += state_specs(config.embed_dim, config.state)
     if config.moe is not None and layer in config.moe.layers:
         specs += [*_router_specs(config.embed_dim, config.moe), *_expert_specs(config.embed_dim, config.moe)]
     elif has_mlp:
         specs += _mlp_specs(config)
+    specs += _stream_specs(config)
     return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
 
 
@@ -108,6 +116,10 @@ def _model_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         yield from _norm_specs("embed_norm", config)
     if config.final_norm:
         yield from _norm_specs("final_norm", config)
+    if config.layer_inputs is not None:
+        yield from input_model_specs(e, config.num_layers, config.layer_inputs, neutral=_neutral_scale(config))
+    if config.altup is not None:
+        yield from stream_model_specs(e, config.altup)
     head = head_spec(config)
     if not config.tie_embeddings:
         yield head
@@ -140,13 +152,24 @@ def _neutral_scale(config: ModelConfig) -> float:
     return 0.0 if config.norm_offset else 1.0
 
 
-def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+def _stream_specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    """The weights of a layer beside attention, state and MLP: what adds to the residual stream, or mixes several."""
+    neutral = _neutral_scale(config)
+    if config.laurel_rank:
+        yield from low_rank_specs(config.embed_dim, config.laurel_rank, neutral=neutral)
+    if config.altup is not None:
+        yield from stream_layer_specs(config.embed_dim, config.altup, neutral=neutral)
+    if config.layer_inputs is not None:
+        yield from input_layer_specs(config.embed_dim, config.layer_inputs, neutral=neutral)
+
+
+def _attention_specs(config: ModelConfig, *, has_keys: bool) -> Iterator[WeightSpec]:
     if config.mla is not None:
         yield from _latent_attention_specs(config, config.mla)
         return
     e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     parts = (2 * h * d if config.attention_gate else h * d, k * d, k * d)
-    qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts)
+    qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts) if has_keys else matrix("q", (e, h * d), ("E", "HD"))
     o = matrix("o", (h * d, e), ("HD", "E"))
     yield from (qkv, o)
     if config.qkv_bias:
@@ -156,7 +179,7 @@ def _attention_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     if config.attention_sinks:
         yield vector("sinks", h, "H")
     if config.qk_norm not in (None, "unit"):
-        for name, heads, letter in (("q_norm", h, "H"), ("k_norm", k, "K")):
+        for name, heads, letter in (("q_norm", h, "H"), ("k_norm", k, "K"))[: 1 + has_keys]:
             shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
                 "head": ((d,), ("D",)),
                 "per_head": ((heads, d), (letter, "D")),

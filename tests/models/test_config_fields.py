@@ -57,6 +57,7 @@ def test_every_field_that_one_family_reads_is_refused_or_harmless_in_the_others(
         *("scale_attn_weights", "sliding_window_pattern", "tie_word_embeddings", "vocab_size"),
         *("attention_head_dim", "block_auto_adjust_ff_dim", "block_ff_dim", "block_multiple_of", "head_dim", "n_groups"),
         *("num_key_value_heads", "shared_intermediate_size", "tie_embedding", "word_embed_proj_dim"),
+        "vocab_size_per_layer_input",
     }
     read = set()
     for module in FAMILIES.values():
@@ -171,7 +172,7 @@ ACTIVATION_FIELDS = {
     **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",
     "nemotron_h": "mlp_hidden_act",
-    **dict.fromkeys(("gemma", "gemma2", "gemma3"), "hidden_activation"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3n"), "hidden_activation"),
 }
 
 

@@ -140,6 +140,8 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("gemma2", "default", {"attention_soft_cap": None}),
         ("gemma2", "default", {"logits_soft_cap": None}),
         ("gemma3", "default", {"layer_ropes": ()}),
+        ("gemma3n", "default", {"gate_cutoffs": ()}),
+        ("gemma3n", "default", {"v_norm": False}),
         ("smollm3", "default", {"layer_ropes": ()}),
         ("falcon", "rw", {"alibi_slopes": ()}),
         ("granite", "default", {"residual_multiplier": 1.0}),
@@ -212,6 +214,9 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ("falcon", "7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("gemma3n", "default", {"num_kv_shared_layers": 5}, "no layer before the last 5 of 7 has keys for full attention"),
+        ("gemma3n", "default", {"intermediate_size": [40] * 6 + [80]}, "the same width in all layers"),
+        ("gemma3n", "default", {"activation_sparsity_pattern": [1.0] * 7}, "at least 0 and below 1"),
         (
             "mistral",
             "window",

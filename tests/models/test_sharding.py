@@ -24,6 +24,7 @@ from fastgen_jax.models.families.common import alibi_slopes
 from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
 from fastgen_jax.models.params import all_specs, layer_specs
 from fastgen_jax.models.state_config import DeltaNet, Mamba2, ShortConv
+from fastgen_jax.models.stream_config import AltUp, LayerInputs
 from fastgen_jax.models.weight_spec import Kind
 
 TINY = ModelConfig(
@@ -84,6 +85,24 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
             ),
         ),
         4,
+        None,
+    ),
+    "several streams": (
+        dataclasses.replace(
+            TINY,
+            num_layers=3,
+            vocab_size=63,
+            norm_placement="both",
+            activation="gelu_tanh",
+            qk_norm="head",
+            v_norm=True,
+            kv_sources=(0, 1, 1),
+            gate_cutoffs=(0.5, None, None),
+            laurel_rank=4,
+            altup=AltUp(num_streams=3),
+            layer_inputs=LayerInputs(dim=6, vocab_size=61, num_rows=61),
+        ),
+        2,
         None,
     ),
     "latent attention": (

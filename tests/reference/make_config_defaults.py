@@ -14,7 +14,13 @@ from fastgen_jax.models.families import FAMILIES
 
 OUTPUT = Path(__file__).with_name("config_defaults.json")
 # Where it is not the name of the family.
-MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mllama": "mllama_text_model"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "mllama": "mllama_text_model",
+}
 NOT_IN_TRANSFORMERS = ("qwen", "baichuan", "internlm2", "internlm3", "minicpm")
 MULTIMODAL = ("llava", "qwen3_vl_moe")  # their fields are in those of a text model
 

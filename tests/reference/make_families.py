@@ -56,6 +56,18 @@ MPT = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_le
 FALCON = without("num_key_value_heads", "intermediate_size", ffn_hidden_size=48)
 OPT = without("num_key_value_heads", "intermediate_size", ffn_dim=48, word_embed_proj_dim=32, tie_word_embeddings=True)
 GEMMA = {**LLAMA_LIKE, "head_dim": 12, "tie_word_embeddings": True}
+GEMMA3N = {
+    **GEMMA,
+    "num_hidden_layers": 7,
+    "sliding_window": 16,
+    "layer_types": [f"{kind}_attention" for kind in ["sliding", "sliding", "full", "sliding", "sliding", "full", "sliding"]],
+    "num_kv_shared_layers": 3,
+    "activation_sparsity_pattern": [0.9, 0.7, 0.0, 0.0, 0.5, 0.0, 0.0],
+    "vocab_size_per_layer_input": 56,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 6,
+    "final_logit_softcapping": 5.0,
+}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -190,6 +202,26 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "num_hidden_layers": 3,
                 "sliding_window": 16,
                 "query_pre_attn_scalar": 12,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                },
+            },
+        },
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "default": GEMMA3N,
+            "dense": {
+                **GEMMA3N,
+                "num_hidden_layers": 3,
+                "num_kv_shared_layers": 0,
+                "altup_num_inputs": 2,
+                "altup_active_idx": 1,
+                "altup_correct_scale": False,
+                "activation_sparsity_pattern": [0.0] * 3,
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
                 "rope_parameters": {
                     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},

@@ -23,6 +23,7 @@ _NAMES = (
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma3n",
     "gpt2",
     "gpt_neox",
     "gptj",

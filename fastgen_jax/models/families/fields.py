@@ -231,6 +231,11 @@ _AROUND_TEXT = frozenset(
         "alignment_intermediate_size",
         "boa_token_id",
         "audio_token_id",
+        "audio_config",
+        "audio_soft_tokens_per_image",
+        "vision_soft_tokens_per_image",
+        "eoa_token_id",
+        "eoa_token_index",
         "use_unified_vision_chunk",
         "video_placeholder",
     }

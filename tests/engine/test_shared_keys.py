@@ -1,0 +1,47 @@
+"""Models whose last layers read the keys and values of earlier ones: what engines generate, and what their caches hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.models.cache_groups import choose_groups
+from tests.models.parity import expected, load
+from tests.tiny import drain, greedy, tokens_of
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma3n", {}),
+        pytest.param("gemma3n", {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
+    ],
+)
+def test_engines_generate_what_transformers_does_with_blocks_for_layers_with_keys_alone(family, options) -> None:
+    params, config = load(family, "default")
+    tokens, _, length = expected(family, "default")
+    prompt, answer = tokens[:length].tolist(), tokens[length:].tolist()
+    settings = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 80}
+    engine = Engine(params, config, EngineConfig(**(settings | options)))
+    groups = choose_groups(config, engine.config.max_context_len)
+    assert engine.config.windows == groups.windows
+    assert engine.runner.kv_cache.k.shape[0] == 80 * groups.num_rows
+    assert len(groups.windows) * groups.num_rows < config.num_layers
+    # Together they need more blocks than there are, so some are preempted; the last finds a prefix of the others.
+    first = [engine.add(prompt[i:] if i else prompt, greedy(len(answer))) for i in range(3)]
+    outputs = drain(engine)
+    again = engine.add(prompt, greedy(len(answer)))
+    outputs |= drain(engine)
+    assert tokens_of(outputs[first[0]]) == tokens_of(outputs[again]) == answer
+    assert engine.scheduler.stats.num_prefix_hit_tokens > 0
+    assert engine.scheduler.num_free_blocks == engine.config.num_blocks
+
+
+def test_they_are_refused_without_a_cache() -> None:
+    import jax.numpy as jnp
+
+    from fastgen_jax.models.dense import dense_forward
+
+    params, config = load("gemma3n", "default", stack_layers=True)
+    with pytest.raises(ValueError, match="whose layers read the keys of others, cannot run without a KV cache"):
+        dense_forward(params, jnp.zeros((1, 4), jnp.int32), config=config)
