@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all compat tunix-check soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all compat tunix-check gemma-check easydel-check soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -50,6 +50,33 @@ $(TUNIX_VENV)/.installed: pyproject.toml
 	test -x $(TUNIX_VENV)/bin/python || $(PYTHON) -m venv $(TUNIX_VENV)
 	$(TUNIX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tunix]' \
 	  'pytest>=8' 'jaxtyping>=0.3' 'beartype>=0.20'
+	touch $@
+
+# Checkpoints that trainers themselves have written. Each has an environment of its own.
+GEMMA_VENV ?= .venv-gemma
+EASYDEL_VENV ?= .venv-easydel
+WITH_TRAINER := 'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20'
+gemma-check:
+	@if $(MAKE) --silent $(GEMMA_VENV)/.installed; \
+	then $(GEMMA_VENV)/bin/python -m pytest --run-slow -W default tests/checkpoint/test_gemma_library.py; \
+	else echo 'gemma-check SKIPPED: the gemma library cannot be installed here'; fi
+
+# sentencepiece 0.2.1 requires another protobuf than the library's tensorflow.
+$(GEMMA_VENV)/.installed: pyproject.toml
+	test -x $(GEMMA_VENV)/bin/python || python3.12 -m venv $(GEMMA_VENV)
+	$(GEMMA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable . \
+	  'gemma>=4.0.1' 'jax<0.11' 'sentencepiece<0.2.1' $(WITH_TRAINER)
+	touch $@
+
+easydel-check:
+	@if $(MAKE) --silent $(EASYDEL_VENV)/.installed; \
+	then $(EASYDEL_VENV)/bin/python -m pytest --run-slow -W default tests/checkpoint/test_easydel.py; \
+	else echo 'easydel-check SKIPPED: EasyDeL cannot be installed here'; fi
+
+$(EASYDEL_VENV)/.installed: pyproject.toml
+	test -x $(EASYDEL_VENV)/bin/python || python3.12 -m venv $(EASYDEL_VENV)
+	$(EASYDEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable . \
+	  'easydel==0.3.0' torch pillow $(WITH_TRAINER)
 	touch $@
 
 # A server under 200 clients, well-behaved and not, for a few minutes.

@@ -2,6 +2,7 @@
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.built_in import BUILT_IN
+from fastgen_jax.checkpoint.easydel import open_easydel
 from fastgen_jax.checkpoint.export import export_checkpoint, export_params
 from fastgen_jax.checkpoint.gemma_library import open_gemma
 from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
@@ -24,6 +25,7 @@ __all__ = [
     "load_params",
     "load_tower",
     "open_checkpoint",
+    "open_easydel",
     "open_gemma",
     "open_maxtext",
     "read_peft",

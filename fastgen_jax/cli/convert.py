@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
-    trained = "; or maxtext:PATH or gm:PATH, an Orbax checkpoint of MaxText or of the gemma library, with --config"
+    trained = (
+        "; or maxtext:PATH or gm:PATH, an Orbax checkpoint of MaxText or of the gemma library, with --config; or "
+        "easydel:PATH, the directory that EasyDeL has saved"
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP + trained)
     parser.add_argument("out", metavar="OUT", help="new directory; for a snapshot also gs://")
     parser.add_argument(
@@ -27,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="MODEL",
-        help="for maxtext: and gm:, the directory or repo id whose config.json and tokenizer the model has",
+        help="for maxtext: and gm:, the directory or repo id whose config.json and tokenizer the model has; for easydel:, "
+        "one to use in place of those in its directory",
     )
     parser.add_argument(
         "--dtype",
@@ -63,18 +67,23 @@ def run(options: Options) -> int:
 
 
 def _open(model: str, config: str | None) -> Checkpoint:
-    from fastgen_jax.checkpoint import open_checkpoint, open_gemma, open_maxtext, resolve_model
+    from fastgen_jax.checkpoint import open_checkpoint, open_easydel, open_gemma, open_maxtext, resolve_model
     from fastgen_jax.checkpoint.hub_files import BESIDE_WEIGHTS
 
     trainer, separator, path = model.partition(":")
-    if not separator or trainer not in ("maxtext", "gm"):
+    if not separator or trainer not in ("maxtext", "gm", "easydel"):
         if config is not None:
-            raise ValueError("--config belongs to maxtext:PATH and gm:PATH; other checkpoints have a config of their own")
+            raise ValueError(
+                "--config belongs to maxtext:PATH, gm:PATH and easydel:PATH; other checkpoints have a config of their own"
+            )
         return open_checkpoint(resolve_model(model))
+    if config is None and trainer == "easydel":
+        return open_easydel(path)
     if config is None:
         raise ValueError(
             f"{model} requires the model's config.json and tokenizer, which {trainer} does not save: pass --config with the "
             "directory or the repo id of the model that training began with"
         )
     base = resolve_model(config, files=BESIDE_WEIGHTS)
-    return open_maxtext(path, base) if trainer == "maxtext" else open_gemma(path, base)
+    opened = {"maxtext": open_maxtext, "gm": open_gemma, "easydel": open_easydel}
+    return opened[trainer](path, base)
