@@ -178,14 +178,11 @@ def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> Mode
 def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfig) -> dict[str, T]:
     """The tensors of a checkpoint that belong to its text model, under the names that they have there.
 
-    The others are those of the vision part, of multi-token prediction, which is not used, and of the indexer of DeepSeek
-    V3.2, which has no effect on the contexts that are supported.
+    The others are those of the vision part, and of multi-token prediction, which is not used.
     """
     if is_multimodal(hf):
         tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name)) is not None}
         tensors = _without_layers(tensors, hf.get("text_config", {}).get("cross_attention_layers") or ())
-    if "index_topk" in hf:
-        tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn.indexer." not in name}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
     tensors = {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
     predictors = ("model.mtp_layers.", "model.mtp.", "mtp.", *(f"model.layers.{layer}." for layer in extra))
