@@ -180,8 +180,8 @@ def model_config(hf: JsonFields, where: object, *, strict: bool = False) -> Mode
 def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfig) -> dict[str, T]:
     """The tensors of a checkpoint that belong to its text model, under the names that they have there.
 
-    The others are those of the parts for images and audio, of multi-token prediction, which is not used, of the indexer of
-    DeepSeek V3.2, which has no effect on the contexts that are supported, and keys of layers that read those of others.
+    The others are those of the parts for images and audio, of multi-token prediction, which is not used, and keys of layers
+    that read those of others.
     """
     if is_multimodal(hf):
         tensors = {inner: tensor for name, tensor in tensors.items() if (inner := text_name(name, hf)) is not None}
@@ -194,8 +194,6 @@ def decoder_tensors(tensors: Mapping[str, T], hf: JsonFields, config: ModelConfi
             for part in ("k_proj", "v_proj", "k_norm", "v_norm")
         )
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
-    if "index_topk" in hf:
-        tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn.indexer." not in name}
     extra = range(config.num_layers, config.num_layers + (hf.get("num_nextn_predict_layers") or 0))
     tensors = {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
     predictors = ("model.mtp_layers.", "model.mtp.", "mtp.", *(f"model.layers.{layer}." for layer in extra))

@@ -30,6 +30,8 @@ class KVCache:
     """None: `k` is packed, each row being a key and its value; see `packs_heads`."""
     states: dict[str, Float[Array, "_ ..."]] = field(default_factory=dict)
     """What sequences hold beside their blocks: see `core.states`. Empty for most models."""
+    chosen: Int32[Array, "T C"] | None = None
+    """While the layers of a step run: the positions that each token attends to in the current layer. None otherwise."""
 
     @staticmethod
     def zeros(

@@ -23,6 +23,7 @@ from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
+from fastgen_jax.models.sparse import check_kv_dtype
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels import native
@@ -225,6 +226,7 @@ def resolve(
             )
         if config.fit and config.max_context_len is None:
             max_context_len = max(groups.longest(num_blocks, max_context_len), 2)  # a prompt and a generated token
+    check_kv_dtype(kv_dtype, model, -(-max_context_len // block_size) * block_size)
     # A key rotated for a prompt of one length is wrong for a longer prompt with the same prefix.
     # A state is not kept for the end of each block, only for the last token.
     prefix_caching = config.prefix_caching and not model.rope_depends_on_length and model.state is None

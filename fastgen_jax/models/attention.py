@@ -22,6 +22,14 @@ from fastgen_jax.models.layers import norm, project
 from fastgen_jax.models.mla import expand_values, latent_heads
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
+from fastgen_jax.models.sparse import (
+    attend_to_chosen,
+    attended_in_full,
+    check_kv_dtype,
+    index_keys,
+    index_queries,
+    indexer_of,
+)
 from fastgen_jax.models.state_rows import StateRows, state_rows
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.norm import rms_norm
@@ -35,6 +43,7 @@ from pallas_kernels.ragged_attention import (
     with_spans,
 )
 from pallas_kernels.rotary import rotary, rotate
+from pallas_kernels.sparse_attention import IndexQueries, SparseTokens, sparse_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32
@@ -58,6 +67,7 @@ class Step:
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
     state: StateRows | None = None  # for layers with a state
+    sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
 
     def num_rows(self, rows: Int[Array, " R"] | None) -> Int[Array, ""]:
         """How many of the tokens, or of the sampled `rows`, are not padding."""
@@ -131,6 +141,12 @@ def prepare_step(
     if config.window_chunks:
         indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
         windows = (None,) * len(windows)  # the indices say where chunks begin
+    sparse, indexer = None, indexer_of(config)
+    longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
+    if indexer is not None and longest > indexer.num_chosen:
+        check_kv_dtype(kv_cache.k.dtype, config, longest)
+        sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
+        indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
     if not callable(implementation):
         indices = plan_layers(
             indices,
@@ -159,6 +175,7 @@ def prepare_step(
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
         state=None if config.state is None else state_rows(batch),
+        sparse=sparse,
     )
 
 
@@ -230,7 +247,11 @@ def attention(
         if config.attention_gate:
             widths = (x.shape[1] - config.num_heads * d, config.num_heads * d)
             x, gate = split_columns(x, widths, 1 if step.mesh is None else step.mesh.size)
-    q, key, value = (_heads if call.has_keys else _queries)(x, w, step, _rotation_of(step, config, index), config=config)
+    turn, asked = _rotation_of(step, config, index), None
+    if config.mla is None:
+        q, key, value = (_heads if call.has_keys else _queries)(x, w, step, turn, config=config)
+    else:
+        q, key, value, asked = _latent_heads(x, w, step, turn, config=config)
     if config.qk_norm == "unit":
         q, key = _unit_norms(q, key, step, config, index)
     if step.query_scale is not None:
@@ -242,16 +263,13 @@ def attention(
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.head_dim != d:  # heads are zero-padded in the cache, which does not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.head_dim - d))) for part in (q, key, value))
-    out, k_cache, v_cache = step.attend(
-        q,
-        key,
-        value,
-        cache.k,
-        cache.v,
-        _index_of(step, index),
-        CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks),
-        _scoring_of(config, w, index),
-    )
+    layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
+    out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, index), layer, scoring)
+    cache = replace(cache, k=k_cache, v=v_cache)
+    if step.sparse is not None:
+        assert config.mla is not None, "only latent attention has an indexer"
+        places = {"rank": config.mla.kv_rank, "scale": scoring.scale, "mesh": step.mesh}
+        out, cache = attend_to_chosen(q, out, asked, cache, step.batch.index, layer, step.sparse, **places)
     out = take_rows(out[..., :d], rows)
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla, num_tokens=step.num_rows(rows))
@@ -260,23 +278,37 @@ def attention(
         out = out * config.attention_multiplier
     if gate is not None:
         out = out * jax.nn.sigmoid(take_rows(gate, rows))
-    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), replace(cache, k=k_cache, v=v_cache)
+    return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), cache
+
+
+def _latent_heads(
+    x: Float[Array, "T E"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"], IndexQueries | None]:
+    """`_heads` of latent attention, for its input, and what the indexer of this layer asks if it has one to ask."""
+    mla = config.mla
+    assert mla is not None
+    assert turn is not None, "latent attention rotates in every layer"
+    used: dict[str, Int[Array, ""]] = {"num_tokens": step.num_tokens}
+    q, key, q_latent = latent_heads(x, w, turn, config=mla, num_heads=config.num_heads, **used)
+    value, asked = key, None
+    if step.sparse is not None and "index_k" in w:
+        assert mla.indexer is not None
+        assert q_latent is not None, "checked by MLAConfig"
+        beside = index_keys(x, w, turn, **used)
+        unused = jnp.zeros((x.shape[0], 1, mla.beside_latent - beside.shape[-1]), x.dtype)
+        value = jnp.concatenate([key[..., : mla.kv_rank], beside.astype(x.dtype), unused], axis=-1)
+        asked = index_queries(x, q_latent, w, turn, config=mla.indexer, **used)
+    if step.mesh is not None:  # every device has a copy
+        shape = (x.shape[0], config.num_kv_heads, config.head_dim)
+        key, value = jnp.broadcast_to(key, shape), jnp.broadcast_to(value, shape)
+    return q, key, value, asked
 
 
 def _heads(
     x: Float[Array, "T _"], w: LayerWeights, step: Step, turn: Rotation | None, *, config: ModelConfig
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
-    """Queries, keys and values, normalized and rotated as the config says.
-
-    `x` is the projection to all of them, or for latent attention its input.
-    """
+    """Queries, keys and values, normalized and rotated as the config says; `x` is the projection to all of them."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
-    if config.mla is not None:
-        assert turn is not None, "latent attention rotates in every layer"
-        q, latent = latent_heads(x, w, turn, config=config.mla, num_heads=h, num_tokens=step.num_tokens)
-        if step.mesh is not None:  # every device has a copy
-            latent = jnp.broadcast_to(latent, (x.shape[0], k, d))
-        return q, latent, latent
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
         q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), step.mesh.size))

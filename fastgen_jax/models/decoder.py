@@ -12,7 +12,7 @@ and with `parallel_residual`: x += attn(norm(x)) + mlp(norm'(x)), where norm' ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from fastgen_jax.models.mlp import mlp
 from fastgen_jax.models.params import layers_with, param_specs
 from fastgen_jax.models.segments import Place, Segment, run_loops
 from fastgen_jax.models.sharding import in_place
+from fastgen_jax.models.sparse import with_choice
 from fastgen_jax.models.streams import in_streams, inputs_of_layers, join_streams, low_rank, split_streams, with_inputs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
@@ -122,9 +123,13 @@ def hidden_rows(
         layer = (with_inputs if config.altup is None else in_streams)(layer, inputs, step=step, config=config)
     if config.altup is not None:
         x = split_streams(x, params, config.altup, step.num_tokens)
+    if step.sparse is not None:
+        kv_cache = with_choice(kv_cache, config, batch.token_ids.shape[0])
     rows, kv_cache = run_layers(
         layer, params["layers"], x, kv_cache, rows=batch.sample_rows, config=config, mesh=execution.mesh
     )
+    if step.sparse is not None:
+        kv_cache = replace(kv_cache, chosen=None)
     if config.altup is not None:
         rows = join_streams(rows, params, config.altup, batch.num_sample_rows)
     if config.final_norm:

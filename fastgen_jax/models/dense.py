@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fastgen_jax.core import KVCache, RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
+from fastgen_jax.models.sparse import refuse_choice
 from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
@@ -27,6 +28,7 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
     """
     refuse_states(config, "dense_forward")
     num_sequences, length = token_ids.shape
+    refuse_choice(config, length, "dense_forward")
     num_tokens = num_sequences * length
     zeros = jnp.zeros(num_tokens, jnp.int32)
     batch = RaggedBatch(

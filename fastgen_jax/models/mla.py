@@ -7,7 +7,8 @@ value that begins with c:
 
     queries  [k_up' q | q_rot]   of H heads     cached  [c | r], one head     result  v_up (sum of p c)
 
-The cache keeps [c | r] as key and as value: twice what MLA needs, but far less than the expanded heads would.
+The cache keeps [c | r] as key and as value: twice what MLA needs, but far less than the expanded heads would. In models with
+an indexer the value is [c | index key] instead; see `sparse`.
 """
 
 from __future__ import annotations
@@ -41,29 +42,36 @@ def latent_heads(
     config: MLAConfig,
     num_heads: int,
     num_tokens: Int[Array, ""],
-) -> tuple[Float[Array, "T H D"], Float[Array, "T 1 D"]]:
-    """Queries in the latent space, and the vector to cache for each token; D is kv_rank + rope_dim.
+) -> tuple[Float[Array, "T H D"], Float[Array, "T 1 D"], Float[Array, "T q_rank"] | None]:
+    """Queries in the latent space, the vector to cache for each token, and the latents of queries if there are any.
 
-    Tokens from `num_tokens` on are padding.
+    D is kv_rank + rope_dim. With an indexer it is wider, and the rest is zero. Tokens from `num_tokens` on are padding.
     """
     c, n = config, x.shape[0]
+    q_latent = None
     if c.q_rank is None:
         q = project(x, w, "q", num_rows=num_tokens)
     else:
-        q = rms_norm(project(x, w, "q_a", num_rows=num_tokens), w["q_a_norm"], eps=_NORM_EPS, num_rows=num_tokens)
-        q = project(q, w, "q_b", num_rows=num_tokens)
+        q_latent = rms_norm(project(x, w, "q_a", num_rows=num_tokens), w["q_a_norm"], eps=_NORM_EPS, num_rows=num_tokens)
+        q = project(q_latent, w, "q_b", num_rows=num_tokens)
     q = q.reshape(n, num_heads, c.nope_dim + c.rope_dim)
     in_latent = _by_head(q[..., : c.nope_dim], expansions(w["kv_b"], c, num_heads).k_up, num_tokens)
-    q = jnp.concatenate([in_latent.astype(x.dtype), rotate(q[..., c.nope_dim :], *turn)], axis=-1)
+    q = [in_latent.astype(x.dtype), rotate(q[..., c.nope_dim :], *turn)]
     kv = project(x, w, "kv_a", num_rows=num_tokens)  # [T, kv_rank + rope_dim]
     latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], eps=_NORM_EPS, num_rows=num_tokens)
-    return q, jnp.concatenate([latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)], axis=-1)
+    cached = [latent[:, None], rotate(kv[:, None, c.kv_rank :], *turn)]
+    if c.beside_latent > c.rope_dim:
+        q, cached = (
+            [*parts, jnp.zeros((n, heads, c.beside_latent - c.rope_dim), x.dtype)]
+            for parts, heads in ((q, num_heads), (cached, 1))
+        )
+    return jnp.concatenate(q, axis=-1), jnp.concatenate(cached, axis=-1), q_latent
 
 
 def expand_values(
     out: Float[Array, "T H D"], w: LayerWeights, *, config: MLAConfig, num_tokens: Int[Array, ""]
 ) -> Float[Array, "T H v_dim"]:
-    """The heads' values from the latent sums of attention; D is kv_rank + rope_dim.
+    """The heads' values from the latent sums of attention, with which the D numbers of a head begin.
 
     Tokens from `num_tokens` on are padding.
     """

@@ -81,8 +81,19 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """What chooses the tokens that a query attends to (DeepSeek Sparse Attention)."""
+
+    num_heads: int
+    head_dim: int  # the first `rope_dim` dimensions are rotated
+    num_chosen: int  # tokens; shorter contexts are attended to in full
+    layers: tuple[int, ...]  # the layers that choose; the others use the choice of the last one before them
+    rope_interleaved: bool = False  # whether rotated pairs are adjacent in the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Sizes of latent attention. The model's `head_dim` is `kv_rank + rope_dim`, and it has one KV head."""
+    """Sizes of latent attention. The model has one KV head, whose `head_dim` holds a latent and `beside_latent` more."""
 
     kv_rank: int  # size of a token's latent
     rope_dim: int  # dimensions of a head that are rotated
@@ -91,3 +102,27 @@ class MLAConfig:
     q_rank: int | None = None  # size of the latent that queries are projected through; None: no latent
     rope_interleaved: bool = True  # whether rotated pairs are adjacent in the checkpoint
     kv_bias: bool = False  # whether the projections to latents have biases
+    indexer: IndexerConfig | None = None  # None: queries attend to all tokens
+
+    @property
+    def beside_latent(self) -> int:
+        """Numbers beside a token's latent in the cache: in keys the rotated part, in values the key of the indexer."""
+        return self.rope_dim if self.indexer is None else max(self.rope_dim, self.indexer.head_dim)
+
+    def __post_init__(self) -> None:
+        indexer = self.indexer
+        if indexer is None:
+            return
+        if self.q_rank is None:
+            raise ValueError("q_rank is None, but an indexer reads the latent of queries; set q_rank")
+        if indexer.head_dim < self.rope_dim:
+            raise ValueError(
+                f"the indexer has heads of {indexer.head_dim} dimensions, but rope_dim={self.rope_dim} of them are rotated; "
+                f"its head_dim must be at least that"
+            )
+        if min(indexer.num_chosen, indexer.num_heads) < 1:
+            raise ValueError(
+                f"the indexer chooses {indexer.num_chosen} tokens with {indexer.num_heads} heads; both must be at least 1"
+            )
+        if 0 not in indexer.layers:
+            raise ValueError("layer 0 uses the choice of a layer before it, but there is none; it needs an indexer")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.moe_config import IndexerConfig, MLAConfig, MoEConfig
 from fastgen_jax.models.state_specs import state_specs
 from fastgen_jax.models.stream_specs import (
     input_layer_specs,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, PRNGKeyArray
 
 _ROUTES = "it decides how tokens use experts; int8 would save little memory and could change the choice"
+_CHOOSES = "it decides which tokens are attended to; int8 would save little memory and could change the choice"
 _ABSORBED = (
     "it is applied to queries and outputs by absorbed per-head products, so rounding it would affect every attention score, "
     "and it is a small part of the parameters (0.4 % in DeepSeek V2)"
@@ -73,6 +74,8 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     specs = [*_layer_norm_specs(config, mixes=has_attention or has_state, has_mlp=has_mlp)]
     if has_attention:
         specs += _attention_specs(config, has_keys=layer in config.kv_layers)
+    if config.mla is not None and config.mla.indexer is not None and layer in config.mla.indexer.layers:
+        specs += _indexer_specs(config.embed_dim, config.mla, config.mla.indexer)
     if config.state is not None and has_state:
         specs += state_specs(config.embed_dim, config.state)
     if config.moe is not None and layer in config.moe.layers:
@@ -219,6 +222,16 @@ def _latent_attention_specs(config: ModelConfig, mla: MLAConfig) -> Iterator[Wei
             yield bias(q_a)
     if config.o_bias:
         yield bias(o)
+
+
+def _indexer_specs(e: int, mla: MLAConfig, indexer: IndexerConfig) -> Iterator[WeightSpec]:
+    assert mla.q_rank is not None, "checked by MLAConfig"
+    heads, dim = indexer.num_heads, indexer.head_dim
+    yield matrix("index_q", (mla.q_rank, heads * dim), ("latent", "index"))
+    yield matrix("index_k", (e, dim), ("E", "index"), never_quantized=_CHOOSES)
+    scale = norm("index_k_norm", (dim,), ("index",))
+    yield from (scale, bias(scale))
+    yield matrix("index_weights", (e, heads), ("E", "index"), never_quantized=_CHOOSES, dtype="activations")
 
 
 def _mlp_specs(config: ModelConfig) -> Iterator[WeightSpec]:

@@ -27,6 +27,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, Layer, head, hidden_rows
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, expert_specs, head_spec
+from fastgen_jax.models.sparse import refuse_choice
 from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from fastgen_jax.training.batch import TrainingBatch
@@ -112,6 +113,7 @@ def logprobs(
 
 def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, options: Options) -> jax.Array:
     refuse_states(config, "training")
+    refuse_choice(config, batch.ragged.token_ids.shape[0], "training")
     specs = all_specs(config)
     layers = params["layers"]
     outside = {

@@ -30,9 +30,12 @@ def test_batching_does_not_change_a_bit_with_narrow_weights_or_cache(options) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_batching_does_not_change_a_bit_of_experts_and_latents(family) -> None:
-    params, config = load(family, "default", stack_layers=True)
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("mixtral", "default"), ("deepseek_v3", "default"), ("deepseek_v32", "sparse"), ("deepseek_v32", "glm5_sparse")],
+)
+def test_batching_does_not_change_a_bit_of_experts_and_latents(family, variant) -> None:
+    params, config = load(family, variant, stack_layers=True)
     shape = {"dtype": "float32", "max_num_seqs": 16, "block_size": 4}
     engines = lambda **settings: Engine(params, config, EngineConfig(**{**shape, "num_blocks": 256, **settings}))  # noqa: E731
     found = different(engines, 32, ["small programs", "odd sizes, preempted"])

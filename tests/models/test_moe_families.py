@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.checkpoint import check_tensors, open_checkpoint
 from fastgen_jax.engine.resolve import resolve
-from fastgen_jax.models.families import deepseek_v3, qwen3_moe
+from fastgen_jax.models.dense import dense_forward
+from fastgen_jax.models.families import deepseek_v3, deepseek_v32, qwen3_moe
+from fastgen_jax.training.batch import padded_batch
+from fastgen_jax.training.forward import logits as training_logits
 from tests.models.parity import REFERENCE, Runs, error, expected, load, random_cut, variants
 from tests.tiny import drain, greedy, tokens_of
 
@@ -48,6 +52,7 @@ QUICK = {
     ("ernie4_5_moe", "every_second"),
     ("llama4", "default"),
     ("phimoe", "longrope"),
+    ("deepseek_v32", "glm5_sparse"),
 }  # together they have every feature except the multipliers
 VARIANTS = [
     pytest.param(*names, marks=() if names in QUICK else pytest.mark.slow) for names in variants() if names[0] in FAMILIES
@@ -110,11 +115,36 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, quanti
     assert [tokens_of(together[request]) for request in ids] == alone
 
 
-def test_contexts_longer_than_the_indexer_selects_are_refused():
-    config = open_checkpoint(HOME / "deepseek_v32" / "default").config
-    assert config.max_context_len == 96  # index_topk, less than max_position_embeddings
-    with pytest.raises(ValueError, match="max_context_len=128 exceeds the model's 96"):
-        resolve(EngineConfig(max_context_len=128), config)
+def test_tokens_that_the_indexer_would_leave_out_are_refused_where_it_does_not_choose():
+    params, config = load("deepseek_v32", "sparse", stack_layers=True)
+    assert config.max_context_len == 128
+    with pytest.raises(ValueError, match=r"kv_dtype='int8' is not supported for .* max_context_len=16"):
+        resolve(EngineConfig(kv_dtype="int8"), config)
+    assert resolve(EngineConfig(kv_dtype="int8", max_context_len=16, block_size=16), config).kv_dtype == "int8"
+    with pytest.raises(ValueError, match=r"dense_forward got 17 tokens, .* pass at most 16"):
+        dense_forward(params, jnp.zeros((1, 17), jnp.int32), config=config)
+    with pytest.raises(ValueError, match=r"training got 17 tokens, .* pass at most 16"):
+        training_logits(params, padded_batch(jnp.zeros((1, 17), jnp.int32)), config=config)
+
+
+def test_the_layers_that_choose_follow_the_fields_of_glm():
+    hf = json.loads((HOME / "deepseek_v32" / "glm5" / "config.json").read_text())
+    del hf["indexer_types"]
+
+    def choosing(**changes) -> tuple[int, ...]:
+        mla = deepseek_v32.config_from_hf({**hf, **changes}).mla
+        assert mla is not None
+        assert mla.indexer is not None
+        return mla.indexer.layers
+
+    assert choosing() == (0, 1, 2)
+    assert choosing(index_topk_pattern="FSF") == (0, 2)
+    assert choosing(index_topk_freq=2, index_skip_topk_offset=1) == (0, 2)
+    assert choosing(index_topk_freq=4) == (0, 1)
+    with pytest.raises(ValueError, match="'full' or 'shared' for each of the 3 layers"):
+        choosing(indexer_types=["full", "shared"])
+    with pytest.raises(ValueError, match="layer 0 uses the choice of a layer before it, but there is none"):
+        choosing(indexer_types=["shared", "full", "full"])
 
 
 def test_unsupported_fields_are_refused():

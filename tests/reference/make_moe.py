@@ -76,6 +76,8 @@ LLAMA4 = {
     "attn_scale": 0.5,
 }
 INDEXED = {"q_lora_rank": 14, "index_topk": 96, "index_head_dim": 8, "index_n_heads": 2}
+# With fewer heads, several keys have a score of 0, and torch breaks ties in no stated order.
+CHOOSING = INDEXED | {"index_topk": 16, "index_n_heads": 16}
 PHIMOE = MIXTRAL | {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3}
 
 # family -> (model_type of transformers, variant -> fields of its config)
@@ -224,6 +226,10 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {
             "default": DEEPSEEK | GROUPS | INDEXED,
             "glm5": DEEPSEEK | INDEXED | {"model_type": "glm_moe_dsa", "mlp_layer_types": ["dense", "sparse", "sparse"]},
+            "sparse": DEEPSEEK | GROUPS | CHOOSING | {"index_head_dim": 10} | DEEPSEEK_YARN,
+            "glm5_sparse": DEEPSEEK
+            | CHOOSING
+            | {"model_type": "glm_moe_dsa", "index_topk": 22, "indexer_types": ["full", "shared", "full"]},
         },
     ),
     "deepseek_v2": (

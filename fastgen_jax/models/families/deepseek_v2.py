@@ -17,7 +17,7 @@ from fastgen_jax.models.families.common import ModelFields, Source
 from fastgen_jax.models.families.experts import expert_names
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.rope import rotary
-from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.moe_config import IndexerConfig, MLAConfig, MoEConfig
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 FEATURES = "latent attention (latents are cached); dense layers first; experts in groups; shared experts; YaRN"
@@ -43,7 +43,9 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     )
 
 
-def latent_model(hf: Fields, *, max_context_len: int, q_rank: int = 1536) -> ModelFields:
+def latent_model(
+    hf: Fields, *, max_context_len: int, q_rank: int = 1536, indexer: IndexerConfig | None = None
+) -> ModelFields:
     """Everything except the experts, as keyword arguments of `ModelConfig`; `max_context_len` and `q_rank` are defaults."""
     common.refuse_unsupported(hf, {"mlp_bias": (False,), "moe_layer_freq": (1,)})
     # The others follow from the sizes, or concern training and multi-token prediction.
@@ -64,27 +66,29 @@ def latent_model(hf: Fields, *, max_context_len: int, q_rank: int = 1536) -> Mod
     positions = rotary(hf, max_context_len=max_context_len)
     positions["rope"] = dataclasses.replace(positions["rope"], dim=rope_dim)
     bias = hf.get("attention_bias", False)
+    mla = MLAConfig(
+        kv_rank=kv_rank,
+        rope_dim=rope_dim,
+        nope_dim=nope_dim,
+        v_dim=hf["v_head_dim"],
+        q_rank=hf.get("q_lora_rank", q_rank) or None,
+        rope_interleaved=hf.get("rope_interleave", True),
+        kv_bias=bias,
+        indexer=indexer,
+    )
     return {
         "vocab_size": hf["vocab_size"],
         "num_layers": hf["num_hidden_layers"],
         "embed_dim": hf["hidden_size"],
         "num_heads": hf["num_attention_heads"],
         "num_kv_heads": 1,
-        "head_dim": kv_rank + rope_dim,
+        "head_dim": kv_rank + mla.beside_latent,
         "mlp_dim": hf["intermediate_size"],
         **positions,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "attention_scale": _attention_scale(nope_dim + rope_dim, positions["rope"]),
         "o_bias": bias,
-        "mla": MLAConfig(
-            kv_rank=kv_rank,
-            rope_dim=rope_dim,
-            nope_dim=nope_dim,
-            v_dim=hf["v_head_dim"],
-            q_rank=hf.get("q_lora_rank", q_rank) or None,
-            rope_interleaved=hf.get("rope_interleave", True),
-            kv_bias=bias,
-        ),
+        "mla": mla,
         "activation": common.activation(hf, default="silu"),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         **common.special_tokens(hf),
@@ -125,11 +129,21 @@ def sources(config: ModelConfig) -> dict[str, Source]:
             "layers.q_b": _pairs_to_halves(config.num_heads, per_head, mla.rope_dim),
             "layers.kv_a": _pairs_to_halves(1, mla.kv_rank + mla.rope_dim, mla.rope_dim),
         }
+    if mla.indexer is not None and mla.indexer.rope_interleaved:
+        # The rotated dimensions are the first ones; the norm of keys comes before the rotation.
+        dim, heads = mla.indexer.head_dim, mla.indexer.num_heads
+        one = common.rope_pairs_to_halves(dim, 1, dim=mla.rope_dim)
+        paired["layers.index_q"] = common.rope_pairs_to_halves(dim, heads, dim=mla.rope_dim)
+        paired |= {"layers.index_k": one, "layers.index_k_norm": one}
     return common.sources_from(
         config,
         {
             **common.LLAMA_NAMES,
             **expert_names(config, shared="shared_experts"),
+            "layers.index_q": f"{attention}.indexer.wq_b",
+            "layers.index_k": f"{attention}.indexer.wk",
+            "layers.index_k_norm": f"{attention}.indexer.k_norm",
+            "layers.index_weights": f"{attention}.indexer.weights_proj",
             "layers.q": f"{attention}.q_proj",
             "layers.q_a": f"{attention}.q_a_proj",
             "layers.q_a_norm": f"{attention}.q_a_layernorm",

@@ -1,8 +1,4 @@
-"""DeepSeek V3.2 and GLM-5: V3 with sparse attention, for contexts in which that is the same as attention to every token.
-
-An indexer chooses the `index_topk` tokens (2,048 in all releases) that each query attends to. Up to that many tokens it
-chooses all of them. Longer contexts are refused, and the weights of the indexer are not loaded.
-"""
+"""DeepSeek V3.2 and GLM-5: V3 with sparse attention, in which an indexer chooses the tokens that a query attends to."""
 
 from __future__ import annotations
 
@@ -11,32 +7,32 @@ from fastgen_jax.models.families import common
 from fastgen_jax.models.families.deepseek_v2 import experts, latent_model, sources
 from fastgen_jax.models.families.experts import layers_of_type
 from fastgen_jax.models.families.fields import Fields, reads_every_field
-from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.moe_config import IndexerConfig, MoEConfig
 
 __all__ = ["ARCHITECTURES", "FEATURES", "config_from_hf", "sources"]
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
-FEATURES = (
-    "DeepSeek V3.2, GLM-5; contexts up to index_topk (2,048 tokens), in which sparse attention is dense; FP8 as released"
-)
+FEATURES = "DeepSeek V3.2, GLM-5; sparse attention to the index_topk tokens that an indexer chooses; FP8 as released"
 
 
 @reads_every_field
 def config_from_hf(hf: Fields) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
     common.refuse_unsupported(hf, {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)})
-    hf.ignore(
-        "topk_method",
-        "scoring_func",
-        "index_head_dim",
-        "index_n_heads",
-        "indexer_rope_interleave",
-        "indexer_types",
-        "layer_types",
-    )
+    hf.ignore("topk_method", "scoring_func", "layer_types")
     is_glm = "GlmMoeDsaForCausalLM" in (hf.get("architectures") or ())
-    model = latent_model(hf, max_context_len=202_752 if is_glm else 163_840, q_rank=2048 if is_glm else 1536)
-    model["max_context_len"] = min(model["max_context_len"], hf.get("index_topk", 2048))
+    model = latent_model(
+        hf,
+        max_context_len=202_752 if is_glm else 163_840,
+        q_rank=2048 if is_glm else 1536,
+        indexer=IndexerConfig(
+            num_heads=hf.get("index_n_heads", 32 if is_glm else 64),
+            head_dim=hf.get("index_head_dim", 128),
+            num_chosen=hf.get("index_topk", 2048),
+            layers=_choosing(hf) if is_glm else tuple(range(hf["num_hidden_layers"])),
+            rope_interleaved=hf.get("indexer_rope_interleave", is_glm),
+        ),
+    )
     model["norm_eps"] = hf.get("rms_norm_eps", 1e-5 if is_glm else 1e-6)
     of_experts = experts(hf, num_dense=3, num_shared=1, scale=2.5)
     of_experts["layers"] = layers_of_type(hf, of_experts["layers"])
@@ -53,3 +49,18 @@ def config_from_hf(hf: Fields) -> ModelConfig:
             group_score="two_best",
         ),
     )
+
+
+def _choosing(hf: Fields) -> tuple[int, ...]:
+    """The layers of a GLM that have an indexer: "full" in `indexer_types`, or else by a pattern or a frequency."""
+    count = hf["num_hidden_layers"]
+    pattern, frequency = hf.get("index_topk_pattern"), max(hf.get("index_topk_freq", 1), 1)
+    first = hf.get("index_skip_topk_offset", 2) - 1
+    types = hf.get("indexer_types") or pattern
+    if types is None:
+        return tuple(i for i in range(count) if max(i - first, 0) % frequency == 0)
+    if len(types) != count or set(types) - {"full", "shared", "F", "S"}:
+        raise ValueError(
+            f"config.json has indexer_types={types!r}; supported: 'full' or 'shared' for each of the {count} layers"
+        )
+    return tuple(i for i, kind in enumerate(types) if kind in ("full", "F"))
