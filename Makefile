@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all compat tunix-check gemma-check easydel-check soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
+.PHONY: demo test test-all compat tunix-check gemma-check easydel-check maxtext-check soak check format docs models-table wheels wheels-check tpu-check gpu-compile-check gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastgen demo
@@ -77,6 +77,21 @@ $(EASYDEL_VENV)/.installed: pyproject.toml
 	test -x $(EASYDEL_VENV)/bin/python || python3.12 -m venv $(EASYDEL_VENV)
 	$(EASYDEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable . \
 	  'easydel==0.3.0' torch pillow $(WITH_TRAINER)
+	touch $@
+
+# MaxText's own list of requirements is that of its images.
+MAXTEXT_VENV ?= .venv-maxtext
+OF_MAXTEXT := 'jax>=0.12' flax orbax-checkpoint optax omegaconf etils psutil aqtp qwix drjax grain transformers tensorboardX \
+  sentencepiece tokamax pathwaysutils cloud-accelerator-diagnostics ml-goodput-measurement pillow tiktoken sympy
+maxtext-check:
+	@if $(MAKE) --silent $(MAXTEXT_VENV)/.installed; \
+	then $(MAXTEXT_VENV)/bin/python -m pytest --run-slow -W default tests/checkpoint/test_maxtext_library.py; \
+	else echo 'maxtext-check SKIPPED: MaxText cannot be installed here'; fi
+
+$(MAXTEXT_VENV)/.installed: pyproject.toml
+	test -x $(MAXTEXT_VENV)/bin/python || python3.12 -m venv $(MAXTEXT_VENV)
+	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'maxtext==0.2.5'
+	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable . $(OF_MAXTEXT) $(WITH_TRAINER)
 	touch $@
 
 # A server under 200 clients, well-behaved and not, for a few minutes.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ _MODULES = {
 }
 _SCALED_QUERIES = ("llama", "mistral", "mixtral", "gemma", "gemma2")  # others multiply queries by the scale of attention
 _OF_MODEL = ("decoder.", "token_embedder.")
+_STEP = re.compile(r"(ckpt_)?\d+")  # Kauldron's have a prefix
 _EMBEDDING = "token_embedder.embedding"
 _GEMMA3_CYCLE = 6  # layers of one scanned block
 
@@ -87,11 +89,16 @@ def items_folder(path: Path) -> Path:
     """The folder of the arrays: that of the last step of a run, or of one step, or `path` itself."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; pass the folder of a checkpoint of MaxText")
-    for name in ("items", "default"):  # in the folder of a step, with the names of Orbax's managers
+    for name in (
+        "items",
+        "default",
+        "checkpoints",
+    ):  # of a step, with the names of Orbax's managers, and of a run of Kauldron
         if (path / name).is_dir():
-            return path / name
-    if steps := sorted((int(step.name) for step in path.iterdir() if step.name.isdigit() and step.is_dir()), reverse=True):
-        return items_folder(path / str(steps[0]))
+            return path / name if name != "checkpoints" else items_folder(path / name)
+    steps = {int(step.name.removeprefix("ckpt_")): step for step in path.iterdir() if _STEP.fullmatch(step.name)}
+    if steps:
+        return items_folder(steps[max(steps)])
     return path
 
 

@@ -364,6 +364,19 @@ def test_every_storage_of_orbax_is_read(kind, options, tmp_path, source_of):
         assert_same_model(gemma_library.open_gemma(out, source.path), source)
 
 
+def test_the_last_step_of_a_run_is_found(tmp_path):
+    for step in (
+        "run/9/items",
+        "run/30/items",
+        "kauldron/checkpoints/ckpt_4/default",
+        "kauldron/checkpoints/ckpt_12/default",
+    ):
+        (tmp_path / step).mkdir(parents=True)
+    assert maxtext.items_folder(tmp_path / "run") == tmp_path / "run/30/items"
+    assert maxtext.items_folder(tmp_path / "kauldron") == tmp_path / "kauldron/checkpoints/ckpt_12/default"
+    assert maxtext.items_folder(tmp_path / "kauldron/checkpoints/ckpt_4") == tmp_path / "kauldron/checkpoints/ckpt_4/default"
+
+
 def test_arrays_that_do_not_fit_the_config_are_refused(source_of):
     source = source_of("llama", "default")
     good = maxtext_tree(source, scan=True)
