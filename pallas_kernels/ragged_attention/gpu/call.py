@@ -79,10 +79,12 @@ def ragged_attention_gpu(
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
         else:
             operands[f"{name}_cache"] = cache
-    of_heads = {name: x for name, x in (("slopes", scoring.alibi_slopes), ("sinks", scoring.sinks)) if x is not None}
+    given = (scoring.alibi_slopes, scoring.sinks)
+    rows_of_both = max(call.pieces.rows, call.chunks.rows)
+    of_heads = {n: _by_row(x, group, rows_of_both) for n, x in zip(("slopes", "sinks"), given, strict=True) if x is not None}
 
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
-        return launch(call.body, work, operands | {"q": rows} | _by_row(of_heads, spec), spec=spec, interpret=interpret)
+        return launch(call.body, work, operands | {"q": rows} | of_heads, spec=spec, interpret=interpret)
 
     # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
     queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
@@ -221,10 +223,9 @@ class _Call:
         )
 
 
-def _by_row(of_heads: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
-    """[H] -> [K, GRANULE + rows]: the value of each row's head, with the first head at row GRANULE."""
-    head = jnp.arange(-GRANULE, spec.rows, dtype=jnp.int32) % spec.group
-    return {name: x.reshape(-1, spec.group)[:, head] for name, x in of_heads.items()}
+def _by_row(x: Float[Array, " H"], group: int, rows: int) -> Float[Array, "K _"]:
+    """[K, GRANULE + rows]: the value of each row's head, with the first head at row GRANULE."""
+    return x.reshape(-1, group)[:, jnp.arange(-GRANULE, rows, dtype=jnp.int32) % group]
 
 
 def launch(
