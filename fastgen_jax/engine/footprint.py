@@ -16,6 +16,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sharding import DIVIDED_AXES
+from fastgen_jax.models.sparse import indexer_of
 from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.targets import adaptable
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
@@ -130,6 +131,9 @@ def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, 
     bytes_per_token = (
         itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
     )
+    indexer = indexer_of(model)
+    if indexer is not None:
+        bytes_per_token += 4 * indexer.num_chosen
     rows = min(token_budget, max_num_seqs)
     return math.ceil(token_budget * bytes_per_token + SAMPLER_COPIES * 4 * rows * model.vocab_size)
 

@@ -21,7 +21,7 @@ from fastgen_jax.models.division import (
     divided_shape,
 )
 from fastgen_jax.models.families.common import alibi_slopes
-from fastgen_jax.models.moe_config import MLAConfig, MoEConfig
+from fastgen_jax.models.moe_config import IndexerConfig, MLAConfig, MoEConfig
 from fastgen_jax.models.params import all_specs, layer_specs
 from fastgen_jax.models.state_config import DeltaNet, Mamba2, ShortConv
 from fastgen_jax.models.stream_config import AltUp, LayerInputs
@@ -113,6 +113,25 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
             head_dim=14,
             rope=RopeConfig(dim=4),
             mla=MLAConfig(kv_rank=10, rope_dim=4, nope_dim=6, v_dim=9, q_rank=11),
+        ),
+        4,
+        None,
+    ),
+    "chosen tokens": (
+        dataclasses.replace(
+            TINY,
+            num_heads=5,
+            num_kv_heads=1,
+            head_dim=18,
+            rope=RopeConfig(dim=4),
+            mla=MLAConfig(
+                kv_rank=10,
+                rope_dim=4,
+                nope_dim=6,
+                v_dim=9,
+                q_rank=11,
+                indexer=IndexerConfig(num_heads=16, head_dim=8, num_chosen=2, layers=(0, 1)),
+            ),
         ),
         4,
         None,
