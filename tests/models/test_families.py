@@ -357,3 +357,22 @@ def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_p
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
     jax.tree.map(np.testing.assert_array_equal, params, load("gpt2", "default")[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_the_text_part_of_a_model_that_sees_and_hears_loads_without_keys_that_no_layer_uses(family, tmp_path):
+    """As Gemma 3n and 4 are published: layers that read the keys of others have projections for keys nevertheless."""
+    source = folder(family, "default")
+    tensors = load_file(source / "model.safetensors")
+    new = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+    unused = np.zeros((4, 4), np.float32)
+    new |= {f"model.{part}.weight": unused for part in ("audio_tower", "vision_tower", "embed_vision", "embed_audio")}
+    last = f"model.language_model.layers.{load(family, 'default')[1].num_layers - 1}.self_attn"
+    new |= {f"{last}.{part}.weight": unused for part in ("k_proj", "v_proj", "k_norm")}
+    save_file(new, tmp_path / "model.safetensors")
+    text = json.loads((source / "config.json").read_text())
+    around = {"audio_config": {}, "vision_config": {}, "audio_soft_tokens_per_image": 188, "eoa_token_id": 60}
+    hf = {"architectures": [FAMILIES[family].ARCHITECTURES[1]], "model_type": family, "text_config": text, **around}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    params = load_params(open_checkpoint(tmp_path, strict_config=True), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load(family, "default")[0])
