@@ -37,6 +37,7 @@ OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if na
 IN_SLOW_TESTS = (
     *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
     *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt", "llava", "mllama"),
+    *("gemma3n", "gemma4"),  # the former as in tests/engine/test_shared_keys.py
     # With states, as in tests/engine/test_states.py.
     *("lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
 )
@@ -140,9 +141,9 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("gemma2", "default", {"attention_soft_cap": None}),
         ("gemma2", "default", {"logits_soft_cap": None}),
         ("gemma3", "default", {"layer_ropes": ()}),
-        ("gemma3n", "default", {"gate_cutoffs": ()}),
-        ("gemma3n", "default", {"v_norm": False}),
-        ("gemma4", "default", {"layer_scale": False}),
+        pytest.param("gemma3n", "default", {"gate_cutoffs": ()}, marks=pytest.mark.slow),
+        pytest.param("gemma3n", "default", {"v_norm": False}, marks=pytest.mark.slow),
+        pytest.param("gemma4", "default", {"layer_scale": False}, marks=pytest.mark.slow),
         ("smollm3", "default", {"layer_ropes": ()}),
         ("falcon", "rw", {"alibi_slopes": ()}),
         ("granite", "default", {"residual_multiplier": 1.0}),
