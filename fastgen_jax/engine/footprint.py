@@ -111,7 +111,7 @@ def token_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, num_devic
     """Bytes of the keys and values of a token in all layers, on all devices together."""
     return divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(kv_dtype).itemsize,
-        stored_head_dim=stored_head_dim(model.head_dim, platform),
+        stored_head_dim=stored_head_dim(model.cache_head_dim, platform),
         scale_bytes=scale_bytes(kv_dtype),
     )
 
@@ -127,7 +127,7 @@ def block_bytes(
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:
     """An estimate of the bytes that a step needs besides its arguments; the compile check knows the real number."""
     model = divided(model, num_devices)
-    h, k, d = model.num_heads, model.num_kv_heads, model.head_dim
+    h, k, d = model.num_heads, model.cache_kv_heads, model.cache_head_dim
     bytes_per_token = (
         itemsize * (4 * model.embed_dim + (2 * h + 4 * k) * d / num_devices) + 4 * 3 * model.mlp_dim / num_devices
     )

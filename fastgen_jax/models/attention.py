@@ -79,6 +79,7 @@ class LayerCall:
     """What differs between layers, apart from their weights."""
 
     index: Int[Array, ""] | int
+    first: int = 0  # number of the first layer with this body; all of them have the same weights and sizes
     has_attention: bool = True
     has_keys: bool = True  # of its own; otherwise it reads those of another layer
     state_row: Int[Array, ""] | int | None = None  # its number among the layers with a state; None: it has none
@@ -263,6 +264,8 @@ def attention(
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
     if cache.head_dim != d:  # heads are zero-padded in the cache, which does not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.head_dim - d))) for part in (q, key, value))
+    if step.mesh is None and cache.k.shape[1] != key.shape[1]:  # each serves fewer queries
+        key, value = (jnp.repeat(part, cache.k.shape[1] // part.shape[1], axis=1) for part in (key, value))
     layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
     out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, index), layer, scoring)
     cache = replace(cache, k=k_cache, v=v_cache)

@@ -21,9 +21,9 @@ def empty_cache(
     cache = KVCache.zeros(
         num_layers=num_rows,
         num_blocks=num_blocks,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=config.cache_kv_heads,
         block_size=block_size,
-        head_dim=config.head_dim,
+        head_dim=config.cache_head_dim,
         dtype=dtype,
         platform=platform,
     )

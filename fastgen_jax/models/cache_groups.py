@@ -42,8 +42,7 @@ def cache_groups(config: ModelConfig, num_groups: int) -> CacheGroups:
     if num_groups == 1:
         window = layers[0] if same_for_all(layers) else None
         rows = {layer: row for row, layer in enumerate(config.kv_layers)}
-        places = tuple((0, rows.get(source, 0)) for source in sources)
-        return CacheGroups(windows=(window,), num_rows=len(rows), places=places)
+        return CacheGroups(windows=(window,), num_rows=len(rows), places=tuple((0, rows.get(i, 0)) for i in sources))
     for num_rows in _sizes(config):
         windows = _windows(config, num_rows)
         if len(windows) == num_groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from fastgen_jax.models.moe_config import Activation, MLAConfig, MoEConfig
@@ -29,6 +29,7 @@ class RopeConfig:
     dim: int | None = None  # leading dimensions of a head that are rotated; None: all
     sections: tuple[int, ...] = ()  # pairs rotated by time, row and column in images (M-RoPE, arXiv:2409.12191); (): by time
     sections_interleaved: bool = False  # these pairs alternate, instead of following one another
+    unrotated: int = 0  # the last pairs of these dimensions, which have a frequency of 0
     factor: float = 1.0
     original_max_position: int | None = None
     low_freq_factor: float = 1.0  # llama3: wavelengths longer than original_max_position / this are stretched in full
@@ -62,6 +63,15 @@ class QueryGrowth:
     length: int  # tokens
     first: int = 0  # number of the first position: 0 or 1
     unrotated_only: bool = False  # only in layers without rotary embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullHeads:
+    """Key and value heads of layers that attend to all tokens. The cache has room for the largest heads in every layer."""
+
+    num_kv_heads: int
+    head_dim: int
+    keys_are_values: bool = False  # one projection for both; it is loaded twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +115,7 @@ class ModelConfig:
     logits_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     residual_multiplier: float = 1.0  # scales what attention and MLP add to x
     laurel_rank: int = 0  # of a low-rank residual beside attention; 0: none (see streams.py)
+    layer_scale: bool = False  # what a layer returns is multiplied by a learned number
     altup: AltUp | None = None  # several residual streams
     layer_inputs: LayerInputs | None = None  # an embedding of each token for each layer
     exceeds_float16: bool = False  # activations grow beyond 65,504: the residual stream needs a wider dtype
@@ -131,6 +142,7 @@ class ModelConfig:
     query_growth: QueryGrowth | None = None  # queries are scaled by position
     logn_length: int | None = None  # queries at position p are scaled by log(p + 1) / log(this), at least 1
     attention_multiplier: float = 1.0  # of the input of the output projection
+    full_heads: FullHeads | None = None  # heads of layers without a window, where they differ from the others
     attention_gate: bool = False  # the output of attention is scaled by a sigmoid of the input, before its projection
     attention_layers: tuple[int, ...] | None = None  # the layers that have attention; None: all
     kv_sources: tuple[int, ...] = ()  # the layer whose keys and values each layer reads; (): its own
@@ -142,6 +154,7 @@ class ModelConfig:
     activation: Activation = "silu"
     mlp_gated: bool = True  # act(x @ gate) * (x @ up), else act(x @ up)
     mlp_bias: bool = False
+    reader_mlp_dim: int | None = None  # F of layers that read the keys and values of others; None: mlp_dim
     mlp_multipliers: tuple[float, float] | None = None  # of the gate before its activation, and of the hidden units
     # standard deviations above their mean from which gates count, what is below is 0; None: all (see mlp.py)
     gate_cutoffs: tuple[float | None, ...] = ()  # one per layer; (): none
@@ -202,14 +215,19 @@ class ModelConfig:
                 f"alibi_slopes has {len(self.alibi_slopes)} entries; it needs one for each of the "
                 f"{self.num_heads} heads, or none"
             )
-        if len({rope.dim for rope in self.ropes}) > 1:
+        if self.full_heads is not None and self.cache_kv_heads % min(self.num_kv_heads, self.full_heads.num_kv_heads):
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}, and {self.full_heads.num_kv_heads} in layers that attend to all "
+                "tokens; one must be a multiple of the other"
+            )
+        if len({rope.dim for rope in self.ropes}) > 1 and self.full_heads is None:
             dims = sorted(rope.dim or self.head_dim for rope in self.ropes)
             raise ValueError(f"the layers have rope dims {dims}; all layers must rotate the same number of dimensions")
         for rope in self.ropes:
             if (rope.dim or self.head_dim) % 2:
                 raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings rotate pairs, so it must be even")
-            if rope.dim is not None and rope.dim > self.head_dim:
-                raise ValueError(f"rope dim is {rope.dim}; it must be at most head_dim={self.head_dim}")
+            if rope.dim is not None and rope.dim > self.cache_head_dim:
+                raise ValueError(f"rope dim is {rope.dim}; it must be at most head_dim={self.cache_head_dim}")
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -222,6 +240,36 @@ class ModelConfig:
     def attending_layers(self) -> tuple[int, ...]:
         """The layers with attention."""
         return tuple(range(self.num_layers)) if self.attention_layers is None else self.attention_layers
+
+    @property
+    def cache_kv_heads(self) -> int:
+        """KV heads for which a cache has room in each layer: where a layer has fewer, they are repeated."""
+        return self.num_kv_heads if self.full_heads is None else max(self.num_kv_heads, self.full_heads.num_kv_heads)
+
+    @property
+    def cache_head_dim(self) -> int:
+        """The largest size of a head."""
+        return self.head_dim if self.full_heads is None else max(self.head_dim, self.full_heads.head_dim)
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer has the heads of layers without a window."""
+        return self.full_heads is not None and self.layer_windows[layer] is None
+
+    def is_wide(self, layer: int) -> bool:
+        """Whether the MLP of a layer has the width of those that read the keys of other layers."""
+        return self.reader_mlp_dim is not None and bool(self.kv_sources) and self.kv_sources[layer] != layer
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """The config with the sizes of one layer, as those of all."""
+        own = self
+        if self.full_heads is not None:
+            heads = (
+                self.full_heads if self.is_full(layer) else FullHeads(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+            )
+            rope = self.layer_ropes[layer] if self.layer_ropes else self.rope
+            sizes = {"num_kv_heads": heads.num_kv_heads, "head_dim": heads.head_dim, "rope": rope, "layer_ropes": ()}
+            own = replace(self, full_heads=None, **sizes)
+        return replace(own, mlp_dim=self.reader_mlp_dim) if self.reader_mlp_dim and self.is_wide(layer) else own
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
@@ -242,8 +290,8 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """Bytes of K and V per token, over all layers, with `itemsize` bytes per number and `scale_bytes` per head."""
-        a_head = (stored_head_dim or self.head_dim) * itemsize + scale_bytes
-        return 2 * len(self.kv_layers) * self.num_kv_heads * a_head
+        a_head = (stored_head_dim or self.cache_head_dim) * itemsize + scale_bytes
+        return 2 * len(self.kv_layers) * self.cache_kv_heads * a_head
 
 
 def same_for_all(values: Sequence[T]) -> bool:

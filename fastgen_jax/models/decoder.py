@@ -30,11 +30,19 @@ from fastgen_jax.models.division import divided
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import mlp
-from fastgen_jax.models.params import layers_with, param_specs
+from fastgen_jax.models.params import layers_with, param_specs, plain_name
 from fastgen_jax.models.segments import Place, Segment, run_loops
 from fastgen_jax.models.sharding import in_place
 from fastgen_jax.models.sparse import with_choice
-from fastgen_jax.models.streams import in_streams, inputs_of_layers, join_streams, low_rank, split_streams, with_inputs
+from fastgen_jax.models.streams import (
+    in_streams,
+    inputs_of_layers,
+    join_streams,
+    low_rank,
+    scaled,
+    split_streams,
+    with_inputs,
+)
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
@@ -109,6 +117,8 @@ def hidden_rows(
         config = divided(config, execution.mesh.size)
     run = _parallel_layer if config.parallel_residual else _sequential_layer
     layer = partial(run, step=step, config=config)
+    if config.full_heads is not None or config.reader_mlp_dim is not None:
+        layer = _with_own_sizes(run, step, config)
     if execution.wrap_layer is not None:
         layer = execution.wrap_layer(layer)
     if adapters is not None:
@@ -121,6 +131,8 @@ def hidden_rows(
     if config.layer_inputs is not None:
         inputs = inputs_of_layers(params, batch.token_ids, x, config=config, num_tokens=step.num_tokens)
         layer = (with_inputs if config.altup is None else in_streams)(layer, inputs, step=step, config=config)
+    if config.layer_scale:
+        layer = scaled(layer)
     if config.altup is not None:
         x = split_streams(x, params, config.altup, step.num_tokens)
     if step.sparse is not None:
@@ -137,6 +149,16 @@ def hidden_rows(
     if config.embed_proj_dim is not None:
         rows = linear(rows, params["project_out"])
     return rows, kv_cache
+
+
+def _with_own_sizes(run: Callable[..., tuple[jax.Array, KVCache]], step: Step, config: ModelConfig) -> Layer:
+    """`run` for each layer with its own sizes; weights have the names that they have in other models."""
+
+    def sized(x: jax.Array, cache: KVCache, w: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
+        own = {plain_name(name): leaf for name, leaf in w.items()}
+        return run(x, cache, own, call, step=step, config=config.of_layer(call.first))
+
+    return sized
 
 
 def _for_adapters(layer: Layer, batch: RaggedBatch, adapters: Mapping[str, AdaptedWeight]) -> Layer:
@@ -244,6 +266,7 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
         first_expert = first_expert * config.moe.num_experts if experts_of_all else 0
     return LayerCall(
         index=index,
+        first=place.first,
         has_attention=place.first in config.attending_layers,
         has_keys=place.first in config.kv_layers,
         state_row=None if config.state is None else place.row(config.state.layers),

@@ -48,9 +48,9 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
     nothing = KVCache.zeros(
         num_layers=config.num_layers,
         num_blocks=0,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=config.cache_kv_heads,
         block_size=1,
-        head_dim=config.head_dim,
+        head_dim=config.cache_head_dim,
         dtype=params["embed"].dtype,
     )
     logits, _ = forward(params, nothing, batch, config=config, execution=Execution(attention=causal_attention))

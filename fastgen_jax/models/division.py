@@ -47,6 +47,11 @@ def check_num_devices(config: ModelConfig, num_devices: int) -> None:
             f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "
             f"least one head; choose at most {config.num_heads} devices"
         )
+    if config.full_heads is not None and num_devices > 1:
+        raise ValueError(
+            f"a {config.family} model, whose layers have heads of two sizes, cannot be divided over {num_devices} devices; "
+            "use tensor_parallel=1"
+        )
     if config.gate_cutoffs and _wide(config.mlp_dim, num_devices) != config.mlp_dim:
         raise ValueError(
             f"an MLP of width {config.mlp_dim} whose gates have a cutoff cannot be divided over {num_devices} devices: "

@@ -72,8 +72,10 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     has_attention = layer in config.attending_layers
     has_mlp = config.mlp_layers is None or layer in config.mlp_layers
     specs = [*_layer_norm_specs(config, mixes=has_attention or has_state, has_mlp=has_mlp)]
+    own = config.of_layer(layer)
     if has_attention:
-        specs += _attention_specs(config, has_keys=layer in config.kv_layers)
+        of_attention = _attention_specs(own, has_keys=layer in config.kv_layers)
+        specs += _with_prefix(_FULL, of_attention) if config.is_full(layer) else of_attention
     if config.mla is not None and config.mla.indexer is not None and layer in config.mla.indexer.layers:
         specs += _indexer_specs(config.embed_dim, config.mla, config.mla.indexer)
     if config.state is not None and has_state:
@@ -81,9 +83,25 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     if config.moe is not None and layer in config.moe.layers:
         specs += [*_router_specs(config.embed_dim, config.moe), *_expert_specs(config.embed_dim, config.moe)]
     elif has_mlp:
-        specs += _mlp_specs(config)
+        specs += _with_prefix(_WIDE, _mlp_specs(own)) if config.is_wide(layer) else _mlp_specs(own)
     specs += _stream_specs(config)
     return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
+
+
+# Of the names of weights with another shape than in most layers: with those of layers without a window, and with those of
+# layers that read the keys of others.
+_FULL, _WIDE = "full_", "wide_"
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight of a layer has in models whose layers are all of one size."""
+    return name.removeprefix(_FULL).removeprefix(_WIDE)
+
+
+def _with_prefix(prefix: str, specs: Iterator[WeightSpec]) -> Iterator[WeightSpec]:
+    for spec in specs:
+        owner = spec.bias_of and prefix + spec.bias_of
+        yield dataclasses.replace(spec, name=prefix + spec.name, bias_of=owner)
 
 
 def expert_specs(embed_dim: int, moe: MoEConfig) -> dict[str, WeightSpec]:
@@ -158,6 +176,8 @@ def _neutral_scale(config: ModelConfig) -> float:
 def _stream_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     """The weights of a layer beside attention, state and MLP: what adds to the residual stream, or mixes several."""
     neutral = _neutral_scale(config)
+    if config.layer_scale:
+        yield dataclasses.replace(vector("layer_scale", 1, "one"), initial=1.0)
     if config.laurel_rank:
         yield from low_rank_specs(config.embed_dim, config.laurel_rank, neutral=neutral)
     if config.altup is not None:

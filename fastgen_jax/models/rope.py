@@ -34,6 +34,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32[np.ndarray, 
         base = _llama3(base, rope)
     elif rope.kind == "yarn":
         base = _yarn(base, rope, head_dim)
+    if rope.unrotated:
+        base[-rope.unrotated :] = 0.0
     return base.astype(np.float32)
 
 

@@ -100,6 +100,16 @@ def with_inputs(layer: Layer, inputs: Float[Array, "L T input"], *, step: Step, 
     return added
 
 
+def scaled(layer: Layer) -> Layer:
+    """`layer`, whose result is multiplied by its learned scale."""
+
+    def multiplied(x: jax.Array, cache: KVCache, w: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
+        x, cache = layer(x, cache, w, call)
+        return x * w["layer_scale"].astype(x.dtype)[None], cache
+
+    return multiplied
+
+
 def low_rank(x: Float[Array, "T E"], w: LayerWeights, *, config: ModelConfig, num_rows: Int[Array, ""]) -> jax.Array:
     """x + norm(x @ in @ out), in the dtype of `x`."""
     y = project(project(x, w, "laurel_in", num_rows=num_rows), w, "laurel_out", num_rows=num_rows)

@@ -150,9 +150,9 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
     nothing = KVCache.zeros(
         num_layers=config.num_layers,
         num_blocks=0,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=config.cache_kv_heads,
         block_size=1,
-        head_dim=config.head_dim,
+        head_dim=config.cache_head_dim,
         dtype=jnp.float32,
     )
     execution = Execution(attention=attend, activation_dtype=options.activation_dtype, wrap_layer=wrapped)

@@ -14,6 +14,7 @@ from tests.tiny import drain, greedy, tokens_of
     ("family", "options"),
     [
         ("gemma3n", {}),
+        pytest.param("gemma4", {}, marks=pytest.mark.slow),
         pytest.param("gemma3n", {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
     ],
 )

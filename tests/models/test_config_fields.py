@@ -172,7 +172,7 @@ ACTIVATION_FIELDS = {
     **dict.fromkeys(("opt", "gpt2", "gptj", "gpt_neo", "gpt_bigcode"), "activation_function"),
     "falcon": "activation",
     "nemotron_h": "mlp_hidden_act",
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3n"), "hidden_activation"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3n", "gemma4"), "hidden_activation"),
 }
 
 

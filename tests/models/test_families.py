@@ -37,6 +37,7 @@ OTHERS = [pytest.param(*names, id="-".join(names)) for names in variants() if na
 IN_SLOW_TESTS = (
     *("llama", "glm", "olmo3", "exaone4", "seed_oss", "ernie4_5"),
     *("arcee", "gpt_bigcode", "internlm2", "internlm3", "mpt", "llava", "mllama"),
+    *("gemma3n", "gemma4"),  # the former as in tests/engine/test_shared_keys.py
     # With states, as in tests/engine/test_states.py.
     *("lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
 )
@@ -140,8 +141,9 @@ def test_scanned_layers_that_differ_look_up_their_own_settings():
         ("gemma2", "default", {"attention_soft_cap": None}),
         ("gemma2", "default", {"logits_soft_cap": None}),
         ("gemma3", "default", {"layer_ropes": ()}),
-        ("gemma3n", "default", {"gate_cutoffs": ()}),
-        ("gemma3n", "default", {"v_norm": False}),
+        pytest.param("gemma3n", "default", {"gate_cutoffs": ()}, marks=pytest.mark.slow),
+        pytest.param("gemma3n", "default", {"v_norm": False}, marks=pytest.mark.slow),
+        pytest.param("gemma4", "default", {"layer_scale": False}, marks=pytest.mark.slow),
         ("smollm3", "default", {"layer_ropes": ()}),
         ("falcon", "rw", {"alibi_slopes": ()}),
         ("granite", "default", {"residual_multiplier": 1.0}),
@@ -215,6 +217,9 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3n", "default", {"num_kv_shared_layers": 5}, "no layer before the last 5 of 7 has keys for full attention"),
+        ("gemma4", "default", {"enable_moe_block": True}, "enable_moe_block=True"),
+        ("gemma4", "default", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        ("gemma4", "default", {"per_layer_config": {"0": {"head_dim": 4}}}, "the same head_dim and num_key_value_heads"),
         ("gemma3n", "default", {"intermediate_size": [40] * 6 + [80]}, "the same width in all layers"),
         ("gemma3n", "default", {"activation_sparsity_pattern": [1.0] * 7}, "at least 0 and below 1"),
         (
@@ -353,3 +358,22 @@ def test_a_checkpoint_of_the_bare_model_with_saved_masks_is_the_same_model(tmp_p
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     params = load_params(open_checkpoint(tmp_path), dtype="float32", stack_layers=False)
     jax.tree.map(np.testing.assert_array_equal, params, load("gpt2", "default")[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_the_text_part_of_a_model_that_sees_and_hears_loads_without_keys_that_no_layer_uses(family, tmp_path):
+    """As Gemma 3n and 4 are published: layers that read the keys of others have projections for keys nevertheless."""
+    source = folder(family, "default")
+    tensors = load_file(source / "model.safetensors")
+    new = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+    unused = np.zeros((4, 4), np.float32)
+    new |= {f"model.{part}.weight": unused for part in ("audio_tower", "vision_tower", "embed_vision", "embed_audio")}
+    last = f"model.language_model.layers.{load(family, 'default')[1].num_layers - 1}.self_attn"
+    new |= {f"{last}.{part}.weight": unused for part in ("k_proj", "v_proj", "k_norm")}
+    save_file(new, tmp_path / "model.safetensors")
+    text = json.loads((source / "config.json").read_text())
+    around = {"audio_config": {}, "vision_config": {}, "audio_soft_tokens_per_image": 188, "eoa_token_id": 60}
+    hf = {"architectures": [FAMILIES[family].ARCHITECTURES[1]], "model_type": family, "text_config": text, **around}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    params = load_params(open_checkpoint(tmp_path, strict_config=True), dtype="float32", stack_layers=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load(family, "default")[0])

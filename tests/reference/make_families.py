@@ -68,6 +68,19 @@ GEMMA3N = {
     "laurel_rank": 6,
     "final_logit_softcapping": 5.0,
 }
+GEMMA4 = {
+    **GEMMA,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_hidden_layers": 6,
+    "sliding_window": 16,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "full")],
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "final_logit_softcapping": 5.0,
+}
 
 # family -> (model_type of transformers, variant -> fields of its config)
 FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -227,6 +240,20 @@ FAMILIES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
                 },
+            },
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "default": GEMMA4,
+            "keys_as_values": {
+                **GEMMA4,
+                "hidden_size_per_layer_input": 0,
+                "num_kv_shared_layers": 0,
+                "use_double_wide_mlp": False,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
             },
         },
     ),
@@ -486,6 +513,8 @@ def randomise(model: torch.nn.Module) -> None:
                 noise += 1.0
             parameter.copy_(noise.bfloat16().float())
         for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_((1.0 + torch.randn_like(buffer) * 0.2).bfloat16().float())
             if name.endswith(("expert_bias", "mixer.gate.e_score_correction_bias")):
                 buffer.copy_((torch.randn_like(buffer) * 0.2).bfloat16().float())
 

@@ -24,6 +24,7 @@ _NAMES = (
     "gemma2",
     "gemma3",
     "gemma3n",
+    "gemma4",
     "gpt2",
     "gpt_neox",
     "gptj",

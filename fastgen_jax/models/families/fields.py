@@ -117,6 +117,10 @@ _CHANGES_OUTPUT = frozenset(
         "use_qk_norm",
         "use_sliding_window",
         "window_size",
+        "attention_k_eq_v",
+        "global_head_dim",
+        "num_global_key_value_heads",
+        "per_layer_config",
         # rotary embeddings
         "llama_4_scaling",
         "no_rope_layers",
