@@ -2,8 +2,8 @@
 
 python -m tests.engine.state_throughput --rounds 5          # about 45 million parameters each, float32
 
-"prompts" are tokens of prompts per second, with one new token each; "generating" are new tokens per second. The ratio is that
-of the medians.
+"prompts" are tokens of prompts per second, with one new token each; "generating" are new tokens per second. The ratio is
+that of the medians.
 """
 
 from __future__ import annotations
