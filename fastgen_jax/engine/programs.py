@@ -280,9 +280,7 @@ def step_program(
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    options = compiler_options(device)
-    if device.platform == "gpu" and not (has_int8_weights and not _reads_int8_in_place(device)):
-        options = _GPU_OPTIONS
+    options = product_options(device, has_int8_weights=has_int8_weights)
     if device.platform == "gpu" and deterministic:
         options = {**(options or {}), **_DETERMINISTIC_GPU_OPTIONS}
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
@@ -304,6 +302,13 @@ def _reads_int8_in_place(device: Any) -> bool:
 def compiler_options(device: Any) -> dict[str, bool | str] | None:
     """Options of XLA for all programs on a device."""
     return _COMPILER_OPTIONS.get(device.device_kind)
+
+
+def product_options(device: Any, *, has_int8_weights: bool = False) -> dict[str, bool | str] | None:
+    """Options of XLA for programs that multiply with weights."""
+    if device.platform != "gpu":
+        return compiler_options(device)
+    return None if has_int8_weights and not _reads_int8_in_place(device) else _GPU_OPTIONS
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:

@@ -171,12 +171,12 @@ def start(
         measured = _measured_before(config, model, folder)
         sizes = measured or ladder.modeled_ladder(cost, candidates, max_num_seqs=config.max_num_seqs)
         config = replace(config, budget_ladder=sizes)
-    config = _with_room_for_images(config)
+    config = with_room_for_images(config)
     with phases.phase("allocating memory"):
         runner = Runner(prepare_params(params, model, config), model, config, folder=folder)
     if choices.remeasure:
         config = replace(config, budget_ladder=_measured_ladder(runner, config, model, folder, phases=phases))
-        config = _with_room_for_images(config)
+        config = with_room_for_images(config)
     largest_first = runner.missing(config.budget_ladder[::-1])
     _compile(runner, largest_first[:1] if choices.background_compile else largest_first, phases=phases)
     if tower is not None:
@@ -198,7 +198,7 @@ def start(
     return config, runner, Refinement(runner, cost, candidates, save=save)
 
 
-def _with_room_for_images(config: ResolvedConfig) -> ResolvedConfig:
+def with_room_for_images(config: ResolvedConfig) -> ResolvedConfig:
     """`config` with steps that hold the tokens of an image beside one of each other sequence, so that none waits forever.
 
     Raises ValueError if the operator chose smaller steps.

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import StepImages
+from fastgen_jax.engine.programs import product_options
 from fastgen_jax.models.vision import towers
-from fastgen_jax.models.vision.config import ImagesConfig
+from fastgen_jax.models.vision.config import ImagesConfig, TowerConfig
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.scheduling import PromptImage, Step
 from pallas_kernels.ragged_attention import SPAN_QUERIES
@@ -29,6 +30,11 @@ KEPT = 32
 KEPT_BYTES = 256 << 20
 
 
+def embed_program(tower: TowerConfig, device: Any) -> jax.stages.Wrapped:
+    """The jitted tower: (weights, inputs of an image) -> rows, as `towers.embed`, for `device`."""
+    return jax.jit(partial(towers.embed, config=tower), compiler_options=product_options(device))
+
+
 class Tower:
     """The vision tower of an engine. It holds nothing for a request: what a step needs is computed, or was kept, by content.
 
@@ -39,7 +45,7 @@ class Tower:
         self.config = config
         self._read = read
         self._params: Params | None = read()
-        self._embed = jax.jit(partial(towers.embed, config=config.tower))
+        self._embed = embed_program(config.tower, jax.local_devices()[0])
         self._dtype = jax.tree.leaves(self._params)[0].dtype
         self._shapes = towers.shape_of_rows(config.tower, self._dtype)  # of each program
         self._compiled: dict[

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.models.weight_spec import LayerWeights
+from pallas_kernels import gpu_target
 
 
 class Segment(NamedTuple):
@@ -71,8 +72,10 @@ def _run(
                 return compute(carry, Place(first=segment.start, loops=inside))
             return _run(kinds, segment.start, segment.start + segment.period, inside, compute, carry)
 
-        if segment.repeats == 1:
-            carry = period(carry, 0)
+        # On a GPU, products read their weights in place only if the layer depends on one counter.
+        if segment.repeats == 1 or (loops and gpu_target.is_gpu()):
+            for i in range(segment.repeats):
+                carry = period(carry, i)
             continue
 
         def body(counted: tuple[Any, jax.Array], _: None, period: Callable[..., Any] = period) -> tuple[Any, None]:

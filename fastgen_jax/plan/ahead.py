@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -18,15 +18,17 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.programs import FOLDER, program_name, step_program, works_on
+from fastgen_jax.engine.programs import FOLDER, further_arguments, program_name, step_program, works_on
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
+from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
+from fastgen_jax.plan.tower import compile_tower, step_images
 from pallas_kernels.buckets import Bucket as RemoteFolder
 from pallas_kernels.buckets import is_url
 from pallas_kernels.folders import Folder
@@ -42,7 +44,9 @@ class ProgramAhead:
     """One compiled program; bytes are per device."""
 
     tokens: int
-    work: Work
+    """Of the step; of a tower the patches of its largest image."""
+    work: Work | Literal["images", "tower"]
+    """What the sampler can do; or for steps with tokens of images; or the vision tower, which is not saved."""
     trace_seconds: float
     lower_seconds: float
     compile_seconds: float
@@ -70,7 +74,10 @@ def compile_ahead(
     if described.quantize is not None:
         choices = replace(choices, quantize="int8")
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
-    config = resolve_for(choices, model, target)
+    shown = images_from_hf(described.config, {}) if choices.images else None
+    if shown is not None:
+        choices = replace(choices, vision=largest(shown, choices.max_image_tokens))
+    config = startup.with_room_for_images(resolve_for(choices, model, target))
     all_devices = list(deviceless_mesh(target).devices.flat)
     mesh = deviceless_mesh(target, config.tensor_parallel or 1)
     # A GPU's own compiler chooses among matmul kernels by timing them, so programs made without the GPU are slower ones.
@@ -80,6 +87,9 @@ def compile_ahead(
         for work in works_on("tpu" if target.device.platform == "tpu" else "gpu"):
             for tokens in config.budget_ladder:
                 report(_compile(model, config, mesh, tokens, work, folder))
+        if config.images is not None:
+            report(_compile(model, config, mesh, config.token_budget, "any", folder, with_images=True))
+            report(_compile_tower(config, mesh))
         if folder is not None and choices.num_blocks is None:
             entry = {"model": ladder.describe(model), "num_blocks": config.num_blocks}
             facts = startup.facts_of_cache(choices, model, (config.dtype, config.quantize, config.kv_dtype))
@@ -100,7 +110,8 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
             "stack_layers=False and logits_processor are not supported for devices that are not here; omit them"
         )
     check_num_devices(model, num_devices)
-    memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes))
+    tower = 0 if choices.vision is None else tower_bytes(choices.vision, jnp.dtype(_tower_dtype(choices)).itemsize)
+    memory = Memory(limit=int(REPORTED_SHARE[platform] * target.device.memory_bytes) - tower)
     machine = Machine(
         platform=platform,
         kind=target.device.kind,
@@ -127,8 +138,35 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
     return replace(config, choices=choices, budget_ladder=budgets, generation_config=())
 
 
+def _tower_dtype(choices: EngineConfig) -> str:
+    """The dtype of a vision tower: float16 cannot hold its activations."""
+    return "float32" if choices.dtype == "float16" else choices.dtype or "bfloat16"
+
+
+def _compile_tower(config: ResolvedConfig, mesh: Any) -> ProgramAhead:
+    assert config.images is not None
+    program = compile_tower(config.images, mesh, dtype=jnp.dtype(_tower_dtype(config.choices)))
+    return ProgramAhead(
+        tokens=program.patches,
+        work="tower",
+        trace_seconds=0.0,
+        lower_seconds=0.0,
+        compile_seconds=program.seconds,
+        arguments=program.weights,
+        temporaries=program.temporaries,
+        saved=0,
+    )
+
+
 def _compile(
-    model: ModelConfig, config: ResolvedConfig, mesh: Any, tokens: int, work: Work, folder: Path | None
+    model: ModelConfig,
+    config: ResolvedConfig,
+    mesh: Any,
+    tokens: int,
+    work: Work,
+    folder: Path | None,
+    *,
+    with_images: bool = False,
 ) -> ProgramAhead:
     divided = config.tensor_parallel is not None
     devices = list(mesh.devices.flat)
@@ -140,7 +178,14 @@ def _compile(
         vocab_size=model.vocab_size,
         groups=config.groups,
         has_states=model.state is not None,
+        has_grids=config.has_grids,
     )
+    shown = None
+    if with_images:
+        assert config.images is not None
+        dtype = jnp.dtype(_tower_dtype(config.choices))
+        shown = step_images(config.images, tokens, mesh if divided else None, dtype, devices[0])
+    further = further_arguments(None, shown)
     arguments = step_arguments(
         model,
         bucket,
@@ -165,7 +210,7 @@ def _compile(
     )
     start = time.perf_counter()
     with lowering_for(mesh):
-        traced = step.trace(*arguments)
+        traced = step.trace(*arguments, *further)
         traced_at = time.perf_counter()
         lowered = traced.lower()
         lowered_at = time.perf_counter()
@@ -175,13 +220,13 @@ def _compile(
     assert memory is not None, "the compiler has no memory analysis"
     size = 0
     if folder is not None:
-        name = program_name(arguments[:3], model, config, tokens, work, devices=devices)
+        name = program_name((*arguments[:3], *further), model, config, tokens, work, devices=devices)
         saved = Folder(path=folder / FOLDER, writable=True)
         if executables.save(saved, name, program):
             size = (saved.path / (name + executables.SUFFIX)).stat().st_size
     return ProgramAhead(
         tokens=tokens,
-        work=work,
+        work="images" if with_images else work,
         trace_seconds=traced_at - start,
         lower_seconds=lowered_at - traced_at,
         compile_seconds=done - lowered_at,

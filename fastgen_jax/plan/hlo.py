@@ -76,6 +76,20 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
     return sorted(copies, key=lambda copy: -copy.bytes * copy.times)
 
 
+def copied_arrays(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
+    """Every copy of an array of one of these shapes, such as that of a whole cache into another layout."""
+    wanted, copies = set(shapes), []
+    for computation, times in _executed(hlo).items():
+        for instruction in _instructions(hlo).get(computation, ()):
+            is_copy = instruction.operation in ("copy", "copy-start") or (
+                instruction.operation == "fusion" and re.search(r"calls=%?[\w.\-]*(copy|transpose)", instruction.line)
+            )
+            if is_copy:
+                sizes = [a.bytes for a in instruction.arrays if a.shape in wanted and not a.on_chip]
+                copies += [Copy(instruction.name, max(sizes), times)] if sizes else []
+    return copies
+
+
 def _axes(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
 

@@ -31,8 +31,6 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
-from fastgen_jax.models.vision import towers
-from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
@@ -56,7 +54,7 @@ class Program:
     collectives: int  # number per layer
     operations: int  # number per layer; on a GPU, kernel launches
     waits: int  # how often a GPU's host has to read a value in the middle of the step
-    copies: list[hlo.Copy]  # weights that a step writes anew: there should be none
+    copies: list[hlo.Copy]  # weights, keys, values and states that a step writes anew: there should be none
     compiled: jax.stages.Compiled
 
 
@@ -150,12 +148,13 @@ def compile_step(
     attention: str | None = None,
     work: Work = "any",
     deterministic: bool = False,
-    images: ImagesConfig | None = None,
+    images: StepImages | None = None,
+    has_grids: bool = False,
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    With `images` it is the one for steps with tokens of images. Raises DoesNotCompile with the compiler's message,
-    ValueError if the model cannot be divided.
+    With `images`, shapes from `plan.tower`, it is the one for steps with tokens of images; `has_grids` as for `Bucket`.
+    Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
     check_num_devices(model, mesh.size)
     groups = choose_groups(model, max_context_len)
@@ -167,7 +166,7 @@ def compile_step(
         vocab_size=model.vocab_size,
         groups=BlockGroups(windows=groups.windows, block_size=block_size, token_budget=token_budget),
         has_states=model.state is not None,
-        has_grids=images is not None and images.in_grid,
+        has_grids=has_grids,
     )
     arguments = step_arguments(
         model,
@@ -195,8 +194,7 @@ def compile_step(
     )
     start = time.perf_counter()
     with lowering_for(mesh):
-        shown = None if images is None else _step_images(images, token_budget, mesh, dtype)
-        lowered = step.lower(*arguments, *further_arguments(None, shown))
+        lowered = step.lower(*arguments, *further_arguments(None, images))
         compiled = compile_lowered(lowered)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "the compiler has no memory analysis"
@@ -210,33 +208,9 @@ def compile_step(
         collectives=hlo.count_in_loops(text),
         operations=hlo.operations_per_layer(text),
         waits=hlo.waits(text),
-        copies=hlo.copied_weights(text, matrix_shapes(arguments[0], token_budget)),
+        copies=hlo.copied_weights(text, matrix_shapes(arguments[0], token_budget))
+        + hlo.copied_arrays(text, {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(cache)}),
         compiled=compiled,
-    )
-
-
-def compile_tower(images: ImagesConfig, device: Any, *, dtype: DType = jnp.bfloat16) -> tuple[int, int]:
-    """Bytes of the weights of a vision tower on `device`, and of what it needs besides them for the largest image.
-
-    Raises DoesNotCompile with the compiler's message.
-    """
-    place = SingleDeviceSharding(device)
-    shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=place)
-    params = towers.tree_of({path: shape(sizes, dtype) for path, sizes in towers.weight_shapes(images.tower).items()})
-    largest = jax.tree.map(lambda x: shape(x.shape, x.dtype), towers.shapes(images.tower)[-1])
-    embed = jax.jit(functools.partial(towers.embed, config=images.tower))
-    memory = compile_lowered(embed.lower(params, largest)).memory_analysis()
-    assert memory is not None, "the compiler has no memory analysis"
-    return memory.argument_size_in_bytes, memory.temp_size_in_bytes + memory.output_size_in_bytes
-
-
-def _step_images(images: ImagesConfig, num_tokens: int, mesh: Mesh, dtype: DType) -> StepImages:
-    shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    parts, _, width = towers.shape_of_rows(images.tower, dtype)[0].shape
-    return StepImages(
-        is_image=shape((num_tokens,), jnp.bool_),
-        embeddings=shape((parts, num_tokens, width), dtype),
-        spans=shape((num_tokens, 4), jnp.int32) if images.is_whole else None,
     )
 
 

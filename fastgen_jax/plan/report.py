@@ -11,26 +11,29 @@ import jax.numpy as jnp
 from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.vision.read import images_from_hf, tower_bytes
-from fastgen_jax.plan import estimate
+from fastgen_jax.models.vision.config import ImagesConfig
+from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
+from fastgen_jax.plan import estimate, tower
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 from fastgen_jax.scheduling import BlockGroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCheck:
-    """The compiler's result for one token budget."""
+    """The compiler's result for one token budget, or for the vision tower."""
 
-    token_budget: int
+    token_budget: int  # 0: the vision tower
     seconds: float | None  # None: it was rejected
     temporaries: int | None  # bytes of one device
     problem: str  # why it was rejected, or what is wrong with the program; "" if nothing is
+    image_tokens: int = 0  # of the largest image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ def make_plan(
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
     shown = images_from_hf(config, {}) if images else None
+    if shown is not None:
+        shown = largest(shown, EngineConfig().max_image_tokens)
     vision = 0 if shown is None else tower_bytes(shown, itemsize)  # on each device
     groups = BlockGroups(windows=choose_groups(model, context).windows, block_size=block_size, token_budget=max(budgets))
     memory = Memory(
@@ -115,8 +120,11 @@ def make_plan(
         + vision,
         state=footprint.sampler_bytes(model, max_num_seqs)
         + footprint.state_bytes(model, devices.device.platform, max_num_seqs),
-        temporaries=footprint.temporary_bytes(
-            model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
+        temporaries=max(
+            footprint.temporary_bytes(
+                model, devices.num_devices, token_budget=max(budgets), max_num_seqs=max_num_seqs, itemsize=itemsize
+            ),
+            0 if shown is None else tower.temporary_bytes(shown, itemsize),  # a tower runs between two steps
         ),
         block=estimate.block_bytes(
             model, devices, block_size=block_size, kv_dtype=jnp.dtype(kv_dtype), num_groups=groups.num_groups
@@ -141,6 +149,8 @@ def make_plan(
                 )
                 for budget in budgets
             )
+            if shown is not None:
+                checks = (*checks, _check_tower(shown, devices, dtype))
         except NoCompiler as error:
             not_compiled = str(error)
         known = [check.temporaries for check in checks if check.temporaries is not None]
@@ -233,6 +243,24 @@ def _check(
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, problem=str(error))
     problem = "" if program.aliased >= program.cache else "the KV cache is copied"
     return CompileCheck(token_budget=budget, seconds=program.seconds, temporaries=program.temporaries, problem=problem)
+
+
+def _check_tower(images: ImagesConfig, topology: Topology, dtype: str) -> CompileCheck:
+    from fastgen_jax.plan.program import DoesNotCompile, deviceless_mesh
+
+    try:
+        program = tower.compile_tower(images, deviceless_mesh(topology), dtype=jnp.dtype(dtype))
+    except DoesNotCompile as error:
+        return CompileCheck(
+            image_tokens=images.most_tokens, token_budget=0, seconds=None, temporaries=None, problem=str(error)
+        )
+    return CompileCheck(
+        image_tokens=images.most_tokens,
+        token_budget=0,
+        seconds=program.seconds,
+        temporaries=program.temporaries,
+        problem="weights are copied" if program.copies else "",
+    )
 
 
 def _advice(
@@ -336,12 +364,14 @@ def table(plan: Plan) -> str:
     if plan.checks:
         lines += ["", "compiled with the device's compiler"]
         for check in plan.checks:
+            name = f"{check.token_budget:7}" if check.token_budget else "  tower"
+            fine = "KV cache updated in place" if check.token_budget else f"an image of {check.image_tokens} tokens"
             if check.seconds is None:
-                lines.append(f"  {check.token_budget:7} rejected: {check.problem}")
+                lines.append(f"  {name} rejected: {check.problem}")
             else:
                 lines.append(
-                    f"  {check.token_budget:7} {check.seconds:6.1f} s, temporaries "
-                    f"{(check.temporaries or 0) / 2**20:.0f} MiB, {check.problem or 'KV cache updated in place'}"
+                    f"  {name} {check.seconds:6.1f} s, temporaries {(check.temporaries or 0) / 2**20:.0f} MiB, "
+                    f"{check.problem or fine}"
                 )
     if plan.not_compiled:
         lines += ["", f"not compiled: {plan.not_compiled}"]

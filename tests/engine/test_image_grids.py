@@ -33,7 +33,8 @@ def add(made: Engine, folder: Path = QWEN3, shown: list[Any] | None = None, new_
     return made.add(MESSAGES, greedy(new_tokens), images=pictures(folder) if shown is None else shown)
 
 
-@pytest.mark.parametrize("folder", [QWEN3, pytest.param(QWEN2_5, marks=pytest.mark.slow)], ids=lambda folder: folder.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [QWEN3, QWEN2_5], ids=lambda folder: folder.name)
 def test_the_answer_is_that_of_transformers_alone_and_in_company(folder):
     made = engine(folder)
     made.reset_prefix_cache()
@@ -66,6 +67,7 @@ def test_a_prefix_that_ends_within_an_image_is_reused_by_its_content():
     assert 0 < cached[3] < 12  # only what is before it
 
 
+@pytest.mark.slow
 def test_a_preempted_request_goes_on_at_its_positions():
     made = engine()
     made.reset_prefix_cache()

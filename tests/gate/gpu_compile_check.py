@@ -23,13 +23,17 @@ from typing import Any
 
 from tests.gate.shapes import (
     CALLS,
+    IMAGE_MODELS,
     LLAMA_3_8B,
     LLAMA_3_70B,
     MIXTRAL_8X7B,
     QWEN3_30B_A3B,
     SMALL_GPU_MODELS,
+    STATE_MODELS,
     Call,
     lower_attention,
+    released,
+    tower_of,
 )
 
 MIB = 2**20
@@ -42,6 +46,8 @@ LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
 LAUNCHES_PER_LAYER_IN_FP8 = 22  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
+LAUNCHES_WITH_A_STATE = 120
+TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # maximum for a thread block on an H100
@@ -164,6 +170,8 @@ def check_step(
     quantize: str | None = None,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
+    images: Any = None,
+    may_wait: bool = False,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
     """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
@@ -171,6 +179,7 @@ def check_step(
     Where there is no kernel, portable attention waits for the conditions of its loops.
     """
     from fastgen_jax.plan.program import compile_step
+    from fastgen_jax.plan.tower import step_images
 
     kernels: list[Kernel] = []
     with assembler_reports(kernels):
@@ -185,6 +194,8 @@ def check_step(
             dtype=dtype,
             quantize=quantize,
             work=work,  # pyright: ignore[reportArgumentType]
+            images=None if images is None else step_images(images, tokens, mesh, dtype),
+            has_grids=images is not None and images.in_grid,
         )
     copied = sum(copy.bytes * copy.times for copy in program.copies)
     facts.append(f"{program.operations} launches, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
@@ -196,7 +207,7 @@ def check_step(
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits and work != "any" and has_kernel:
+    if not words and program.waits and work != "any" and has_kernel and not may_wait:
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
 
@@ -236,6 +247,21 @@ def check_other_layers(mesh: Any) -> tuple[int, list[Kernel], str]:
     """Tests the gate itself: layers for another number of rows are others."""
     *rest, words = check_same_layers(LLAMA_3_8B, mesh, other_tokens=128)
     return *rest, "" if "in another way" in words else "other layers went unnoticed"
+
+
+def check_tower(images: Any, mesh: Any, *, facts: list[str]) -> tuple[int, list[Kernel], str]:
+    """A vision tower for its largest image: no weight is copied, and the host waits for nothing."""
+    from fastgen_jax.plan.tower import compile_tower
+
+    program = compile_tower(images, mesh)
+    copied = sum(copy.bytes * copy.times for copy in program.copies)
+    facts.append(f"{program.operations} launches, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
+    words = ""
+    if program.temporaries > TOWER_TEMPORARIES:
+        words = f"temporaries of {program.temporaries / MIB:.0f} MiB exceed the bound of {TOWER_TEMPORARIES / MIB:.0f} MiB"
+    if not words and copied:
+        words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
+    return program.temporaries, [], words or ("the host waits" if program.waits else "")
 
 
 def check_copies(mesh: Any) -> tuple[int, list[Kernel], str]:
@@ -321,6 +347,21 @@ def main() -> int:
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
         step, MIXTRAL_8X7B, eight_h100, work="greedy", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
     )
+    for name, (hf, num_devices) in STATE_MODELS.items():
+        checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
+            step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE, may_wait=True
+        )
+    for name, (model, num_devices) in IMAGE_MODELS.items():
+        images = tower_of(name)
+        checks[f"H100 tower: {name}"] = functools.partial(check_tower, images, h100, facts=facts)
+        checks[f"H100 step with images: {name} on {num_devices}"] = functools.partial(
+            step,
+            released(model),
+            h100 if num_devices == 1 else eight_h100,
+            launches=LAUNCHES_WITHOUT_A_KERNEL,
+            images=images,
+            may_wait=True,
+        )
     for name in ("Qwen2.5-1.5B", "Gemma-3-1B"):  # the activations of the second are float32
         checks[f"T4 step of 64: {name}, float16"] = functools.partial(
             step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -325,6 +326,39 @@ GPU_MODELS = {
 }
 SMALL_GPU_MODELS = {"Qwen2.5-0.5B": QWEN2_5_0_5B, "Qwen2.5-1.5B": QWEN2_5_1_5B, "Gemma-3-1B": GEMMA_3_1B}
 """Those that fit on a T4."""
+
+
+# Models with a state in some layers, and the number of devices that hold them: dense, with experts, without an MLP.
+STATE_MODELS = {
+    "Granite-4.0-H-Micro": (GRANITE_4_H_MICRO, 1),
+    "Qwen3-Next, 8 layers": (QWEN3_NEXT_8_LAYERS, 1),
+    "Granite-4.0-H-Tiny": (GRANITE_4_H_TINY, 1),
+}
+# Released checkpoints that read images, and the number of devices.
+IMAGE_MODELS = {
+    "Gemma-3-27B": ("google/medgemma-27b-it", 8),
+    "Qwen2.5-VL-7B": ("Qwen/Qwen2.5-VL-7B-Instruct", 1),
+    "Qwen3-VL-8B": ("Qwen/Qwen3-VL-8B-Instruct", 1),
+}
+IMAGE_TOKENS = 4000  # of the largest image; not 4,096, which is also the width of a weight
+
+
+@functools.cache
+def released(name: str) -> dict[str, Any]:
+    """The config.json of a released checkpoint in the table of docs/models.md."""
+    from tests.checkpoint.released import releases
+
+    (found,) = (release.config for release in releases() if release.model == name)
+    return dict(found)
+
+
+def tower_of(name: str) -> Any:
+    """How one of `IMAGE_MODELS` reads images, the largest with `IMAGE_TOKENS` where it reads several sizes."""
+    from fastgen_jax.models.vision.read import images_from_hf, largest
+
+    images = images_from_hf(released(IMAGE_MODELS[name][0]), {})
+    assert images is not None
+    return largest(images, IMAGE_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

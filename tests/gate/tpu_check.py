@@ -24,6 +24,7 @@ TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:
 MIB = 2**20
 KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache has 1000 MiB or more
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
+TOWER_TEMPORARIES = 1280 * MIB  # of 25,600 patches: scores, hidden units, and queries, keys and values in two layouts
 SECONDS_PER_PROGRAM = 180  # of processor time
 COLLECTIVES_PER_LAYER = 2
 EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
@@ -78,8 +79,10 @@ def complaint(memory: Any, cache_bytes: int, bound: int) -> str:
     return ""
 
 
-def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> tuple[int, str, int]:
-    """Compiles a whole tensor-parallel step; also returns the number of operations per layer.
+def check_step(
+    hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16", images: Any = None, tokens: int = 512
+) -> tuple[int, str, int]:
+    """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
     The minimum of collectives per layer is one sum after each half.
     """
@@ -87,21 +90,37 @@ def check_step(hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16") -> 
 
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step
+    from fastgen_jax.plan.tower import step_images
 
     model = family_of(hf["architectures"][0]).config_from_hf(hf)
     program = compile_step(
         model,
         mesh,
-        token_budget=512,
+        token_budget=tokens,
         max_num_seqs=64,
         max_context_len=8192,
         block_size=128,
         num_blocks=512,
         kv_dtype=jnp.dtype(kv_dtype),
+        images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
+        has_grids=images is not None and images.in_grid,
     )
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
-    if program.collectives != COLLECTIVES_PER_LAYER:
+    if program.collectives != (COLLECTIVES_PER_LAYER if mesh.size > 1 else 0):
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
+    if program.copies:
+        words = words or f"{program.copies[0].name} copies a weight, cache or state: {program.copies[0].bytes / MIB:.0f} MiB"
+    return program.temporaries, words, program.operations
+
+
+def check_tower(images: Any, mesh: Any) -> tuple[int, str, int]:
+    """Compiles a vision tower for its largest image; also returns the number of operations per layer."""
+    from fastgen_jax.plan.tower import compile_tower
+
+    program = compile_tower(images, mesh)
+    words = ""
+    if program.temporaries > TOWER_TEMPORARIES:
+        words = f"temporaries of {program.temporaries / MIB:.0f} MiB exceed the bound of {TOWER_TEMPORARIES / MIB:.0f} MiB"
     if program.copies:
         words = words or f"{program.copies[0].name} copies a weight: {program.copies[0].bytes / MIB:.0f} MiB"
     return program.temporaries, words, program.operations
@@ -186,6 +205,15 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         for model, (hf, num_devices) in shapes.EXPERT_MODELS.items():
             some = tensor_mesh(mesh.devices.flat[:num_devices])
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
+        for model, (hf, num_devices) in shapes.STATE_MODELS.items():
+            some = tensor_mesh(mesh.devices.flat[:num_devices])
+            checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
+        for model, (name, num_devices) in shapes.IMAGE_MODELS.items():
+            some, images = tensor_mesh(mesh.devices.flat[:num_devices]), shapes.tower_of(model)
+            checks[f"tower: {model}"] = functools.partial(check_tower, images, small)
+            checks[f"step with images: {model} on {num_devices}"] = functools.partial(
+                check_step, shapes.released(name), some, images=images
+            )
     return checks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.config import RopeConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import FAMILIES, family_of
-from fastgen_jax.models.params import init_params
+from fastgen_jax.models.params import init_params, param_specs
 from tests.models import test_moe_families
 from tests.models.parity import DOCUMENT, Runs, error, expected, folder, load, random_cut, variants
 
@@ -96,7 +97,13 @@ def test_prepared_weights_give_the_same_logits(family, variant):
 @pytest.mark.parametrize(("family", "variant"), ALL)
 def test_bfloat16_stays_near_float32(family, variant):
     params, config = load(family, variant)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    specs = param_specs(config)
+
+    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        spec = (specs["layers"] if path[0].key == "layers" else specs)[path[-1].key]
+        return leaf if spec.dtype == "float32" else leaf.astype(jnp.bfloat16)
+
+    half = jax.tree_util.tree_map_with_path(narrow, params)
     tokens, want, prompt = expected(family, variant)
     got = Runs(half, config, len(tokens)).logits(tokens, [len(tokens)], prompt_length=prompt)
     assert np.abs(got - want).mean() < WITH_STATES_AND_EXPERTS.get(family, BFLOAT16_MEAN_TOLERANCE) * np.abs(want).max()

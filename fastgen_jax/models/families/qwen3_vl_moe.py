@@ -19,14 +19,17 @@ _DEFAULTS = {
     "max_position_embeddings": 128_000,
     "rope_theta": 500_000.0,
     "num_key_value_heads": 16,
-    "num_experts": 60,
     "num_experts_per_tok": 4,
 }
+_NUM_EXPERTS = 60
 
 
 def config_from_hf(hf: JsonFields, *, strict: bool = False) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`."""
-    config = qwen3_moe.config_from_hf({**hf, "text_config": _DEFAULTS | hf.get("text_config", {})}, strict=strict)
+    text = _DEFAULTS | hf.get("text_config", {})
+    if "num_experts" not in text:  # transformers 5 writes the other name
+        text["num_experts"] = text.get("num_local_experts", _NUM_EXPERTS)
+    config = qwen3_moe.config_from_hf({**hf, "text_config": text}, strict=strict)
     assert config.moe is not None, "Qwen3-MoE has experts"
     assert config.rope is not None, "all layers rotate"
     # The weights of the chosen experts are always normalized.

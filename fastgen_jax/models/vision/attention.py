@@ -16,6 +16,15 @@ _LEAST_QUERIES = 64
 _NOTHING = -1e30  # the score of a patch that is none: exp() of it is 0, unless all are
 
 
+def score_bytes(num_patches: int, num_heads: int) -> int:
+    """Bytes of the scores that exist at the same time."""
+    return 4 * num_heads * num_patches * min(num_patches, _queries(num_patches))
+
+
+def _queries(num_patches: int) -> int:
+    return max(_LEAST_QUERIES, _SCORES // num_patches)
+
+
 def attend_all(
     q: Float[Array, "n H D"], k: Float[Array, "n H D"], v: Float[Array, "n H D"], is_key: Bool[Array, " n"] | None = None
 ) -> Float[Array, "n H D"]:
@@ -29,7 +38,7 @@ def attend_all(
         shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("hqk,khd->qhd", shares, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
-    size = max(_LEAST_QUERIES, _SCORES // count)
+    size = _queries(count)
     if count <= size:
         return some(q)
     padded = jnp.pad(q, ((0, -count % size), (0, 0), (0, 0)))

@@ -181,6 +181,15 @@ def limited(images: ImagesConfig, most_tokens: int) -> ImagesConfig:
     return replace(images, tower=replace(tower, most_pixels=most, least_pixels=min(tower.least_pixels, most)))
 
 
+def largest(images: ImagesConfig, most_tokens: int) -> ImagesConfig:
+    """`images` with so many tokens for the largest one, if the tower reads several sizes: what a checkpoint may allow
+    whose preprocessor_config.json is not known."""
+    tower = images.tower
+    if not isinstance(tower, QwenVisionConfig):
+        return images
+    return replace(images, tower=replace(tower, most_pixels=most_tokens * tower.token_pixels))
+
+
 def _three(values: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
     first, second, third = values or default
     return float(first), float(second), float(third)
