@@ -16,24 +16,43 @@ constexpr int kCandidates = 4;  // a fifth within kTolerance of the fastest has 
 // More than speeds in float32 deviate from exact ones, whoever computes their logarithm: 64 units in the last place.
 constexpr float kTolerance = 1.0f / (1 << 18);
 
+constexpr int kVectors = 4;  // that are computed side by side
 constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
 
-// Threefry-2x32 with 20 rounds of [0, counter], whose two words replace high and low; Word is a number or a vector.
-template <class Word>
-KERNEL_INLINE void threefry(uint32_t first, uint32_t second, Word counter, Word& high, Word& low) {
+// Whether any element is not 0.
+KERNEL_INLINE bool any(IntVec v) {
+  uint64_t words[sizeof v / 8], all = 0;
+  std::memcpy(words, &v, sizeof v);
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+// The two words of Threefry-2x32 with 20 rounds for [0, counter + distance], where entry v of the results is at the
+// distance v * kLanes. Word is a number or a vector.
+template <class Word, int N>
+KERNEL_INLINE void threefry(uint32_t first, uint32_t second, Word counter, Word (&high)[N], Word (&low)[N]) {
   const uint32_t keys[3] = {first, second, first ^ second ^ 0x1BD11BDAu};
-  low = counter + second;
-  high = Word{} + first;
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    low[v] = counter + (second + uint32_t(v * kLanes));
+    high[v] = Word{} + first;
+  }
 #pragma GCC unroll 5
   for (int group = 0; group < 5; ++group) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int distance = kRotations[group % 2][i];
-      high = high + low;
-      low = high ^ ((low << distance) | (low >> (32 - distance)));
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) {
+        high[v] = high[v] + low[v];
+        low[v] = high[v] ^ ((low[v] << distance) | (low[v] >> (32 - distance)));
+      }
     }
-    high = high + keys[(group + 1) % 3];
-    low = low + (keys[(group + 2) % 3] + uint32_t(group) + 1u);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      high[v] = high[v] + keys[(group + 1) % 3];
+      low[v] = low[v] + (keys[(group + 2) % 3] + uint32_t(group) + 1u);
+    }
   }
 }
 
@@ -70,31 +89,41 @@ void race(const int32_t* weights, int64_t length, uint32_t first, uint32_t secon
   Words lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    const UnalignedInts weight = *reinterpret_cast<const UnalignedInts*>(weights + i);
-    int32_t any = 0;
-    for (int lane = 0; lane < kLanes; ++lane) any |= weight[lane];
-    if (!any) continue;
-    Words high, low;
-    threefry<Words>(first, second, lanes + uint32_t(i), high, low);
-    const Words bits = high ^ low;
-    // Halves are exact as signed integers, from which CPUs without AVX-512 can convert.
-    const IntVec upper = IntVec(bits >> 16), lower = IntVec(bits & 0xFFFFu);
-    const Vec u = (__builtin_convertvector(upper, Vec) * 65536.0f + __builtin_convertvector(lower, Vec) + 0.5f) * 0x1p-32f;
-    const Vec bound = __builtin_convertvector(IntVec(weight), Vec) * (1 + kTolerance);
-    const IntVec may_win = bound >= u * found.slowest;
-    int32_t some = 0;
-    for (int lane = 0; lane < kLanes; ++lane) some |= may_win[lane];
-    if (!some) continue;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (may_win[lane] && weight[lane] > 0) found.enter(int32_t(i) + lane, weight[lane], bits[lane]);
+  for (; i + kVectors * kLanes <= length; i += kVectors * kLanes) {
+    IntVec weight[kVectors], some{};
+    for (int v = 0; v < kVectors; ++v) {
+      weight[v] = IntVec(*reinterpret_cast<const UnalignedInts*>(weights + i + v * kLanes));
+      some |= weight[v];
+    }
+    if (!any(some)) continue;
+    // Each round waits for the one before: several vectors side by side keep the CPU busy.
+    Words high[kVectors], low[kVectors];
+    threefry(first, second, lanes + uint32_t(i), high, low);
+    IntVec may_win[kVectors];
+    some = IntVec{};
+    for (int v = 0; v < kVectors; ++v) {
+      low[v] = high[v] ^ low[v];
+      // Halves are exact as signed integers, from which CPUs without AVX-512 can convert.
+      const IntVec upper = IntVec(low[v] >> 16), lower = IntVec(low[v] & 0xFFFFu);
+      const Vec u = (__builtin_convertvector(upper, Vec) * 65536.0f + __builtin_convertvector(lower, Vec) + 0.5f) * 0x1p-32f;
+      may_win[v] = __builtin_convertvector(weight[v], Vec) * (1 + kTolerance) >= u * found.slowest;
+      some |= may_win[v];
+    }
+    if (!any(some)) continue;
+    for (int v = 0; v < kVectors; ++v) {
+      if (!any(may_win[v])) continue;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (may_win[v][lane] && weight[v][lane] > 0) {
+          found.enter(int32_t(i) + v * kLanes + lane, weight[v][lane], low[v][lane]);
+        }
+      }
     }
   }
   for (; i < length; ++i) {
     if (weights[i] <= 0) continue;
-    uint32_t high, low;
-    threefry<uint32_t>(first, second, uint32_t(i), high, low);
-    found.enter(int32_t(i), weights[i], high ^ low);
+    uint32_t high[1], low[1];
+    threefry(first, second, uint32_t(i), high, low);
+    found.enter(int32_t(i), weights[i], high[0] ^ low[0]);
   }
   for (int k = 0; k < kCandidates; ++k) ids[k] = found.count ? found.ids[std::min(k, found.count - 1)] : 0;
 }
