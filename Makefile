@@ -55,7 +55,7 @@ $(TUNIX_VENV)/.installed: pyproject.toml
 # Checkpoints that trainers themselves have written. Each has an environment of its own.
 GEMMA_VENV ?= .venv-gemma
 EASYDEL_VENV ?= .venv-easydel
-WITH_TRAINER := 'pytest>=8' 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20'
+WITH_TRAINER := 'pytest>=8' gguf 'hypothesis>=6.100' 'jaxtyping>=0.3' 'beartype>=0.20'
 gemma-check:
 	@if $(MAKE) --silent $(GEMMA_VENV)/.installed; \
 	then $(GEMMA_VENV)/bin/python -m pytest --run-slow -W default tests/checkpoint/test_gemma_library.py; \

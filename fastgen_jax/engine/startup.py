@@ -150,7 +150,7 @@ def _prefetch_kernels(model: ModelConfig) -> Sequence[native.Build]:
     """Starts to compile the C++ kernels that a model needs, if they have to be, while its weights are being read."""
     experts = ("grouped_matmul",) if model.moe is not None else ()
     states = () if model.state is None else ("recurrence",)
-    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", *states, "unfilled"))
+    return native.prefetch(("ragged_attention", "matmul", *experts, "norm", "rotary", "draw", *states, "unfilled"))
 
 
 def start(

@@ -14,6 +14,7 @@ SOURCES = {
     "matmul": _PACKAGE / "matmul" / "cpu.cc",
     "grouped_matmul": _PACKAGE / "grouped_matmul" / "cpu.cc",
     "norm": _PACKAGE / "norm" / "cpu.cc",
+    "draw": _PACKAGE / "draw" / "cpu.cc",
     "recurrence": _PACKAGE / "recurrence" / "cpu.cc",
     "rotary": _PACKAGE / "rotary" / "cpu.cc",
     "unfilled": _PACKAGE / "unfilled" / "cpu.cc",

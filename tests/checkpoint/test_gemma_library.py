@@ -118,7 +118,6 @@ def save(params: Any, layout: str, pattern: int, out: Path) -> None:
             params=params,
             collections={},
             opt_state=optax.adam(1e-3).init(params),
-            training_time_hours=np.asarray(0.5),
         )
         checkpointer = kd.ckpts.Checkpointer(workdir=out, save_interval_steps=1)
         checkpointer.save(state, step=3)

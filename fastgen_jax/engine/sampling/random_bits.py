@@ -21,10 +21,19 @@ def random_bits(seeds: UInt32[Array, " R"], positions: Int32[Array, " R"], count
     `jax.random.bits` returns, but independent of the flags that change those, and in one pass on a CPU, where JAX's own
     implementation takes five.
     """
+    return bits_of(row_keys(seeds, positions), jnp.arange(count, dtype=jnp.uint32)[None, :])
+
+
+def row_keys(seeds: UInt32[Array, " R"], positions: Int32[Array, " R"]) -> UInt32[Array, "R 2"]:
+    """The words of `fold_in(key(seed), position)` for each row."""
     # key(seed) is [0, seed], and fold_in encrypts [0, position] with it.
     zeros = jnp.zeros((len(seeds), 1), jnp.uint32)
-    key = _threefry((zeros, seeds[:, None]), positions[:, None].astype(jnp.uint32))
-    high, low = _threefry(key, jnp.arange(count, dtype=jnp.uint32)[None, :])
+    return jnp.concatenate(_threefry((zeros, seeds[:, None]), positions[:, None].astype(jnp.uint32)), axis=1)
+
+
+def bits_of(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "#R n"]) -> UInt32[Array, "R n"]:
+    """The entries `ids` of the bits of each key."""
+    high, low = _threefry((keys[:, :1], keys[:, 1:]), ids)
     return high ^ low
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
-from fastgen_jax.engine.sampling.random_bits import random_bits
+from fastgen_jax.engine.sampling.random_bits import bits_of, random_bits, row_keys
 from fastgen_jax.engine.sampling.rows import (
     find_threshold,
     reaches,
@@ -36,7 +36,7 @@ from fastgen_jax.engine.sampling.rows import (
 from fastgen_jax.engine.sampling.state import MAX_TIMES, SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
 from fastgen_jax.scheduling.request import MAX_TOP_LOGPROBS
-from pallas_kernels import gpu_target
+from pallas_kernels import draw, gpu_target
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
@@ -204,6 +204,13 @@ def _drawn(
 ) -> tuple[Int32[Array, " R"], _Weights]:
     weights = _weights(logits, batch, has_branches=has_branches)
     is_drawn = batch.temperature > 0
+    if gpu_target.platform() == "cpu" and draw.is_available():
+        keys = row_keys(batch.seeds, batch.positions)
+        ids = draw.front_runners(logits, weights.values, keys, is_drawn)
+        few = jnp.take_along_axis(weights.values, ids, axis=1, mode="clip")
+        # The same logarithms as below decide between them.
+        fastest = jnp.argmax(_speeds(few, bits_of(keys, ids.astype(jnp.uint32))), axis=1, keepdims=True)
+        return jnp.take_along_axis(ids, fastest, axis=1, mode="clip")[:, 0], weights
     speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     return row_argmax(jnp.where(is_drawn[:, None], speeds, logits)), weights
 
