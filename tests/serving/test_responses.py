@@ -31,6 +31,16 @@ def chat_text(**fields):
     return got.json()["choices"][0]["message"]["content"]
 
 
+def test_a_response_has_all_the_fields_that_open_responses_requires():
+    tool = {"type": "function", "name": "f", "parameters": SCHEMA}
+    got = ask("/v1/responses", {"input": "Hi", "max_output_tokens": 2, "tools": [tool]}).json()
+    assert got["tools"] == [{**tool, "description": None, "strict": None}]
+    assert (got["top_p"], got["temperature"], got["presence_penalty"], got["frequency_penalty"]) == (1, 1, 0, 0)
+    body = {"input": "Hi", "max_output_tokens": 2, "top_p": 0.5, "presence_penalty": 1, "frequency_penalty": -1}
+    got = ask("/v1/responses", body).json()
+    assert (got["top_p"], got["presence_penalty"], got["frequency_penalty"]) == (0.5, 1, -1)
+
+
 def test_a_response_is_the_answer_of_a_chat():
     body = {"model": MODEL, "input": "Hi", "max_output_tokens": 8, **GREEDY}
     got = ask("/v1/responses", body).json()

@@ -24,6 +24,7 @@ class ResponseAnswer:
         self._work, self._chat = work, chat
         self._wants_logprobs = body.wants_logprobs
         form = body.text.format if body.text else None
+        params = work.params[0]
         self._finish: str | None = None
         self._open: JsonObject | None = None
         self._sequence = 0
@@ -48,12 +49,14 @@ class ResponseAnswer:
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": body.store is not False,
-            "temperature": work.params[0].temperature,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "temperature": 1.0 if params.temperature is None else params.temperature,
             "text": {"format": form.model_dump(by_alias=True) if form else {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
+            "tools": [{"description": None, "strict": None, **tool} for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
-            "top_p": work.params[0].top_p,
+            "top_p": 1.0 if params.top_p is None else params.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": body.user,
