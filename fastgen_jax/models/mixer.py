@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastgen_jax.core import KVCache
-from fastgen_jax.models.attention import LayerCall, Step, attention, take_rows
+from fastgen_jax.models.attention import attention
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.states import with_state
+from fastgen_jax.models.step import LayerCall, Step, take_rows
 from fastgen_jax.models.weight_spec import LayerWeights
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fastgen_jax.models.adapters import AdaptedWeight, adapted_linear
-from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project, xielu
 from fastgen_jax.models.moe import moe
+from fastgen_jax.models.step import LayerCall
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.matmul import gated, swiglu
 

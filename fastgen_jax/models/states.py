@@ -13,7 +13,6 @@ import numpy as np
 
 from fastgen_jax.core import KVCache, StateShapes
 from fastgen_jax.core.states import NO_STATES
-from fastgen_jax.models.attention import LayerCall, Step
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, project
 from fastgen_jax.models.sharding import TENSOR, divide_state
@@ -22,6 +21,7 @@ from fastgen_jax.models.state_division import state_of_device
 from fastgen_jax.models.state_rows import StateRows, convolved
 from fastgen_jax.models.state_scan import Inputs, States, piece_size, scan
 from fastgen_jax.models.state_specs import state_specs
+from fastgen_jax.models.step import LayerCall, Step
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels import recurrence
 from pallas_kernels.norm import rms_norm

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import KVCache
-from fastgen_jax.models.attention import LayerCall, Step, take_rows
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import ACTIVATIONS, norm, project
+from fastgen_jax.models.step import LayerCall, Step, take_rows
 from fastgen_jax.models.stream_config import AltUp
 from fastgen_jax.models.weight_spec import LayerWeights, Params
 from pallas_kernels.matmul import linear

@@ -22,13 +22,14 @@ from jax.typing import DTypeLike
 from fastgen_jax.core import KVCache
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.sampling.token_logprobs import token_logprobs
-from fastgen_jax.models.attention import LayerCall
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import Execution, Layer, head, hidden_rows
+from fastgen_jax.models.decoder import Execution, head, hidden_rows
+from fastgen_jax.models.layer_loop import Layer
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, expert_specs, head_spec
 from fastgen_jax.models.sparse import refuse_choice
 from fastgen_jax.models.states import refuse_states
+from fastgen_jax.models.step import LayerCall
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from fastgen_jax.training.batch import TrainingBatch
 from pallas_kernels.grouped_matmul import pair as pair_groups

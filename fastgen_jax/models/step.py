@@ -1,0 +1,206 @@
+"""What a step computes once for all of its layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models.cache_groups import cache_groups
+from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
+from fastgen_jax.models.config import ModelConfig, RopeConfig
+from fastgen_jax.models.division import divided, row_norm_heads
+from fastgen_jax.models.rope import Rotation, rotation
+from fastgen_jax.models.sharding import divide_heads
+from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
+from fastgen_jax.models.state_rows import StateRows, state_rows
+from pallas_kernels.ragged_attention import Attention, RaggedIndex, plan_layers, ragged_attention, with_spans
+from pallas_kernels.sparse_attention import SparseTokens, sparse_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Int32
+
+NO_WINDOW = np.iinfo(np.int32).max
+"""Stands for "no window" where other layers have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Values shared by all layers of a step."""
+
+    batch: RaggedBatch
+    indices: tuple[RaggedIndex, ...]  # for each cache group; without groups, `batch.index` for each sliding window
+    kinds: tuple[int, ...]  # which of them each layer uses
+    rows: tuple[int, ...]  # of the cache, for each layer
+    num_tokens: Int[Array, ""]  # tokens from this index on are padding
+    rotations: dict[RopeConfig, Rotation]
+    query_scale: Float[Array, " T"] | None  # for models that scale queries by position
+    row_norm_heads: tuple[int, int]  # query and key heads over which a norm of all heads averages
+    num_blocks: int  # N
+    mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
+    attend: Attention  # `ragged_attention` or a replacement for it
+    state: StateRows | None = None  # for layers with a state
+    sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
+
+    def num_rows(self, rows: Int[Array, " R"] | None) -> Int[Array, ""]:
+        """How many of the tokens, or of the sampled `rows`, are not padding."""
+        return self.num_tokens if rows is None else self.batch.num_sample_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """What differs between layers, apart from their weights."""
+
+    index: Int[Array, ""] | int
+    first: int = 0  # number of the first layer with this body; all of them have the same weights and sizes
+    has_attention: bool = True
+    has_keys: bool = True  # of its own; otherwise it reads those of another layer
+    state_row: Int[Array, ""] | int | None = None  # its number among the layers with a state; None: it has none
+    rows: Int[Array, " R"] | None = None  # tokens whose results are needed; None: all
+    first_expert: Int[Array, ""] | int | None = None  # where its experts begin in their stacks; None: it has an MLP
+    has_mlp: bool = True  # or experts
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the layer has attention or a state, so that tokens depend on others."""
+        return self.has_attention or self.state_row is not None
+
+
+def take_rows(x: Float[Array, "T ..."], rows: Int[Array, " R"] | None) -> Float[Array, "_ ..."]:
+    """x[rows], or all of x."""
+    return x if rows is None else jnp.take(x, rows, axis=0)
+
+
+def prepare_step(
+    batch: RaggedBatch,
+    kv_cache: KVCache,
+    *,
+    config: ModelConfig,
+    implementation: str | Attention | None,
+    mesh: Mesh | None = None,
+    spans: Int32[Array, "P 4"] | None = None,
+    independent_pieces: bool = False,
+) -> Step:
+    """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`,
+    `independent_pieces` as for `plan_layers`."""
+    positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+    rotations = {rope: rotation(positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes}
+    # Without the barrier XLA moves the cosines into every layer that uses them.
+    values = jax.lax.optimization_barrier(tuple(rotations.values()))
+    scale = None
+    if config.logn_length is not None:  # keeps the entropy of attention as at the trained length
+        length = (batch.positions + 1).astype(jnp.float32)
+        scale = jnp.maximum(jnp.log(length) / math.log(config.logn_length), 1.0)
+    if config.query_growth is not None:
+        rule = config.query_growth
+        growth = 1.0 + rule.weight * jnp.log1p(((batch.positions + rule.first) // rule.length).astype(jnp.float32))
+        scale = growth if scale is None else scale * growth
+    attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
+    indices = [batch.index, *batch.windowed]
+    groups = cache_groups(config, len(indices))
+    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
+    local = config if mesh is None else divided(config, num_devices)
+    windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
+    if not batch.windowed:
+        of_layers = config.layer_windows or (None,) * config.num_layers
+        windows = tuple(dict.fromkeys(of_layers))
+        indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
+    if config.kv_sources:
+        if callable(implementation):
+            raise ValueError(
+                f"a {config.family} model, whose layers read the keys of others, cannot run without a KV cache; use an "
+                "engine"
+            )
+        indices, windows, kinds = _with_readers(config, indices, windows, kinds, num_blocks * kv_cache.k.shape[2])
+    if config.window_chunks:
+        indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
+        windows = (None,) * len(windows)  # the indices say where chunks begin
+    sparse, indexer = None, indexer_of(config)
+    longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
+    if indexer is not None and longest > indexer.num_chosen:
+        check_kv_dtype(kv_cache.k.dtype, config, longest)
+        sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
+        indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
+    if not callable(implementation):
+        indices = plan_layers(
+            indices,
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
+            ),
+            windows,
+            num_tokens=batch.positions.shape[0],
+            num_heads=local.num_heads // num_devices,
+            num_blocks=num_blocks,
+            packed=kv_cache.v is None,
+            implementation=implementation,
+            independent_pieces=independent_pieces,
+        )
+    attend = attend if mesh is None else divide_heads(attend, mesh)
+    return Step(
+        batch=batch,
+        indices=tuple(indices),
+        kinds=kinds,
+        rows=tuple(row for _, row in groups.places),
+        num_tokens=batch.index.query_starts[-1],
+        rotations=dict(zip(rotations, values, strict=True)),
+        query_scale=scale,
+        row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
+        num_blocks=num_blocks,
+        mesh=mesh,
+        attend=attend if spans is None else with_spans(attend, spans),
+        state=None if config.state is None else state_rows(batch),
+        sparse=sparse,
+    )
+
+
+def _with_readers(
+    config: ModelConfig,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    kinds: tuple[int, ...],
+    num_slots: int,
+) -> tuple[list[RaggedIndex], tuple[int | None, ...], tuple[int, ...]]:
+    """Each index once more, for layers that read the keys of others: what they write is dropped."""
+    readers = [replace(index, kv_slots=jnp.full_like(index.kv_slots, num_slots)) for index in indices]
+    reads = [source != layer for layer, source in enumerate(config.kv_sources)]
+    kinds = tuple(kind + len(indices) * is_reader for kind, is_reader in zip(kinds, reads, strict=True))
+    return [*indices, *readers], windows * 2, kinds
+
+
+def _in_chunks(
+    batch: RaggedBatch,
+    kv_cache: KVCache,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    implementation: str | Attention | None,
+) -> list[RaggedIndex]:
+    """`indices` with a row for each chunk that tokens are in, all of the same shape; a window is the size of a chunk.
+
+    They are returned as they are if no context can be longer than a chunk.
+    """
+    sizes = [size for size in windows if size is not None]
+    if not sizes:
+        return indices
+    num_tokens, block_size = batch.positions.shape[0], kv_cache.k.shape[2]
+    if callable(implementation):
+        if num_tokens > min(sizes):
+            raise ValueError(
+                f"this model attends within chunks of {min(sizes)} tokens, which is not supported without a KV cache for "
+                f"more tokens than that in a batch; got {num_tokens}"
+            )
+        return indices
+    if batch.index.block_tables.shape[1] * block_size <= min(sizes):
+        return indices
+    rows = num_chunk_rows(batch.index.context_lens.shape[0], num_tokens, min(sizes))
+    everything = NO_WINDOW // block_size * block_size
+    return [
+        in_chunks(index, batch.positions, everything if size is None else size, block_size=block_size, num_rows=rows)
+        for index, size in zip(indices, windows, strict=True)
+    ]
