@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tensorstore import TensorStore
 
 INDEX = "tensorstore_index.json"
+_OF_PROGRAMS = ("moe_method", "moe_tiling_size_", "moe_force_xla_gmm")
 _WEIGHTS = ("kernel", "embedding", "scale")  # what a module calls what is `weight` in transformers
 
 
@@ -90,6 +91,14 @@ def is_easydel(path: Path) -> bool:
     return (path / INDEX).exists()
 
 
+def _published(hf: JsonFields) -> JsonFields:
+    """The config without the fields by which EasyDeL chooses how to compute the same."""
+    found = {name: value for name, value in hf.items() if not name.startswith(_OF_PROGRAMS)}
+    if set(found.get("layer_types") or ()) == {"full_attention"}:  # it is written for every family
+        del found["layer_types"]
+    return found
+
+
 def open_easydel(path: str | Path, base: str | Path | None = None) -> EasyDelCheckpoint:
     """Opens a checkpoint of EasyDeL with its own config.json, or with that and the tokenizer of the directory `base`.
 
@@ -99,7 +108,7 @@ def open_easydel(path: str | Path, base: str | Path | None = None) -> EasyDelChe
     base = path if base is None else Path(base)
     if not is_easydel(path):
         raise ValueError(f"{path} has no {INDEX}; pass the directory that save_pretrained of EasyDeL has written")
-    hf = config_json(base)
+    hf = _published(config_json(base))
     config = model_config(hf, base / "config.json")
     if config.moe is not None or config.state is not None:
         raise ValueError(
@@ -113,6 +122,8 @@ def open_easydel(path: str | Path, base: str | Path | None = None) -> EasyDelChe
     arrays: dict[str, TensorStore] = {}
     matrices: set[str] = set()
     for key, array in found.items():
+        if config.tie_embeddings and key.startswith("lm_head"):  # EasyDeL saves one that it does not use
+            continue
         module, _, leaf = key.replace("/", ".").rpartition(".")
         if leaf.startswith("quant_"):
             raise ValueError(f"the weight {module!r} of {path} is quantized; save it with dequantized weights")

@@ -200,7 +200,7 @@ _CHANGES_OUTPUT = frozenset(
     }
 )
 _CHANGES_OUTPUT_PATTERN = re.compile(
-    r"(altup|conv|index|linear|mamba|moe|mup|ssm)_.*|.*_multipliers?|.*activation_sparsity.*|.*_clip_limit"
+    r"(altup|conv|index|indexer|linear|mamba|moe|mup|ssm)_.*|.*_multipliers?|.*activation_sparsity.*|.*_clip_limit"
 )
 # Fields of a multimodal model outside its text model. They do not affect text-only input.
 _AROUND_TEXT = frozenset(
