@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.params import layers_with, param_specs
@@ -53,6 +54,8 @@ def merge_lora(params: Params, lora: Lora, *, scale: float) -> Params:
 
     `scale` is alpha / rank in PEFT, with rank-stabilized adapters alpha / sqrt(rank). Everything that takes `params` takes
     the result. The gradient of a loss of `merge_lora(params, lora)` with respect to `lora` alone trains the adapters.
+
+    Raises ValueError if the layers are separate or in an engine's own form.
     """
     layers = params["layers"]
     if not isinstance(layers, Mapping):
@@ -60,6 +63,11 @@ def merge_lora(params: Params, lora: Lora, *, scale: float) -> Params:
 
     def changed(name: str) -> jax.Array:
         weight = layers[name]
+        if not isinstance(weight, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{name!r} is a {type(weight).__name__}, the form in which an engine multiplies; merge into the arrays of "
+                "load_params(..., stack_layers=True)"
+            )
         changes = [jnp.matmul(part["a"], part["b"]) for part in lora["layers"][name]]
         return weight + (scale * jnp.concatenate(changes, axis=-1)).astype(weight.dtype)
 

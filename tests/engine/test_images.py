@@ -11,7 +11,10 @@ from PIL import Image
 
 from fastgen_jax import Engine, SamplingParams
 from fastgen_jax.api.pipeline import Pipeline
-from fastgen_jax.checkpoint import open_checkpoint
+from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.training import merge_lora
+from pallas_kernels import native
+from tests.adapters import random_lora
 from tests.models.vision import reference
 from tests.models.vision.reference import GEMMA3, NUM_GREEDY, PHOTO, expected
 from tests.tiny import drain, greedy, tokens_of
@@ -70,6 +73,33 @@ def test_the_answer_is_that_of_transformers_alone_and_in_company():
     assert tokens_of(outputs[both[1]]) != answer()
     assert tokens_of(outputs[text]) == tokens_of(outputs[both[2]])
     assert made.metrics.compiles_while_serving == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="the weights are not packed")
+def test_an_adapter_reads_images_and_disturbs_no_request_beside_it():
+    """Prompts with the same images share no prefix across adapters."""
+    made = engine(max_adapters=1, stack_layers=True)
+    lora = random_lora(made.model, 0)
+    made.load_adapter("x", lora, scale=0.5)
+    plain, adapted = add(made), add(made, greedy(NUM_GREEDY, adapter="x"))
+    text = made.add(TEXT, greedy(20, adapter="x"))
+    outputs = drain(made)
+    assert tokens_of(outputs[plain]) == answer()
+    assert outputs[adapted][-1].num_cached_tokens == 0
+    assert tokens_of(outputs[adapted]) != answer()
+    again = add(made, greedy(NUM_GREEDY, adapter="x"))
+    repeated = drain(made)[again]
+    assert repeated[-1].num_cached_tokens > 0
+    assert tokens_of(repeated) == tokens_of(outputs[adapted])
+    with pytest.raises(ValueError, match="is a PackedWeight, the form in which an engine multiplies; merge into"):
+        merge_lora(made.params, lora, scale=0.5)
+    params = load_params(open_checkpoint(GEMMA3), dtype="float32", stack_layers=True)
+    made.update_params(merge_lora(params, lora, scale=0.5))
+    requests = {"image": add(made), "text": made.add(TEXT, greedy(20))}
+    merged = drain(made)
+    assert tokens_of(merged[requests["image"]]) == tokens_of(outputs[adapted])
+    assert tokens_of(merged[requests["text"]]) == tokens_of(outputs[text])
 
 
 def test_a_prefix_with_images_is_cached_by_their_content():
