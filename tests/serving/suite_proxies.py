@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from tests.serving.tiny_server import listening
 
 CHATS, RESPONSES = "/v1/chat/completions", "/v1/responses"
 FIXED = {"completion_id": CHATS, "response_id": RESPONSES, "resp_677efb5139a88190b512bc3fef8e535d": RESPONSES}
@@ -91,15 +90,5 @@ def _proxy(
         return Response(answer.content, answer.status_code, headers=headers)
 
     app = Starlette(routes=[Route("/{path:path}", forward, methods=METHODS)])
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()  # from here on connections are accepted
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    with listening(app) as url:
+        yield url

@@ -133,11 +133,9 @@ def offline(text: str, **params: Any) -> str:
 
 
 @contextlib.contextmanager
-def serving(shared: Engine) -> Iterator[str]:
-    """The URL of a server on a real socket, in a thread of this process, without an API key."""
-    backend = AsyncEngine(shared)
-    app = create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend))
-    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None))
+def listening(app: Any, **options: Any) -> Iterator[str]:
+    """The URL of an ASGI application on a real socket, in a thread of this process; `options` are those of uvicorn."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, **options))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # from here on connections are accepted
@@ -148,8 +146,19 @@ def serving(shared: Engine) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-        backend._thread.close()
         listener.close()
+
+
+@contextlib.contextmanager
+def serving(shared: Engine) -> Iterator[str]:
+    """The URL of a server on a real socket, in a thread of this process, without an API key."""
+    backend = AsyncEngine(shared)
+    app = create_app(ServerState(ServedModel(name=MODEL, deployment=MODEL), backend))
+    try:
+        with listening(app, http=Connection) as url:
+            yield url
+    finally:
+        backend._thread.close()
 
 
 class Watch:
