@@ -69,6 +69,6 @@ def merge_lora(params: Params, lora: Lora, *, scale: float) -> Params:
                 "load_params(..., stack_layers=True)"
             )
         changes = [jnp.matmul(part["a"], part["b"]) for part in lora["layers"][name]]
-        return weight + (scale * jnp.concatenate(changes, axis=-1)).astype(weight.dtype)
+        return jnp.asarray(weight) + (scale * jnp.concatenate(changes, axis=-1)).astype(weight.dtype)
 
     return {**params, "layers": {**layers, **{name: changed(name) for name in lora["layers"]}}}
