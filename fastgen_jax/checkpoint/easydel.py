@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastgen_jax.checkpoint.base import missing_tensor
-from fastgen_jax.checkpoint.huggingface import config_json, model_config, read_generation_config
+from fastgen_jax.checkpoint.huggingface import config_json, model_config
 from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
+from fastgen_jax.checkpoint.trained_trees import OfTrainer
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.families.common import Source
 
@@ -35,26 +35,11 @@ _WEIGHTS = ("kernel", "embedding", "scale")  # what a module calls what is `weig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EasyDelCheckpoint:
-    """See `Checkpoint`."""
+class EasyDelCheckpoint(OfTrainer):
+    """See `Checkpoint`; `arrays` have the names of transformers."""
 
-    path: Path
-    config: ModelConfig
-    config_json: JsonFields
-    base: Path
-    """The directory of the config and the tokenizer."""
-    arrays: Mapping[str, TensorStore]
-    """By the names of transformers."""
     matrices: frozenset[str]
     """Those that are stored [in, out]."""
-
-    @property
-    def generation_config(self) -> JsonFields:
-        return read_generation_config(self.base)
-
-    @property
-    def quantization(self) -> str:
-        return ""
 
     @property
     def tensor_names(self) -> frozenset[str]:

@@ -51,22 +51,15 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreeCheckpoint:
-    """See `Checkpoint`; its tensors are the weights of `param_specs`, those of a layer end with its number.
-
-    An array of several layers is read whole, and kept until all of its layers were read: trainers store the layers of a
-    weight in common chunks.
-    """
+class OfTrainer:
+    """What checkpoints of trainers have in common: arrays at `path`, config and tokenizer in another place, or there too."""
 
     path: Path
     config: ModelConfig
     config_json: JsonFields
     base: Path
     """The directory of the config and the tokenizer."""
-    parts: Mapping[str, Sequence[Part]]
     arrays: Mapping[str, TensorStore]
-    _kept: dict[str, tuple[np.ndarray, set[int]]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def generation_config(self) -> JsonFields:
@@ -75,6 +68,19 @@ class TreeCheckpoint:
     @property
     def quantization(self) -> str:
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeCheckpoint(OfTrainer):
+    """See `Checkpoint`; its tensors are the weights of `param_specs`, those of a layer end with its number.
+
+    An array of several layers is read whole, and kept until all of its layers were read: trainers store the layers of a
+    weight in common chunks.
+    """
+
+    parts: Mapping[str, Sequence[Part]]
+    _kept: dict[str, tuple[np.ndarray, set[int]]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def tensor_names(self) -> frozenset[str]:
