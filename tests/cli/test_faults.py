@@ -49,7 +49,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     ("module", "argv"),
     [
         ("uvicorn", ["serve", "some-model"]),
-        ("fastapi", ["batch", __file__, "/tmp/out.jsonl"]),
+        ("fastapi", ["batch", __file__, "out.jsonl"]),
     ],
 )
 def test_a_command_without_its_extra_names_it(module: str, argv: list[str]) -> None:
@@ -78,8 +78,9 @@ def test_bugs_of_our_own_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -
         main(["convert", "a", "b"])
 
 
-def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["generate", "--model", "no-such", "hi"], ["inspect", "no-such"], ["convert", "no-such", "/tmp/new"]):
+def test_an_unknown_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = str(tmp_path / "new")
+    for argv in (["generate", "--model", "no-such", "hi"], ["inspect", "no-such"], ["convert", "no-such", new]):
         assert "no model 'no-such'" in error_of(capsys, *argv)
 
 

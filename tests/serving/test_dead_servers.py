@@ -73,7 +73,7 @@ def deployment(url: str, **changes) -> Deployment:
         url=url,
         pid=os.getpid(),
         started=0.0,
-        log="/tmp/chat.log",
+        log="/logs/chat.log",
         process_start=process_start(os.getpid()) or "",
     )
     return replace(here, **changes)
@@ -113,7 +113,7 @@ def test_the_error_for_a_server_that_has_ended_names_its_log_and_how_to_restart_
     for dead in (deployment(closed_url(), pid=GONE), deployment(closed_url(), process_start="another program")):
         for message in failures(dead):
             assert f"deployment 'chat' has ended (process {dead.pid}" in message
-            assert "its log is /tmp/chat.log; start it again with `fastgen serve some-model" in message
+            assert "its log is /logs/chat.log; start it again with `fastgen serve some-model" in message
 
 
 def test_the_error_for_a_restarted_server_names_its_new_address():
