@@ -1,17 +1,23 @@
 """Throughput of a model with states in most layers beside a dense one with as many parameters: interleaved, random weights.
 
-python -m tests.engine.state_throughput --rounds 5          # about 45 million parameters each, float32
+    python -m tests.engine.state_throughput --rounds 5                           # about 45 million parameters each, float32
+    python -m tests.engine.state_throughput --llama-cpp ~/llama/bin/python       # and llama.cpp with the same shapes
 
-"prompts" are tokens of prompts per second, with one new token each; "generating" are new tokens per second. The ratio is
-that of the medians.
+"prompts" are tokens of prompts per second, with one new token each; "generating" are new tokens per second. Ratios are those
+of the medians. For llama.cpp, PYTHON has llama-cpp-python and gguf installed; each of its models runs in its own process.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
 import statistics
+import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +27,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.params import init_params
+from fastgen_jax.models.state_config import Mamba2
 from tests.gate.shapes import GRANITE_4_H_MICRO, LLAMA_3_8B
 
 VOCAB = 8192
@@ -39,9 +46,50 @@ def models(layers: int, width: int) -> dict[str, ModelConfig]:
     return {"states": hybrid, "dense": dataclasses.replace(dense, mlp_dim=2 * width + missing // (3 * width * layers))}
 
 
-def run(engine: Engine, requests: int, prompt_tokens: int, new_tokens: int, seed: int) -> float:
+class LlamaCpp:
+    """llama.cpp with random weights of a model's shapes."""
+
+    def __init__(self, python: str, model: ModelConfig, *, requests: int, context: int):
+        sizes = {
+            "kind": "llama" if model.state is None else "granitehybrid",
+            "vocab": model.vocab_size,
+            "layers": model.num_layers,
+            "width": model.embed_dim,
+            "mlp": model.mlp_dim,
+            "heads": model.num_heads,
+            "kv_heads": model.num_kv_heads,
+            "attends": [i in model.attending_layers for i in range(model.num_layers)],
+            "requests": requests,
+            "context": context,
+        }
+        state = model.state
+        if state is not None:
+            assert isinstance(state, Mamba2)
+            sizes |= {"inner": state.inner_dim, "ssm_heads": state.num_heads, "state": state.state_dim}
+            sizes |= {"groups": state.num_groups, "conv": state.width}
+        program = Path(__file__).parent / "programs" / "llama_cpp_rates.py"
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([python, program, json.dumps(sizes)], stdin=pipe, stdout=pipe, text=True)
+        self.num_params = int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended with status {self.process.wait()}")
+        return line
+
+    def run(self, requests: int, prompt_tokens: int, new_tokens: int) -> float:
+        """Seconds for so many requests."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{requests} {prompt_tokens} {new_tokens}\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+
+def run(engine: Engine, requests: int, prompt_tokens: int, new_tokens: int) -> float:
     """Seconds for so many requests."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(requests)
     for _ in range(requests):
         prompt = rng.integers(5, VOCAB, prompt_tokens).tolist()
         engine.add(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, temperature=0.0))
@@ -59,36 +107,47 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     options = parser.parse_args()
     choices = EngineConfig(
         dtype="float32",
         token_budget=256,
         budget_ladder=(16,),
-        max_num_seqs=16,
+        max_num_seqs=options.requests,
         max_context_len=1024,
         num_blocks=1024,
         block_size=16,
         prefix_caching=False,
         background_compile=False,
     )
-    engines = {}
+    runs: dict[str, Callable[[int, int, int], float]] = {}
     for name, model in models(options.layers, options.width).items():
-        engines[name] = Engine(init_params(model, jax.random.key(0), dtype="float32"), model, choices)
+        engine = Engine(init_params(model, jax.random.key(0), dtype="float32"), model, choices)
+        runs[name] = functools.partial(run, engine)
         print(f"{name}: {count_params(model):,} parameters")
-    loads = {"prompts": (options.prompt_tokens, 1), "one generating": (16, options.new_tokens)}
-    loads["generating"] = (16, options.new_tokens)
+        if options.llama_cpp:
+            peer = LlamaCpp(options.llama_cpp, model, requests=options.requests, context=1024)
+            runs[f"{name}, llama.cpp"] = peer.run
+            print(f"{name}, llama.cpp: {peer.num_params:,} parameters")
+    loads = {"prompts": (options.requests, options.prompt_tokens, 1)}
+    loads |= {"one generating": (1, 16, options.new_tokens), "all generating": (options.requests, 16, options.new_tokens)}
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(options.rounds + 1):
-        for load, (prompt, new) in loads.items():
-            for name in sorted(engines, reverse=number % 2 == 1):
-                requests = 1 if load == "one generating" else options.requests
-                seconds = run(engines[name], requests, prompt, new, number)
+        for load, (requests, prompt, new) in loads.items():
+            for name in sorted(runs, reverse=number % 2 == 1):
+                seconds = runs[name](requests, prompt, new)
                 if number:  # the first round warms up
                     tokens = requests * (prompt if load == "prompts" else new)
                     rates.setdefault((load, name), []).append(tokens / seconds)
     for load in loads:
-        states, dense = (statistics.median(rates[load, name]) for name in ("states", "dense"))
-        print(f"{load:15} {states:9.1f} tokens/s with states, {dense:9.1f} dense: {states / dense:.3f}")
+        medians = {name: statistics.median(rates[load, name]) for name in runs}
+        print(f"{load}: " + ", ".join(f"{rate:,.1f} tokens/s {name}" for name, rate in medians.items()))
+        compared = [("states", "dense")]
+        if options.llama_cpp:
+            compared += [(name, f"{name}, llama.cpp") for name in ("states", "dense")]
+            compared.append(("states, llama.cpp", "dense, llama.cpp"))
+        for name, other in compared:
+            print(f"    {name} / {other}: {medians[name] / medians[other]:.3f}")
 
 
 if __name__ == "__main__":
