@@ -17,7 +17,9 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
 from tests.adapters import random_lora
+from tests.engine.test_images import MESSAGES
 from tests.models.parity import load
+from tests.models.vision.reference import GEMMA3, NUM_GREEDY, QWEN, answer, pictures
 from tests.tiny import HOME, drain, greedy, tiny_model, tokens_of
 
 PROMPTS = [np.random.default_rng(size).integers(3, 60, size).tolist() for size in (1, 5, 21, 34)]
@@ -140,7 +142,28 @@ def states() -> None:
         assert answers[0] == answers[1], family
 
 
+def images() -> None:
+    """Prompts with two images: of one size, of any sizes, and of a tower that adds to the first layers, with experts."""
+    for model in (GEMMA3, *QWEN[1:]):
+        shown = pictures(model)
+        answers = []
+        for num_devices in (None, 2):
+            options = SMALL | {
+                "token_budget": 24,
+                "num_blocks": 128,
+                "background_compile": False,
+                "tensor_parallel": num_devices,
+            }
+            engine = Engine.from_pretrained(model, **options)
+            ids = [engine.add(MESSAGES, greedy(NUM_GREEDY), images=order) for order in (shown, shown[::-1])]
+            outputs = drain(engine)
+            assert engine.metrics.compiles_while_serving == 0
+            answers.append([tokens_of(outputs[request_id]) for request_id in ids])
+        assert answers[0] == answers[1], model.name
+        assert answers[0][0] == answer(model), model.name
+
+
 if __name__ == "__main__":
-    functions = (in_8_bits, tied_embeddings, experts, uneven, states, replaced, adapters)
+    functions = (in_8_bits, tied_embeddings, experts, uneven, states, replaced, adapters, images)
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")
