@@ -144,17 +144,12 @@ def states() -> None:
 
 def images() -> None:
     """Prompts with two images: of one size, of any sizes, and of a tower that adds to the first layers, with experts."""
+    settings = SMALL | {"token_budget": 24, "num_blocks": 128, "background_compile": False}
     for model in (GEMMA3, *QWEN[1:]):
         shown = pictures(model)
         answers = []
         for num_devices in (None, 2):
-            options = SMALL | {
-                "token_budget": 24,
-                "num_blocks": 128,
-                "background_compile": False,
-                "tensor_parallel": num_devices,
-            }
-            engine = Engine.from_pretrained(model, **options)
+            engine = Engine.from_pretrained(model, **settings, tensor_parallel=num_devices)
             ids = [engine.add(MESSAGES, greedy(NUM_GREEDY), images=order) for order in (shown, shown[::-1])]
             outputs = drain(engine)
             assert engine.metrics.compiles_while_serving == 0
