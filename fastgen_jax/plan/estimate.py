@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fastgen_jax.devices import Topology
+from fastgen_jax.devices import Device, Topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.footprint import bits_per_value, temporary_bytes, weight_bytes
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
+from fastgen_jax.models.moe_config import IndexerConfig
 from fastgen_jax.models.params import expert_specs
+from fastgen_jax.models.sparse import indexer_of
 from fastgen_jax.models.weight_spec import DType, Kind
-from fastgen_jax.plan.roofline import StepShape, Windows, decode_attended, roofline
+from fastgen_jax.plan.roofline import StepShape, StepTime, Windows, decode_attended, roofline
 from fastgen_jax.scheduling import BlockGroups
 
 RESERVED_SHARE = 0.06  # of a device's memory: the runtime, programs, and gaps between buffers
@@ -154,8 +156,13 @@ def planned_step(
         activation_bytes=itemsize,
     )
     prompt = tokens - sequences
-    seen = decode_attended((context,), windows)
-    read = decode_attended((context,), [None if window is None else window + prompt - 1 for window in windows])
+    indexer = indexer_of(model)
+    if indexer is not None and context > indexer.num_chosen:
+        seen, read = indexer.num_chosen, min(context, indexer.num_chosen * prompt)
+    else:
+        indexer = None
+        seen = decode_attended((context,), windows)
+        read = decode_attended((context,), [None if window is None else window + prompt - 1 for window in windows])
     shape = StepShape(
         num_tokens=tokens,
         num_sample_rows=sequences + (prompt > 0),
@@ -163,4 +170,26 @@ def planned_step(
         prompt_attended=prompt * seen,
         prompt_context=read if prompt else 0,
     )
-    return PlannedStep(tokens=tokens, sequences=sequences, **cost.parts(shape)._asdict())
+    time = cost.parts(shape)
+    if indexer is not None:
+        chooses = indexer_time(
+            indexer,
+            topology.device,
+            scored=tokens * context,
+            read=(sequences + (prompt > 0)) * context,
+            itemsize=itemsize,  # of the cache, which is not in 8 bits here
+        )
+        time = StepTime(*map(sum, zip(time, chooses, strict=True)))
+    return PlannedStep(tokens=tokens, sequences=sequences, **time._asdict())
+
+
+def indexer_time(indexer: IndexerConfig, device: Device, *, scored: float, read: float, itemsize: float) -> StepTime:
+    """Time of an indexer, of which every device computes all heads, at the peak figures.
+
+    `scored` counts pairs of a token and a position before it, and `read` positions whose keys, of `itemsize` bytes per
+    number, are read.
+    """
+    layers = len(indexer.layers)
+    compute = 2.0 * scored * layers * indexer.num_heads * indexer.head_dim / device.flops_per_s
+    memory = read * layers * indexer.head_dim * itemsize / device.memory_bytes_per_s
+    return StepTime(seconds=max(compute, memory), compute=compute, memory=memory, links=0.0)

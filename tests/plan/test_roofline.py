@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from fastgen_jax.checkpoint import open_checkpoint
 from fastgen_jax.devices import DEVICES, parse_topology
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
-from fastgen_jax.plan.estimate import planned_step
+from fastgen_jax.plan.estimate import PlannedStep, planned_step
 from fastgen_jax.plan.roofline import PEAK, Efficiency, StepShape, decode_attended, roofline, step_shape
 from fastgen_jax.simulation import MODELS, RooflineCost
 
 LLAMA_7B = MODELS["llama-2-7b"]
+SPARSE = Path(__file__).parents[1] / "reference" / "families" / "deepseek_v32" / "sparse"
 PUBLISHED_IN_BOTH_DIRECTIONS = {
     "v5e": 400e9,
     "v5p": 1200e9,
@@ -124,3 +130,28 @@ def test_planned_steps_charge_layers_with_a_window_for_no_more_than_it() -> None
 
     assert planned(8000, (128,)) == planned(128, (None,))
     assert planned(8000, (None, 128)) == pytest.approx((planned(8000, (None,)) + planned(128, (None,))) / 2)
+
+
+def test_planned_steps_charge_chosen_tokens_and_the_scores_of_all() -> None:
+    model = open_checkpoint(SPARSE).config
+    assert model.mla is not None
+    indexer = model.mla.indexer
+    assert indexer is not None
+    devices = parse_topology("h100")
+    token_bytes, bandwidth = model.kv_bytes_per_token(2), devices.device.memory_bytes_per_s
+
+    def planned(context: int, tokens: int = 4, model: ModelConfig = model) -> PlannedStep:
+        size = {"tokens": tokens, "sequences": 4, "itemsize": 2, "token_bytes": token_bytes}
+        return planned_step(model, devices, context=context, **size)
+
+    dense = dataclasses.replace(model, mla=dataclasses.replace(model.mla, indexer=None))
+    chosen, long = indexer.num_chosen, 100 * indexer.num_chosen
+    pairs, values = 4 * long * len(indexer.layers), indexer.head_dim
+    at_most = planned(chosen)
+    assert planned(long).memory - at_most.memory == pytest.approx(pairs * values * 2 / bandwidth)
+    scores = 2 * pairs * values * indexer.num_heads / devices.device.flops_per_s
+    assert planned(long).compute - at_most.compute == pytest.approx(scores)
+    assert planned(long).seconds < planned(long, model=dense).seconds
+    # A chunk of a prompt reads every key once at most.
+    more = planned(long, 304).memory - planned(long, 204).memory
+    assert more < long * token_bytes / bandwidth / 1000
