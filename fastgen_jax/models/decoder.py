@@ -29,7 +29,7 @@ from fastgen_jax.models.division import divided
 from fastgen_jax.models.layer_loop import Layer, run_layers
 from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mixer import mix
-from fastgen_jax.models.mlp import mlp
+from fastgen_jax.models.mlp import beside_mlp, mlp
 from fastgen_jax.models.params import plain_name
 from fastgen_jax.models.sparse import with_choice
 from fastgen_jax.models.step import LayerCall, Step, prepare_step, take_rows
@@ -231,6 +231,8 @@ def _sequential_layer(
     h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
     residual = x if fused else None
     y = mlp(h, w, call, config=config, num_tokens=used, residual=residual, mesh=step.mesh)
+    if call.first_expert is not None and config.moe is not None and config.moe.beside_mlp:
+        y = beside_mlp(y, x, w, call, config=config, num_tokens=used, mesh=step.mesh)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config, num_rows=used) if after else y)
     return norm(y, w, "mlp_norm", config=config, num_rows=used) if place == "residual" else y, cache

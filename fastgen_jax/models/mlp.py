@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from fastgen_jax.models.adapters import AdaptedWeight, adapted_linear
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layers import ACTIVATIONS, project, xielu
+from fastgen_jax.models.layers import ACTIVATIONS, norm, project, xielu
 from fastgen_jax.models.moe import moe
 from fastgen_jax.models.step import LayerCall
 from fastgen_jax.models.weight_spec import LayerWeights
@@ -31,15 +32,46 @@ def mlp(
     residual: Float[Array, "T E"] | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "T E"]:
-    """The MLP of `x` [T, E] (+ residual), or its experts if the layer has any; see `moe`.
+    """The MLP of `x` [T, E] (+ residual), or its experts if the layer has any instead; see `moe`.
 
     Tokens from `num_tokens` on are padding. With `mesh` the weights are sharded over it; see `sharding`.
     """
     if (first := call.first_expert) is not None:
         assert config.moe is not None, "a layer with a first expert has experts"
-        return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, first_expert=first, mesh=mesh)
+        if not config.moe.beside_mlp:
+            return moe(x, w, config=config.moe, num_tokens=num_tokens, residual=residual, first_expert=first, mesh=mesh)
     hidden = _hidden(x, w, call, num_tokens, config, 1 if mesh is None else mesh.size)
     return project(hidden, w, "down", residual=residual, num_rows=num_tokens)
+
+
+def beside_mlp(
+    y: Float[Array, "T E"],
+    x: Float[Array, "T E"],
+    w: LayerWeights,
+    call: LayerCall,
+    *,
+    config: ModelConfig,
+    num_tokens: Int[Array, ""],
+    mesh: Mesh | None = None,
+) -> Float[Array, "T E"]:
+    """The sum of `y`, which the MLP returns, and of what the experts of the layer return for `x`, each normalized.
+
+    Source: Gemma 4, whose router reads `x` in another norm than the experts, divided by the root of E.
+    """
+    assert config.moe is not None, "the layer has experts"
+    assert call.first_expert is not None, "the layer has experts"
+    of = partial(norm, w=w, config=config, num_rows=num_tokens)
+    experts = moe(
+        of(x, name="expert_norm"),
+        w,
+        config=config.moe,
+        num_tokens=num_tokens,
+        residual=None,
+        first_expert=call.first_expert,
+        mesh=mesh,
+        routed_by=of(x, name="router_norm") * config.embed_dim**-0.5,
+    )
+    return of(y, name="beside_expert_norm") + of(experts, name="post_expert_norm")
 
 
 def _hidden(

@@ -43,15 +43,16 @@ def moe(
     residual: Float[Array, "T E"] | None,
     first_expert: Int[Array, ""] | int = 0,
     mesh: Mesh | None = None,
+    routed_by: Float[Array, "T E"] | None = None,
 ) -> Float[Array, "T E"]:
     """The output of the experts for `x` (+ residual), in the dtype of `x`; sums are in float32.
 
-    Tokens from `num_tokens` on are padding: no expert computes them, and their results are finite.
-    `w` holds the weights of the layer. Its stacks of experts may be those of all layers, [L*X, ...]; the experts of this
-    layer then begin at `first_expert`. With `mesh` each device has its share of the hidden units of every expert, and one
-    sum over devices follows.
+    The router reads `routed_by`, or else `x`. Tokens from `num_tokens` on are padding: no expert computes them, and their
+    results are finite. `w` holds the weights of the layer. Its stacks of experts may be those of all layers, [L*X, ...]; the
+    experts of this layer then begin at `first_expert`. With `mesh` each device has its share of the hidden units of every
+    expert, and one sum over devices follows.
     """
-    weights, chosen = route(x, w, config=config, num_tokens=num_tokens)
+    weights, chosen = route(x if routed_by is None else routed_by, w, config=config, num_tokens=num_tokens)
     answer: Callable[..., jax.Array] = partial(_weighted_experts, config=config)
     specs = expert_specs(x.shape[1], config)
     if mesh is not None:
@@ -85,6 +86,8 @@ def route(
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalize:
         weights = weights / (_sum(weights)[:, None] + 1e-20)
+    if config.expert_scale:
+        weights = weights * jnp.take(w["expert_scale"].astype(jnp.float32), chosen)
     return weights * config.scale, chosen
 
 

@@ -43,6 +43,8 @@ class MoEConfig:
     mixer_tolerance: float = 0.0  # sparse_mixer: relative distance of logits that count as similar
     router_bias: bool = False  # added to the logits, before softmax or sigmoid
     choice_bias: bool = False  # added to the scores for choosing, not for the weights (arXiv:2412.19437)
+    expert_scale: bool = False  # a learned factor of the weights of each expert
+    beside_mlp: bool = False  # these layers have an MLP too, and add both; each has norms of its own (see `mlp.beside_mlp`)
     num_groups: int = 1  # groups of adjacent experts; experts are chosen from the best few groups (arXiv:2405.04434)
     groups_per_token: int = 1
     group_score: Literal["max", "two_best"] = "max"  # score of a group: its best expert, or the sum of its best two

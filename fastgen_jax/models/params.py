@@ -82,11 +82,16 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
         specs += state_specs(config.embed_dim, config.state)
     if config.moe is not None and layer in config.moe.layers:
         specs += [*_router_specs(config.embed_dim, config.moe), *_expert_specs(config.embed_dim, config.moe)]
-    elif has_mlp:
+        if config.moe.beside_mlp:
+            specs += [spec for name in _BESIDE_MLP for spec in _norm_specs(name, config)]
+    if has_mlp and (config.moe is None or layer not in config.moe.layers or config.moe.beside_mlp):
         specs += _with_prefix(_WIDE, _mlp_specs(own)) if config.is_wide(layer) else _mlp_specs(own)
     specs += _stream_specs(config)
     return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
 
+
+# Norms of experts beside an MLP: of what the router reads, of what the experts read and return, of what the MLP returns.
+_BESIDE_MLP = ("router_norm", "expert_norm", "post_expert_norm", "beside_expert_norm")
 
 # Of the names of weights with another shape than in most layers: with those of layers without a window, and with those of
 # layers that read the keys of others.
@@ -275,6 +280,8 @@ def _router_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:
         yield bias(router)
     if moe.choice_bias:  # the updates of training are finer than the steps of bfloat16
         yield vector("choice_bias", moe.num_experts, "X", dtype="float32")
+    if moe.expert_scale:
+        yield dataclasses.replace(vector("expert_scale", moe.num_experts, "X"), initial=1.0)
 
 
 def _expert_specs(e: int, moe: MoEConfig) -> Iterator[WeightSpec]:

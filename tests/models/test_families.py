@@ -224,7 +224,6 @@ def test_parameters_are_counted_as_they_are_made(family, variant):
         ("gemma", "default", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", "default", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("gemma3n", "default", {"num_kv_shared_layers": 5}, "no layer before the last 5 of 7 has keys for full attention"),
-        ("gemma4", "default", {"enable_moe_block": True}, "enable_moe_block=True"),
         ("gemma4", "default", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
         ("gemma4", "default", {"per_layer_config": {"0": {"head_dim": 4}}}, "the same head_dim and num_key_value_heads"),
         ("gemma3n", "default", {"intermediate_size": [40] * 6 + [80]}, "the same width in all layers"),

@@ -87,9 +87,18 @@ def test_runs_of_similar_layers_are_scanned(family: str, variant: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "quantize"), [("deepseek_v3", None), ("deepseek_v3", "int8"), ("llama4", None)])
-def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, quantize: str | None):
-    params, config = load(family, "default")
+@pytest.mark.parametrize(
+    ("family", "variant", "quantize"),
+    [
+        ("deepseek_v3", "default", None),
+        ("deepseek_v3", "default", "int8"),
+        ("llama4", "default", None),
+        ("gemma4", "experts", None),
+        ("gemma4", "experts", "int8"),
+    ],
+)
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, variant: str, quantize: str | None):
+    params, config = load(family, variant)
     engine = Engine(
         params,
         config,
@@ -102,7 +111,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(family: str, quanti
             quantize=quantize,
         ),
     )
-    tokens = expected(family, "default")[0].tolist()
+    tokens = expected(family, variant)[0].tolist()
     prompts = [tokens[:60], tokens[:7], tokens[20:41], tokens[5:6]]
     alone = []
     for prompt in prompts:

@@ -1,5 +1,6 @@
 """Gemma 4, text: Gemma 3 with larger and fewer heads in layers without a window, normalized values, learned scales of
-layers, and in the small ones embeddings of tokens for each layer, and last layers that read the keys of earlier ones."""
+layers, and, by model: embeddings of tokens for each layer, last layers that read the keys of earlier ones, or experts beside
+the MLPs."""
 
 from __future__ import annotations
 
@@ -7,17 +8,18 @@ import math
 from typing import Any
 
 from fastgen_jax.json_types import JsonFields
-from fastgen_jax.models.config import FullHeads, ModelConfig, RopeConfig
+from fastgen_jax.models.config import Activation, FullHeads, ModelConfig, RopeConfig
 from fastgen_jax.models.families import common
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.families.fields import Fields, reads_every_field
 from fastgen_jax.models.families.gemma2 import NAMES
 from fastgen_jax.models.families.gemma3n import INPUT_NAMES, kv_sources
 from fastgen_jax.models.families.rope import rope_from_fields
+from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.stream_config import LayerInputs
 
 ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
-FEATURES = "E2B, E4B and 31B without images and audio; not the 26B with experts"
+FEATURES = "E2B, E4B, 31B and 26B-A4B, which has experts beside its MLPs, without images and audio"
 _SIZES = {"vocab_size": 262_144, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216}
 
 
@@ -28,12 +30,10 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         hf,
         {
             "attention_bias": (False,),
-            "enable_moe_block": (False,),
             "use_bidirectional_attention": ("vision", None),  # between the tokens of an image
         },
     )
-    hf.ignore("attention_bias", "enable_moe_block", "use_bidirectional_attention")
-    hf.ignore("num_experts", "top_k_experts", "moe_intermediate_size")
+    hf.ignore("attention_bias", "use_bidirectional_attention")
     windows = common.windows(hf, hf.get("sliding_window", 512), lambda layer: (layer + 1) % 6 != 0)
     windows = (*windows[:-1], None)  # as in transformers
     sizes = common.sizes(hf, head_dim=256, assumed=_SIZES, mlp_dim=hf.get("intermediate_size", _SIZES["intermediate_size"]))
@@ -49,6 +49,7 @@ def config_from_hf(hf: Fields) -> ModelConfig:
     everywhere = _rope(ropes.get("full_attention") or assumed, heads.head_dim, context=context, theta=1_000_000.0)
     windowed = _rope(ropes.get("sliding_attention") or {}, sizes["head_dim"], context=context, theta=10_000.0)
     sources = kv_sources(windows, hf.get("num_kv_shared_layers", 0))
+    activation = common.activation(hf, "hidden_activation", default="gelu_pytorch_tanh")
     width, known = hf.get("hidden_size_per_layer_input", 256), hf.get("vocab_size_per_layer_input", 262_144)
     return ModelConfig(
         family="gemma4",
@@ -69,7 +70,8 @@ def config_from_hf(hf: Fields) -> ModelConfig:
         qk_norm="head",
         v_norm=True,
         attention_scale=1.0,
-        activation=common.activation(hf, "hidden_activation", default="gelu_pytorch_tanh"),
+        activation=activation,
+        moe=_experts(hf, activation),
         layer_scale=True,
         layer_inputs=LayerInputs(dim=width, vocab_size=known, num_rows=known) if width else None,
     )
@@ -99,6 +101,22 @@ def _full_heads(hf: Fields, windows: tuple[int | None, ...], sizes: dict[str, An
     )
 
 
+def _experts(hf: Fields, activation: Activation) -> MoEConfig | None:
+    if not hf.get("enable_moe_block", False):
+        hf.ignore("num_experts", "top_k_experts", "moe_intermediate_size")
+        return None
+    return MoEConfig(
+        num_experts=hf["num_experts"],
+        experts_per_token=hf["top_k_experts"],
+        expert_dim=hf["moe_intermediate_size"],
+        layers=tuple(range(hf["num_hidden_layers"])),
+        scores="softmax_of_chosen",
+        expert_scale=True,
+        beside_mlp=True,
+        activation=activation,
+    )
+
+
 def _rope(fields: JsonFields, head_dim: int, *, context: int, theta: float) -> RopeConfig:
     """The rotation of heads of `head_dim`. The proportional kind rotates only the first pairs, at the speeds of all."""
     fields = dict(fields)
@@ -119,13 +137,24 @@ def _rope(fields: JsonFields, head_dim: int, *, context: int, theta: float) -> R
 
 
 _ATTENTION = "model.layers.{layer}.self_attn."
+_LAYER = "model.layers.{layer}."
+_EXPERTS = {
+    "layers.router": f"{_LAYER}router.proj",
+    "layers.router_norm": Source((f"{_LAYER}router.scale",)),
+    "layers.expert_scale": Source((f"{_LAYER}router.per_expert_scale",)),
+    "layers.expert_norm": f"{_LAYER}pre_feedforward_layernorm_2",
+    "layers.post_expert_norm": f"{_LAYER}post_feedforward_layernorm_2",
+    "layers.beside_expert_norm": f"{_LAYER}post_feedforward_layernorm_1",
+    "layers.expert_gate_up": Source((f"{_LAYER}experts.gate_up_proj",), transpose=True),
+    "layers.expert_down": Source((f"{_LAYER}experts.down_proj",), transpose=True),
+}
 
 
 def sources(config: ModelConfig) -> dict[str, Source]:
     """The checkpoint tensors of each weight of `param_specs`."""
     assert config.full_heads is not None, "layers without a window have heads of their own"
     parts = "qkk" if config.full_heads.keys_are_values else "qkv"
-    names = {**NAMES, **INPUT_NAMES, "layers.q": f"{_ATTENTION}q_proj"}
+    names = {**NAMES, **INPUT_NAMES, **_EXPERTS, "layers.q": f"{_ATTENTION}q_proj"}
     for name in ("q", "o", "q_norm", "k_norm"):
         names[f"layers.full_{name}"] = names[f"layers.{name}"]
     for name in ("gate_up", "down"):
