@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import RaggedBatch
@@ -80,7 +81,9 @@ def convolved(
     x32, weights = x.astype(jnp.float32), kernel.astype(jnp.float32)
     num_places, num_back = tails.shape[0], width - 1
     places = rows.places(layer, num_places, num_layers)
-    held = jnp.take(tails, places, axis=0, mode="clip").reshape(-1, x.shape[1])  # [S * (W - 1), C]
+    # The one place that reads the pool: if XLA put the gather into what uses it, it might copy the pool before the scatter.
+    held = jax.lax.optimization_barrier(jnp.take(tails, places, axis=0, mode="clip"))
+    held = held.reshape(-1, x.shape[1])  # [S * (W - 1), C]
     start = jnp.take(rows.starts, rows.of_tokens)  # [T]
     y = x32 * weights[-1][None, :]
     for back in range(1, width):

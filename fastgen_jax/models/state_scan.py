@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastgen_jax.models.state_rows import StateRows
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-_SEQUENCES = 8  # whose pieces an accelerator computes at the same time; a CPU computes one after another
+# Sequences whose pieces are computed at the same time; a CPU computes one after another.
+_SEQUENCES = 8
+_SEQUENCES_ON_GPU = 16  # a turn is some 20 launches
 
 
 class Inputs(NamedTuple):
@@ -70,10 +73,12 @@ def scan(
     num_layers: int,
     *,
     together: int | None = None,
+    fixed_length: bool = False,
 ) -> tuple[Float[Array, "T H Dv"], States]:
     """`out` of each token, and the states after this step. Results of padding are zeros.
 
-    Pieces of `together` sequences are computed at the same time; None: as many as suit the platform.
+    Pieces of `together` sequences are computed at the same time; None: as many as suit the platform. With `fixed_length` the
+    number of turns follows from shapes and not from the chunks, as always on a GPU, whose host would wait for it.
     """
     num_places, size, _ = states.recent.shape
     places = rows.places(layer, num_places, num_layers)
@@ -85,10 +90,13 @@ def scan(
     run = partial(_run, form=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs))
     arguments = (q, flat, states, places, rows.starts, rows.stops, rows.first_tokens, counts, order)
     if together is None:
-        many = partial(run, group=min(_SEQUENCES, counts.shape[0]))
-        out, matrix = jax.lax.platform_dependent(*arguments, cpu=partial(run, group=1), default=many)
+        one, some, more = (min(n, counts.shape[0]) for n in (1, _SEQUENCES, _SEQUENCES_ON_GPU))
+        gpu = partial(run, group=more, fixed_length=True)
+        out, matrix = jax.lax.platform_dependent(
+            *arguments, cpu=partial(run, group=one), cuda=gpu, rocm=gpu, default=partial(run, group=some)
+        )
     else:
-        out, matrix = run(*arguments, group=together)
+        out, matrix = run(*arguments, group=together, fixed_length=fixed_length)
     # Last: until here, `recent` holds what the first pieces of this step continue.
     mine, stop = jnp.take(places, rows.of_tokens), jnp.take(rows.stops, rows.of_tokens)
     kept = rows.is_token & (rows.positions >= stop // size * size)
@@ -110,6 +118,7 @@ def _run(
     *,
     form: Inputs,
     group: int,
+    fixed_length: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """All pieces of all rows, the i-th pieces of `group` rows at a time."""
     num_tokens, size = q.shape[0], states.recent.shape[1]
@@ -143,7 +152,20 @@ def _run(
 
     _, num_heads, value_dim = form.v.shape
     out = jnp.zeros((num_tokens, num_heads, value_dim), jnp.float32)
-    return jax.lax.fori_loop(0, jnp.max(counts), of_all, (out, states.matrix))
+    if not fixed_length:
+        return jax.lax.fori_loop(0, jnp.max(counts), of_all, (out, states.matrix))
+    turns = jnp.asarray(_turns(num_tokens, order.shape[0], size, group))
+    return jax.lax.fori_loop(0, len(turns), lambda n, carry: some(turns[n, 0], turns[n, 1], carry), (out, states.matrix))
+
+
+def _turns(num_tokens: int, num_rows: int, size: int, group: int) -> Int[np.ndarray, "turns 2"]:
+    """(i, number) of the turns that suffice for any chunks: the i-th pieces of which rows, in order of their pieces.
+
+    A row that begins at the end of a piece has an i-th piece, from 0, if it has at least (i - 1) * size + 2 tokens.
+    """
+    tokens = (1, *range(2, num_tokens + 1, size))  # that a row with an i-th piece has at least
+    having = [min(num_rows, num_tokens // n) for n in tokens]
+    return np.array([(i, number) for i, rows in enumerate(having) for number in range(-(-rows // group))], np.int32)
 
 
 def _unflat(piece: jax.Array, form: Inputs) -> Inputs:

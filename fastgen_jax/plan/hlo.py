@@ -114,15 +114,40 @@ def _may_copy(instruction: _Instruction) -> bool:
 
 
 def operations_per_layer(hlo: str) -> int:
-    """How many operations the loop over layers runs: of all loops, the one with the most. On a GPU, kernel launches."""
+    """How many operations the loop over layers runs: of all loops, the one with the most. On a GPU, kernel launches.
+
+    Layers of different kinds that follow one another are one body; a loop in it is one operation.
+    """
     computations = _instructions(hlo)
     return max((_operations(computations[body]) for body in _bodies(hlo)), default=0)
+
+
+def operations_of_inner_loops(hlo: str) -> int:
+    """How many operations the loops in that body run in all their passes; of those of unknown length, in one pass."""
+    computations = _instructions(hlo)
+
+    def inside(body: str) -> int:
+        total = 0
+        for instruction in computations.get(body, ()):
+            loop = _LOOP.search(instruction.line)
+            if loop is not None:
+                trips = _TRIPS.search(instruction.line)
+                passes = int(trips[1]) if trips else 1
+                total += passes * (_operations(computations.get(loop[1], [])) + inside(loop[1]))
+        return total
+
+    return inside(_layer_body(hlo)) if _bodies(hlo) else 0
+
+
+def _layer_body(hlo: str) -> str:
+    computations = _instructions(hlo)
+    return max(_bodies(hlo), key=lambda body: _operations(computations[body]))
 
 
 def layer_instructions(hlo: str) -> list[str]:
     """What the loop over layers computes, without the names of its values: two programs with equal lists round alike."""
     computations = _instructions(hlo)
-    pending = [max(_bodies(hlo), key=lambda body: _operations(computations[body]))]
+    pending = [_layer_body(hlo)]
     seen, found = set(pending), []
     while pending:
         for instruction in computations.get(pending.pop(), ()):

@@ -53,6 +53,7 @@ class Program:
     cache: int  # of the KV cache; all of it must be aliased
     collectives: int  # number per layer
     operations: int  # number per layer; on a GPU, kernel launches
+    inner_operations: int  # of loops in a layer
     waits: int  # how often a GPU's host has to read a value in the middle of the step
     copies: list[hlo.Copy]  # weights, keys, values and states that a step writes anew: there should be none
     compiled: jax.stages.Compiled
@@ -207,6 +208,7 @@ def compile_step(
         cache=cache_bytes,
         collectives=hlo.count_in_loops(text),
         operations=hlo.operations_per_layer(text),
+        inner_operations=hlo.operations_of_inner_loops(text),
         waits=hlo.waits(text),
         copies=hlo.copied_weights(text, matrix_shapes(arguments[0], token_budget))
         + hlo.copied_arrays(text, {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(cache)}),

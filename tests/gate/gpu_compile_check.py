@@ -46,7 +46,8 @@ LAUNCHES_ON_SEVERAL = 22  # with two sums over devices
 LAUNCHES_PER_LAYER_IN_FP8 = 22  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
-LAUNCHES_WITH_A_STATE = 120
+LAUNCHES_WITH_A_STATE = {"Granite-4.0-H-Micro": 190, "Qwen3-Next, 8 layers": 193, "Granite-4.0-H-Tiny": 420}
+"""In a period of layers, outside of the loops over pieces: 9 with a state and one with attention, or 3 and one."""
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
@@ -171,7 +172,6 @@ def check_step(
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
     images: Any = None,
-    may_wait: bool = False,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
     """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
@@ -181,10 +181,10 @@ def check_step(
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
 
-    kernels: list[Kernel] = []
+    model, kernels = family_config(hf), list[Kernel]()
     with assembler_reports(kernels):
         program = compile_step(
-            family_config(hf),
+            model,
             mesh,
             token_budget=tokens,
             max_num_seqs=64,
@@ -198,16 +198,18 @@ def check_step(
             has_grids=images is not None and images.in_grid,
         )
     copied = sum(copy.bytes * copy.times for copy in program.copies)
-    facts.append(f"{program.operations} launches, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
+    inside = f" and {program.inner_operations} in loops" if program.inner_operations else ""
+    facts.append(f"{program.operations} launches{inside}, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if not words and has_kernel and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
-    words = words or kernel_complaint(kernels, SPILLED_BYTES, mesh)
+    tight = model.head_dim > 128
+    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)
     if not words and copied:
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits and work != "any" and has_kernel and not may_wait:
+    if not words and program.waits and work != "any" and has_kernel:
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
 
@@ -349,7 +351,7 @@ def main() -> int:
     )
     for name, (hf, num_devices) in STATE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
-            step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE, may_wait=True
+            step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE[name]
         )
     for name, (model, num_devices) in IMAGE_MODELS.items():
         images = tower_of(name)
@@ -360,7 +362,6 @@ def main() -> int:
             h100 if num_devices == 1 else eight_h100,
             launches=LAUNCHES_WITHOUT_A_KERNEL,
             images=images,
-            may_wait=True,
         )
     for name in ("Qwen2.5-1.5B", "Gemma-3-1B"):  # the activations of the second are float32
         checks[f"T4 step of 64: {name}, float16"] = functools.partial(

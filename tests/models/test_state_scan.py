@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax.models.state_rows import StateRows, convolved
-from fastgen_jax.models.state_scan import Inputs, States, scan
+from fastgen_jax.models.state_scan import Inputs, States, _turns, scan
 
 LENGTHS = (23, 9, 4, 17)  # of the sequences; a piece has 4 tokens, so that most splits cut one
 SIZE, SLOTS, TOKENS, LAYERS, LAYER = 4, 5, 32, 3, 1
@@ -67,9 +67,9 @@ def packed(name: str, chunks: list[tuple[int, int, int]]) -> jax.Array:
     return jnp.asarray(np.concatenate([values, np.full((TOKENS - len(values), *values.shape[1:]), 7.0)]), jnp.float32)
 
 
-@partial(jax.jit, donate_argnums=2, static_argnames="together")
-def run(q, inputs, states, rows, together):
-    return scan(q, inputs, states, StateRows(**rows), LAYER, LAYERS, together=together)
+@partial(jax.jit, donate_argnums=2, static_argnames=("together", "fixed_length"))
+def run(q, inputs, states, rows, together, fixed_length):
+    return scan(q, inputs, states, StateRows(**rows), LAYER, LAYERS, together=together, fixed_length=fixed_length)
 
 
 @partial(jax.jit, donate_argnums=2)
@@ -77,7 +77,9 @@ def run_conv(x, kernel, tails, rows):
     return convolved(x, kernel, tails, StateRows(**rows), LAYER, LAYERS)
 
 
-def scanned(splits: list[list[int]], *, delta: bool, together: int | None = None) -> tuple[list[np.ndarray], States]:
+def scanned(
+    splits: list[list[int]], *, delta: bool, together: int | None = None, fixed_length: bool = False
+) -> tuple[list[np.ndarray], States]:
     """The results of each sequence, and the states at the end. What earlier sequences left in the slots is not a number."""
     width = KEY_HEADS * KEY_DIM + HEADS * VALUE_DIM + HEADS * (1 + delta)
     states = States(
@@ -89,7 +91,7 @@ def scanned(splits: list[list[int]], *, delta: bool, together: int | None = None
         rows = rows_of(chunks)
         k, v, decay = (packed(name, chunks) for name in ("k", "v", "decay"))
         inputs = Inputs(k=k, v=v, decay=decay, rate=packed("rate", chunks) if delta else None)
-        out, states = run(packed("q", chunks), inputs, states, vars(rows), together)
+        out, states = run(packed("q", chunks), inputs, states, vars(rows), together, fixed_length)
         for row, (s, _, length) in enumerate(chunks):
             first = int(rows.first_tokens[row])
             parts[s].append(np.asarray(out)[first : first + length])
@@ -119,16 +121,34 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize(("delta", "together"), [(False, None), (True, None), (True, 3)])
-def test_results_are_those_of_the_definition_and_no_split_changes_a_bit(delta, together):
-    want, states = scanned(TOGETHER, delta=delta, together=together)
+@pytest.mark.parametrize(
+    ("delta", "together", "fixed_length"),
+    [(False, None, False), (True, None, False), (True, 3, False), (False, 2, True), (True, 3, True)],
+)
+def test_results_are_those_of_the_definition_and_no_split_changes_a_bit(delta, together, fixed_length):
+    want, states = scanned(TOGETHER, delta=delta, together=together, fixed_length=fixed_length)
     for sequence, got in zip(SEQUENCES, want, strict=True):
         np.testing.assert_allclose(got, defined(sequence, delta=delta), atol=TOLERANCE)
     for splits in SPLITS:
-        got, other = scanned(splits, delta=delta, together=together)
+        got, other = scanned(splits, delta=delta, together=together, fixed_length=fixed_length)
         for a, b in zip(want, got, strict=True):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(states.matrix, other.matrix)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "size", "group"), [(7, 7, 4, 2), (12, 3, 4, 3), (9, 2, 2, 1), (1, 1, 4, 1)]
+)
+def test_turns_of_a_fixed_number_suffice_for_every_chunk_and_none_is_in_vain(num_tokens, num_rows, size, group):
+    turns = {tuple(turn) for turn in _turns(num_tokens, num_rows, size, group).tolist()}
+
+    def longest(i: int) -> int:
+        """How many rows can have an i-th piece: each begins with the last token of a piece."""
+        tokens = next(n for n in range(1, size * num_tokens) if -(-(size - 1 + n) // size) > i)
+        return min(num_rows, num_tokens // tokens)
+
+    wanted = {(i, number) for i in range(num_tokens) if longest(i) for number in range(-(-longest(i) // group))}
+    assert turns == wanted
 
 
 def test_steps_leave_other_layers_and_other_slots_alone():

@@ -14,7 +14,7 @@ from fastgen_jax.cli import main
 from fastgen_jax.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.plan.estimate import read_weight_bytes
-from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_per_layer, waits
+from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_of_inner_loops, operations_per_layer, waits
 from fastgen_jax.plan.program import matrix_shapes
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
@@ -193,6 +193,11 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {{
 
 def test_the_operations_of_a_layer_and_what_the_host_waits_for_are_counted() -> None:
     assert operations_per_layer(PROGRAM) == 5  # not the end of the fusion
+    assert operations_of_inner_loops(PROGRAM) == 0
+    known = 'backend_config={"known_trip_count":{"n":"6"}}'
+    nested = PROGRAM.replace("  %g = ", f"  %n = s32[8] while(%f), condition=%condition, body=%search, {known}\n  %g = ")
+    assert (operations_per_layer(nested), operations_of_inner_loops(nested)) == (6, 6)
+    assert operations_of_inner_loops(nested.replace(known, "")) == 1
     assert waits(PROGRAM) == 2  # a branch, and a loop of unknown length
     assert waits(PROGRAM.replace("conditional", "add")) == 1
 
