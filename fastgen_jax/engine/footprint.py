@@ -109,19 +109,24 @@ def largest_weight(model: ModelConfig, itemsize: float, *, kept: tuple[tuple[str
 
 def token_bytes(model: ModelConfig, platform: str, *, kv_dtype: DType, num_devices: int = 1) -> int:
     """Bytes of the keys and values of a token in all layers, on all devices together."""
-    return divided(model, num_devices).kv_bytes_per_token(
-        jnp.dtype(kv_dtype).itemsize,
-        stored_head_dim=stored_head_dim(model.cache_head_dim, platform),
-        scale_bytes=scale_bytes(kv_dtype),
-    )
+    return divided(model, num_devices).kv_bytes_per_token(**_stored(model, platform, kv_dtype))
 
 
 def block_bytes(
     model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_groups: int, num_devices: int = 1
 ) -> int:
     """Bytes of a KV block on all devices together: keys and values of all heads in the layers of a cache group."""
-    of_layer = token_bytes(model, platform, kv_dtype=kv_dtype, num_devices=num_devices) // len(model.kv_layers)
-    return block_size * of_layer * cache_groups(model, num_groups).num_rows
+    of_row = divided(model, num_devices).kv_row_bytes(**_stored(model, platform, kv_dtype))
+    return block_size * of_row * cache_groups(model, num_groups).num_rows
+
+
+def _stored(model: ModelConfig, platform: str, kv_dtype: DType) -> dict[str, int]:
+    """The arguments of `kv_row_bytes`."""
+    return {
+        "itemsize": jnp.dtype(kv_dtype).itemsize,
+        "stored_head_dim": stored_head_dim(model.cache_head_dim, platform),
+        "scale_bytes": scale_bytes(kv_dtype),
+    }
 
 
 def temporary_bytes(model: ModelConfig, num_devices: int, *, token_budget: int, max_num_seqs: int, itemsize: int) -> int:

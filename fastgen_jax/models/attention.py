@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.models.cache_rows import own_part, side_by_side
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, same_for_all
 from fastgen_jax.models.heads import heads_of, latent_heads_of, layer_rotates, queries_of, rotation_of, unit_norms
@@ -60,18 +61,21 @@ def attention(
         q = (q.astype(jnp.float32) * scale[:, None, None]).astype(q.dtype)
     if config.attention_scale_by_layer:
         q = (q.astype(jnp.float32) / (jnp.asarray(index, jnp.float32) + 1.0)).astype(q.dtype)
-    if cache.head_dim != d:  # heads are zero-padded in the cache, which does not change a dot product
-        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, cache.head_dim - d))) for part in (q, key, value))
-    if step.mesh is None and cache.k.shape[1] != key.shape[1]:  # each serves fewer queries
-        key, value = (jnp.repeat(part, cache.k.shape[1] // part.shape[1], axis=1) for part in (key, value))
+    together, num_kv_heads = step.side_by_side[call.first], key.shape[1]
+    if together > 1:
+        q, key, value = side_by_side(q, key, value, together)
+    if (missing := cache.head_dim - q.shape[-1]) > 0:  # zeros in the cache, which do not change a dot product
+        q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, missing))) for part in (q, key, value))
     layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
-    out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, index), layer, scoring)
+    out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, call), layer, scoring)
     cache = replace(cache, k=k_cache, v=v_cache)
     if step.sparse is not None:
         assert config.mla is not None, "only latent attention has an indexer"
         places = {"rank": config.mla.kv_rank, "scale": scoring.scale, "mesh": step.mesh}
         out, cache = attend_to_chosen(q, out, asked, cache, step.batch.index, layer, step.sparse, **places)
-    out = take_rows(out[..., :d], rows)
+    out = take_rows(out[..., : together * d], rows)
+    if together > 1:
+        out = own_part(out, num_kv_heads, together)
     if config.mla is not None:
         out = expand_values(out, w, config=config.mla, num_tokens=step.num_rows(rows))
     out = out.reshape(out.shape[0], -1)
@@ -92,13 +96,18 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
     )
 
 
-def _index_of(step: Step, index: jax.Array | int) -> RaggedIndex:
+def _index_of(step: Step, call: LayerCall) -> RaggedIndex:
     """The index of the cache group of a layer, with the plan for its window."""
+    index = call.index
     if same_for_all(step.kinds) or isinstance(index, int):
         return step.indices[step.kinds[0] if same_for_all(step.kinds) else step.kinds[int(index)]]
-    kind = jnp.asarray(step.kinds, jnp.int32)[index]
+    # Plans are of one shape for all layers with as many heads.
+    alike = [kind for kind, sharing in zip(step.kinds, step.sharing, strict=True) if sharing == step.sharing[call.first]]
+    used = sorted(set(alike))
+    kind = jnp.asarray([used.index(kind) if kind in used else 0 for kind in step.kinds], jnp.int32)[index]
     return jax.tree.map(
-        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind], *step.indices
+        lambda *plans: plans[0] if all(x is plans[0] for x in plans) else jnp.stack(plans)[kind],
+        *(step.indices[kind] for kind in used),
     )
 
 

@@ -67,11 +67,12 @@ class QueryGrowth:
 
 @dataclass(frozen=True, kw_only=True)
 class FullHeads:
-    """Key and value heads of layers that attend to all tokens. The cache has room for the largest heads in every layer."""
+    """Key and value heads of layers that attend to all tokens."""
 
     num_kv_heads: int
     head_dim: int
     keys_are_values: bool = False  # one projection for both; it is loaded twice
+    num_devices: int = 1  # that the heads of all layers are divided over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +216,11 @@ class ModelConfig:
                 f"alibi_slopes has {len(self.alibi_slopes)} entries; it needs one for each of the "
                 f"{self.num_heads} heads, or none"
             )
-        if self.full_heads is not None and self.cache_kv_heads % min(self.num_kv_heads, self.full_heads.num_kv_heads):
+        if self.full_heads is not None and any(self.cache_kv_heads % heads for heads in self._heads_of_rows()):
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}, and {self.full_heads.num_kv_heads} in layers that attend to all "
-                "tokens; one must be a multiple of the other"
+                f"layers have {self.num_kv_heads} KV heads of {self.head_dim} numbers, and those that attend to all tokens "
+                f"{self.full_heads.num_kv_heads} of {self.full_heads.head_dim}; in a cache for heads of "
+                f"{self.cache_head_dim}, layers of one kind must take a multiple of what the others take"
             )
         if len({rope.dim for rope in self.ropes}) > 1 and self.full_heads is None:
             dims = sorted(rope.dim or self.head_dim for rope in self.ropes)
@@ -243,13 +245,38 @@ class ModelConfig:
 
     @property
     def cache_kv_heads(self) -> int:
-        """KV heads for which a cache has room in each layer: where a layer has fewer, they are repeated."""
-        return self.num_kv_heads if self.full_heads is None else max(self.num_kv_heads, self.full_heads.num_kv_heads)
+        """KV heads for which a row of the cache has room; see `cache_rows`."""
+        return self.num_kv_heads if self.full_heads is None else max(self._heads_of_rows())
 
     @property
     def cache_head_dim(self) -> int:
         """The largest size of a head."""
         return self.head_dim if self.full_heads is None else max(self.head_dim, self.full_heads.head_dim)
+
+    def heads_side_by_side(self, layer: int) -> int:
+        """How many heads of a layer lie in one head of the cache; see `cache_rows`."""
+        if self.full_heads is None:
+            return 1
+        own = self.of_layer(layer)
+        return self._side_by_side(own.num_kv_heads, own.head_dim)
+
+    def layers_sharing_row(self, layer: int) -> int:
+        """How many layers of the kind of a layer share a row of the cache; see `cache_rows`."""
+        if self.full_heads is None:
+            return 1
+        return self.cache_kv_heads // self._heads_of_rows()[self.is_full(layer)]
+
+    def _heads_of_rows(self) -> tuple[int, int]:
+        """How many heads of the cache a layer with a window takes, and one without."""
+        full = self.full_heads
+        assert full is not None, "the layers have heads of two sizes"
+        kinds = ((self.num_kv_heads, self.head_dim), (full.num_kv_heads, full.head_dim))
+        windowed, everywhere = (heads // self._side_by_side(heads, dim) for heads, dim in kinds)
+        return windowed, everywhere
+
+    def _side_by_side(self, num_kv_heads: int, head_dim: int) -> int:
+        count, devices = self.cache_head_dim // head_dim, self.full_heads.num_devices if self.full_heads else 1
+        return count if num_kv_heads % (count * devices) == 0 else 1
 
     def is_full(self, layer: int) -> bool:
         """Whether a layer has the heads of layers without a window."""
@@ -288,10 +315,14 @@ class ModelConfig:
             self.mlp_gated and self.activation == "silu" and not (self.mlp_bias or self.mlp_multipliers or self.gate_cutoffs)
         )
 
+    def kv_row_bytes(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
+        """Bytes of K and V per token in a row of the cache, with `itemsize` bytes per number and `scale_bytes` per head."""
+        return 2 * self.cache_kv_heads * ((stored_head_dim or self.cache_head_dim) * itemsize + scale_bytes)
+
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
-        """Bytes of K and V per token, over all layers, with `itemsize` bytes per number and `scale_bytes` per head."""
-        a_head = (stored_head_dim or self.cache_head_dim) * itemsize + scale_bytes
-        return 2 * len(self.kv_layers) * self.cache_kv_heads * a_head
+        """The same over all layers."""
+        a_row = self.kv_row_bytes(itemsize, stored_head_dim=stored_head_dim, scale_bytes=scale_bytes)
+        return sum(a_row // self.layers_sharing_row(layer) for layer in self.kv_layers)
 
 
 def same_for_all(values: Sequence[T]) -> bool:

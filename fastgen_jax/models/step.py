@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
-from fastgen_jax.models.cache_groups import cache_groups
+from fastgen_jax.models.cache_groups import CacheGroups, cache_groups
+from fastgen_jax.models.cache_rows import for_share, of_shared_rows
 from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.division import divided, row_norm_heads
@@ -39,6 +40,8 @@ class Step:
     indices: tuple[RaggedIndex, ...]  # for each cache group; without groups, `batch.index` for each sliding window
     kinds: tuple[int, ...]  # which of them each layer uses
     rows: tuple[int, ...]  # of the cache, for each layer
+    sharing: tuple[int, ...]  # layers of the kind of each layer that share a row; see `cache_rows`
+    side_by_side: tuple[int, ...]  # heads of each layer in one head of the cache
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
@@ -122,6 +125,10 @@ def prepare_step(
     if config.window_chunks:
         indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
         windows = (None,) * len(windows)  # the indices say where chunks begin
+    layers, sharing = range(config.num_layers), (1,) * len(indices)
+    if config.full_heads is not None and not callable(implementation):
+        indices, windows, kinds, sharing = _for_shares(config, groups, indices, windows, kinds, kv_cache.k.shape[2])
+        attend = of_shared_rows(attend)
     sparse, indexer = None, indexer_of(config)
     longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
     if indexer is not None and longest > indexer.num_chosen:
@@ -129,25 +136,29 @@ def prepare_step(
         sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
         indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
     if not callable(implementation):
-        indices = plan_layers(
-            indices,
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
-            ),
-            windows,
-            num_tokens=batch.positions.shape[0],
-            num_heads=local.num_heads // num_devices,
-            num_blocks=num_blocks,
-            packed=kv_cache.v is None,
-            implementation=implementation,
-            independent_pieces=independent_pieces,
-        )
+        for count in sorted(set(sharing)):
+            mine = [i for i, own in enumerate(sharing) if own == count]
+            planned = plan_layers(
+                [indices[i] for i in mine],
+                jax.tree.map(partial(_seen, sharing=count, num_devices=num_devices), kv_cache.k),
+                [windows[i] for i in mine],
+                num_tokens=batch.positions.shape[0],
+                num_heads=local.num_heads // num_devices,
+                num_blocks=num_blocks * count,
+                packed=kv_cache.v is None,
+                implementation=implementation,
+                independent_pieces=independent_pieces,
+            )
+            for i, index in zip(mine, planned, strict=True):
+                indices[i] = index
     attend = attend if mesh is None else divide_heads(attend, mesh)
     return Step(
         batch=batch,
         indices=tuple(indices),
         kinds=kinds,
         rows=tuple(row for _, row in groups.places),
+        sharing=tuple(map(config.layers_sharing_row, layers)),
+        side_by_side=tuple(map(local.heads_side_by_side, layers)),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
@@ -158,6 +169,28 @@ def prepare_step(
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )
+
+
+def _seen(pool: jax.Array, *, sharing: int, num_devices: int) -> jax.ShapeDtypeStruct:
+    """The shape of a cache that a device's kernel sees in layers that share their rows."""
+    blocks, heads, *rest = pool.shape
+    return jax.ShapeDtypeStruct((blocks * sharing, heads // num_devices // sharing, *rest), pool.dtype)
+
+
+def _for_shares(
+    config: ModelConfig,
+    groups: CacheGroups,
+    indices: list[RaggedIndex],
+    windows: tuple[int | None, ...],
+    kinds: tuple[int, ...],
+    block_size: int,
+) -> tuple[list[RaggedIndex], tuple[int | None, ...], tuple[int, ...], tuple[int, ...]]:
+    """An index for each kind of layer and place in a shared row, and how many layers share it."""
+    sharing = map(config.layers_sharing_row, range(config.num_layers))
+    places = list(zip(kinds, groups.shares, sharing, strict=True))
+    used = list(dict.fromkeys(places))
+    found = [for_share(indices[kind], share, count, block_size=block_size) for kind, share, count in used]
+    return found, tuple(windows[kind] for kind, _, _ in used), tuple(map(used.index, places)), tuple(c for _, _, c in used)
 
 
 def _with_readers(

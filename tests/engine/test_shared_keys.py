@@ -1,4 +1,7 @@
-"""Models whose last layers read the keys and values of earlier ones: what engines generate, and what their caches hold."""
+"""Models whose layers share a cache in ways of their own: what engines generate, and what their caches hold.
+
+In Gemma 3n and 4 the last layers read the keys and values of earlier ones; in Gemma 4 layers have heads of two sizes.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,29 @@ from fastgen_jax.models.cache_groups import choose_groups
 from tests.models.parity import expected, load
 from tests.tiny import drain, greedy, tokens_of
 
+MANY = {"num_blocks": 140}  # blocks of a single row
+
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "variant", "options"),
     [
-        ("gemma3n", {}),
-        pytest.param("gemma4", {}, marks=pytest.mark.slow),
-        pytest.param("gemma3n", {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
+        ("gemma3n", "default", {}),
+        pytest.param("gemma4", "default", MANY, marks=pytest.mark.slow),
+        pytest.param("gemma4", "experts", MANY, marks=pytest.mark.slow),
+        pytest.param("gemma3n", "default", {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
+        pytest.param("gemma4", "default", MANY | {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
+        pytest.param("gemma4", "experts", MANY | {"stack_layers": True, "attention": "xla"}, marks=pytest.mark.slow),
     ],
 )
-def test_engines_generate_what_transformers_does_with_blocks_for_layers_with_keys_alone(family, options) -> None:
-    params, config = load(family, "default")
-    tokens, _, length = expected(family, "default")
+def test_engines_generate_what_transformers_does_with_few_blocks(family, variant, options) -> None:
+    params, config = load(family, variant)
+    tokens, _, length = expected(family, variant)
     prompt, answer = tokens[:length].tolist(), tokens[length:].tolist()
     settings = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 80}
     engine = Engine(params, config, EngineConfig(**(settings | options)))
     groups = choose_groups(config, engine.config.max_context_len)
     assert engine.config.windows == groups.windows
-    assert engine.runner.kv_cache.k.shape[0] == 80 * groups.num_rows
+    assert engine.runner.kv_cache.k.shape[0] == engine.config.num_blocks * groups.num_rows
     assert len(groups.windows) * groups.num_rows < config.num_layers
     # Together they need more blocks than there are, so some are preempted; the last finds a prefix of the others.
     first = [engine.add(prompt[i:] if i else prompt, greedy(len(answer))) for i in range(3)]

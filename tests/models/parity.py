@@ -17,6 +17,7 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.cli.models import table
 from fastgen_jax.core import RaggedBatch
 from fastgen_jax.models.cache import empty_cache
+from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.families import FAMILIES
@@ -75,7 +76,7 @@ class Runs:
         """f32[sum(sizes), V]: every row, the tokens cut into chunks of `sizes`, each padded to the program's length."""
         cache = empty_cache(
             self.config,
-            num_rows=len(self.config.kv_layers),
+            num_rows=cache_groups(self.config, 1).num_rows,
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             num_slots=2,
