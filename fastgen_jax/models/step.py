@@ -21,7 +21,14 @@ from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
 from fastgen_jax.models.state_rows import StateRows, state_rows
-from pallas_kernels.ragged_attention import Attention, RaggedIndex, plan_layers, ragged_attention, with_spans
+from pallas_kernels.ragged_attention import (
+    Attention,
+    RaggedIndex,
+    plan_layers,
+    ragged_attention,
+    rotates_while_writing,
+    with_spans,
+)
 from pallas_kernels.sparse_attention import SparseTokens, sparse_tokens
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ class Step:
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
+    attend_rotates: bool  # whether it is faster to leave the rotation of queries and keys to `attend`
     state: StateRows | None = None  # for layers with a state
     sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
 
@@ -128,17 +136,21 @@ def prepare_step(
         check_kv_dtype(kv_cache.k.dtype, config, longest)
         sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
         indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
+    attend_rotates = False
     if not callable(implementation):
+        of_device = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
+        )
+        num_heads, packed = local.num_heads // num_devices, kv_cache.v is None
+        attend_rotates = rotates_while_writing(of_device, num_heads, packed=packed, implementation=implementation)
         indices = plan_layers(
             indices,
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // num_devices, *x.shape[2:]), x.dtype), kv_cache.k
-            ),
+            of_device,
             windows,
             num_tokens=batch.positions.shape[0],
-            num_heads=local.num_heads // num_devices,
+            num_heads=num_heads,
             num_blocks=num_blocks,
-            packed=kv_cache.v is None,
+            packed=packed,
             implementation=implementation,
             independent_pieces=independent_pieces,
         )
@@ -155,6 +167,7 @@ def prepare_step(
         num_blocks=num_blocks,
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
+        attend_rotates=attend_rotates and spans is None,
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )
