@@ -34,7 +34,7 @@ def rotate_and_write(
     v_cache: Float[Array, "blocks K B D"],
     *,
     kv_slots: Int[Array, " T"],
-    layer: Int[Array, 1],
+    layer: jax.Array,
     num_blocks: int,
     num_rows: int,
     dtype: DTypeLike,
@@ -46,7 +46,7 @@ def rotate_and_write(
       q, k, v: parts of one projection, which is read where it is if they are adjacent slices of it.
       rotation: cosines and sines f32[T, P] with P up to D / 2; see `rotary.rotate`.
       kv_slots: as for `ragged_attention`; what is outside of the layer's blocks is not written.
-      layer: the layer's number.
+      layer: its number, i32[1].
       num_blocks: of a layer.
       num_rows: at least T * G; later rows are zeros.
       dtype: of the queries.
