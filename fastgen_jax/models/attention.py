@@ -48,8 +48,10 @@ def attention(
             widths = (x.shape[1] - config.num_heads * d, config.num_heads * d)
             x, gate = split_columns(x, widths, 1 if step.mesh is None else step.mesh.size)
     turn, asked = rotation_of(step, config, index), None
+    rotates_later = step.attend_rotates and call.has_keys and _is_rotated_last(config, step, call, cache)
     if config.mla is None:
-        q, key, value = (heads_of if call.has_keys else queries_of)(x, w, step, turn, config=config)
+        now = None if rotates_later else turn
+        q, key, value = (heads_of if call.has_keys else queries_of)(x, w, step, now, config=config)
     else:
         q, key, value, asked = latent_heads_of(x, w, step, turn, config=config)
     if config.qk_norm == "unit":
@@ -67,6 +69,7 @@ def attention(
     if (missing := cache.head_dim - q.shape[-1]) > 0:  # zeros in the cache, which do not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, missing))) for part in (q, key, value))
     layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
+    scoring = replace(scoring, rotation=turn) if rotates_later else scoring
     out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, call), layer, scoring)
     cache = replace(cache, k=k_cache, v=v_cache)
     if step.sparse is not None:
@@ -84,6 +87,20 @@ def attention(
     if gate is not None:
         out = out * jax.nn.sigmoid(take_rows(gate, rows))
     return project(out, w, "o", residual=residual, num_rows=step.num_rows(rows)), cache
+
+
+def _is_rotated_last(config: ModelConfig, step: Step, call: LayerCall, cache: KVCache) -> bool:
+    """Whether nothing is done to queries and keys between their rotation and the cache."""
+    return (
+        config.mla is None
+        and config.qk_norm != "unit"
+        and not config.qk_norm_rotated
+        and step.query_scale is None
+        and not config.attention_scale_by_layer
+        and cache.head_dim == config.head_dim
+        and step.sharing[call.first] == 1
+        and (step.mesh is not None or cache.k.shape[1] == config.num_kv_heads)
+    )
 
 
 def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) -> Scoring:

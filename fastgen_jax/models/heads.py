@@ -52,8 +52,11 @@ def heads_of(
     """Queries, keys and values, normalized and rotated as the config says; `x` is the projection to all of them."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
-    if step.mesh is not None:  # one fused pass over all heads would gather them on every device
-        q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), step.mesh.size))
+    # On several devices, one pass over all heads would gather them on every device. If attention rotates them, it does so in
+    # their columns of x.
+    if step.mesh is not None or (turn is None and step.attend_rotates):
+        num_devices = 1 if step.mesh is None else step.mesh.size
+        q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), num_devices))
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)
         q, key, value = (_clipped(part, config) for part in (q, key, _v_norm(value, step, config)))

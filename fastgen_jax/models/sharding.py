@@ -132,7 +132,7 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
         layer = dataclasses.replace(layer, number=jnp.asarray(layer.number, jnp.int32))
         scoring = jax.tree.map(jnp.asarray, scoring)
         heads, whole = PartitionSpec(None, TENSOR), PartitionSpec()
-        scoring_specs = jax.tree.map(lambda x: PartitionSpec(TENSOR) if x.ndim else whole, scoring)  # [H] or a scalar
+        scoring_specs = jax.tree.map(lambda x: PartitionSpec(TENSOR) if x.ndim == 1 else whole, scoring)  # [H]
         return jax.shard_map(
             attend,
             mesh=mesh,

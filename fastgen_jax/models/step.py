@@ -22,7 +22,15 @@ from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
 from fastgen_jax.models.state_rows import StateRows, state_rows
-from pallas_kernels.ragged_attention import Attention, RaggedIndex, plan_layers, ragged_attention, with_spans
+from pallas_kernels.ragged_attention import (
+    Attention,
+    RaggedIndex,
+    plan_layers,
+    ragged_attention,
+    rotates_while_writing,
+    with_spans,
+)
+from pallas_kernels.ragged_attention.quantized import Cache
 from pallas_kernels.sparse_attention import SparseTokens, sparse_tokens
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class Step:
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
+    attend_rotates: bool  # whether it is faster to leave the rotation of queries and keys to `attend`
     state: StateRows | None = None  # for layers with a state
     sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
 
@@ -135,17 +144,21 @@ def prepare_step(
         check_kv_dtype(kv_cache.k.dtype, config, longest)
         sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
         indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
+    attend_rotates = False
     if not callable(implementation):
+        num_heads, packed = local.num_heads // num_devices, kv_cache.v is None
+        seen = partial(_seen, kv_cache.k, num_devices=num_devices)
+        attend_rotates = rotates_while_writing(seen(sharing=1), num_heads, packed=packed, implementation=implementation)
         for count in sorted(set(sharing)):
             mine = [i for i, own in enumerate(sharing) if own == count]
             planned = plan_layers(
                 [indices[i] for i in mine],
-                jax.tree.map(partial(_seen, sharing=count, num_devices=num_devices), kv_cache.k),
+                seen(sharing=count),
                 [windows[i] for i in mine],
                 num_tokens=batch.positions.shape[0],
-                num_heads=local.num_heads // num_devices,
+                num_heads=num_heads,
                 num_blocks=num_blocks * count,
-                packed=kv_cache.v is None,
+                packed=packed,
                 implementation=implementation,
                 independent_pieces=independent_pieces,
             )
@@ -166,15 +179,20 @@ def prepare_step(
         num_blocks=num_blocks,
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
+        attend_rotates=attend_rotates and spans is None,
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )
 
 
-def _seen(pool: jax.Array, *, sharing: int, num_devices: int) -> jax.ShapeDtypeStruct:
-    """The shape of a cache that a device's kernel sees in layers that share their rows."""
-    blocks, heads, *rest = pool.shape
-    return jax.ShapeDtypeStruct((blocks * sharing, heads // num_devices // sharing, *rest), pool.dtype)
+def _seen(cache: Cache, *, sharing: int, num_devices: int) -> Cache:
+    """Shapes of the cache that a device's kernel sees in layers that share their rows."""
+
+    def of_pool(pool: jax.Array) -> jax.ShapeDtypeStruct:
+        blocks, heads, *rest = pool.shape
+        return jax.ShapeDtypeStruct((blocks * sharing, heads // num_devices // sharing, *rest), pool.dtype)
+
+    return jax.tree.map(of_pool, cache)
 
 
 def _for_shares(

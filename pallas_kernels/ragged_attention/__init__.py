@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu_target
+from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.ragged_attention import contract
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, Plans, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.cpu import call as cpu
@@ -25,6 +25,7 @@ from pallas_kernels.ragged_attention.derivative import with_derivative
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.ragged_attention.rotation import rotating
 from pallas_kernels.ragged_attention.spans import SPAN_QUERIES, with_spans
 from pallas_kernels.ragged_attention.tpu import support as tpu_support
 from pallas_kernels.ragged_attention.xla import ragged_attention_xla
@@ -43,6 +44,7 @@ __all__ = [
     "Scoring",
     "plan_layers",
     "ragged_attention",
+    "rotates_while_writing",
     "with_spans",
 ]
 
@@ -66,9 +68,9 @@ def _ragged_attention_gpu(*arguments: Any) -> tuple[jax.Array, Cache, Cache | No
 
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": ragged_attention_reference,
-    "xla": ragged_attention_xla,
-    "cpu": ragged_attention_cpu,
-    "tpu": _ragged_attention_tpu,
+    "xla": rotating(ragged_attention_xla),
+    "cpu": rotating(ragged_attention_cpu),
+    "tpu": rotating(_ragged_attention_tpu),
     "gpu": _ragged_attention_gpu,
 }
 
@@ -100,7 +102,7 @@ def ragged_attention(
         If v_cache is None, k_cache is [L*N, K, B, 2D] and holds both (see `packed`).
       index: which tokens belong to which sequence, and where their keys and values are.
       layer: the layer whose blocks are written and read.
-      scoring: scale, window, cap, slopes and sinks.
+      scoring: scale, window, cap, slopes and sinks, and the rotation of q and k if they are not rotated yet.
       implementation: a key of `IMPLEMENTATIONS`. None chooses the fastest for the platform that the program is lowered
         for: "cpu" on a CPU if a C++ compiler was found and the cache is float32 or bfloat16; "tpu" on a TPU if the kernel
         supports the cache (float32, bfloat16 or 8 bits, rows of a multiple of 128, B a power of two of at least 8, 16 or
@@ -136,12 +138,12 @@ def ragged_attention(
         return with_derivative(IMPLEMENTATIONS[implementation])(*operands)
     kernels: dict[str, Attention] = {}
     if v_cache is not None and k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
-        kernels["cpu"] = ragged_attention_cpu
+        kernels["cpu"] = IMPLEMENTATIONS["cpu"]
     if _runs_on_tpu(k_cache, index):
-        kernels["tpu"] = _ragged_attention_tpu
+        kernels["tpu"] = IMPLEMENTATIONS["tpu"]
     if v_cache is not None and _runs_on_gpu(k_cache, q.shape[1]):
         kernels["cuda"] = _ragged_attention_gpu
-    best = partial(jax.lax.platform_dependent, **kernels, default=ragged_attention_xla)
+    best = partial(jax.lax.platform_dependent, **kernels, default=IMPLEMENTATIONS["xla"])
     return with_derivative(best)(*operands)
 
 
@@ -197,6 +199,20 @@ def plan_layers(
         dataclasses.replace(i, plans=Plans(tpu=of_tpu, gpu=of_gpu))
         for i, of_tpu, of_gpu in zip(indices, tpu, gpu, strict=True)
     ]
+
+
+def rotates_while_writing(
+    k_cache: Cache, num_heads: int, *, packed: bool = False, implementation: str | None = None
+) -> bool:
+    """Whether `Scoring.rotation` saves time, for such a cache: on GPUs with a kernel that also rotates.
+
+    Elsewhere a rotation in front of the call is at least as fast. Arguments as for `plan_layers`.
+    """
+    if implementation not in (None, "gpu") or packed:
+        return False
+    if jnp.dtype(k_cache.dtype).itemsize != 2 or jax_versions.too_old(jax_versions.WRITE_KERNEL) is not None:
+        return False
+    return _runs_on_gpu(k_cache, num_heads)
 
 
 def _runs_on_tpu(k_cache: Cache, index: RaggedIndex) -> bool:

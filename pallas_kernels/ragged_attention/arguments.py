@@ -76,6 +76,8 @@ class Scoring:
     """float32; slope * (j - p) is added after the cap."""
     sinks: Float[Array, " H"] | None = None
     """float32; one additional logit per head that receives probability but has no value."""
+    rotation: tuple[Float[Array, "T P"], Float[Array, "T P"]] | None = None
+    """Cosines and sines, float32, with which q and k are rotated first, as by `rotary.rotate`; None: no rotation."""
 
 
 Results: TypeAlias = tuple[jax.Array, Cache, Cache | None]

@@ -126,6 +126,8 @@ def check(
         _require_int32("layer", number)
 
     _check_scoring(scoring, num_heads, head_dim)
+    if scoring.rotation is not None:
+        _check_rotation(*scoring.rotation, num_tokens=num_tokens, head_dim=head_dim)
 
 
 def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
@@ -145,3 +147,14 @@ def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
             _require_shape(name, array, (num_heads,), "[H]")
             if array.dtype != jnp.float32:
                 raise ValueError(f"{name} has dtype {array.dtype} but must be float32")
+
+
+def _check_rotation(cos: jax.Array, sin: jax.Array, *, num_tokens: int, head_dim: int) -> None:
+    _require_rank("rotation", cos, "[T, P]")
+    pairs = cos.shape[1]
+    _require_shape("rotation", cos, (num_tokens, pairs), "[T, P], T as in q,")
+    _require_shape("rotation", sin, tuple(cos.shape), "the shape of the cosines")
+    if 2 * pairs > head_dim:
+        raise ValueError(f"rotation has {pairs} pairs but q has D = {head_dim}; pass at most {head_dim // 2} pairs")
+    if cos.dtype != jnp.float32 or sin.dtype != jnp.float32:
+        raise ValueError(f"rotation has dtypes {cos.dtype} and {sin.dtype} but both must be float32")

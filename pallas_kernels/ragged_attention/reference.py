@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.packed import pack_caches, unpack_cache
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
+from pallas_kernels.ragged_attention.rotation import rotated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -28,6 +29,7 @@ def ragged_attention_reference(
     scoring: Scoring,
 ) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`."""
+    q, k, scoring = rotated(q, k, scoring)
     if v_cache is None:
         out, keys, values = ragged_attention_reference(q, k, v, *unpack_cache(k_cache), index, layer, scoring)
         assert values is not None

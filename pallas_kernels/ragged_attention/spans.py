@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
+from pallas_kernels.ragged_attention.rotation import rotated
 from pallas_kernels.ragged_attention.xla import attend, scoring_by_kv_head
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def with_spans(causal: Attention, spans: Int32[Array, "P 4"]) -> Attention:
         layer: CacheLayer,
         scoring: Scoring,
     ) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
+        q, k, scoring = rotated(q, k, scoring)
         out, k_cache, v_cache = causal(q, k, v, k_cache, v_cache, index, layer, scoring)
         return _attend_spans(q, out, k_cache, v_cache, index, layer, scoring, spans), k_cache, v_cache
 

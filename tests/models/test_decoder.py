@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.models import step
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.decoder import forward
 from fastgen_jax.models.params import init_params
-from pallas_kernels.ragged_attention import RaggedIndex
+from pallas_kernels.ragged_attention import RaggedIndex, ragged_attention
 from tests.tiny import VARIANTS, expected, tiny_model
 
 BLOCK_SIZE = 4
@@ -92,6 +93,24 @@ def test_scanned_layers_compute_what_unrolled_layers_compute():
     token_ids = expected()["token_ids"]
     unrolled = run_chunks(params, config, token_ids, [75])
     np.testing.assert_allclose(run_chunks(stacked, config, token_ids, [75]), unrolled, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["default", "rope_yarn"])
+def test_attention_that_rotates_computes_the_same(variant, monkeypatch):
+    params, config = tiny_model(variant)
+    token_ids = expected(variant)["token_ids"]
+    before = run_chunks(params, config, token_ids, [70, 5])
+    given = []
+
+    def attend(*arguments, **options):
+        given.append(arguments[-1].rotation)
+        return ragged_attention(*arguments, **options)
+
+    monkeypatch.setattr(step, "rotates_while_writing", lambda *_, **__: True)  # as on a GPU
+    monkeypatch.setattr(step, "ragged_attention", attend)
+    np.testing.assert_allclose(run_chunks(params, config, token_ids, [70, 5]), before, atol=1e-5, rtol=0)
+    assert given
+    assert None not in given
 
 
 def test_bfloat16_stays_near_float32():

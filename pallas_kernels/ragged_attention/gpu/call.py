@@ -1,4 +1,4 @@
-"""Ragged attention on a GPU: XLA writes the step's keys and values in place, and a Mosaic-GPU kernel computes attention.
+"""Ragged attention on a GPU: the step's keys and values are written in place, and a Mosaic-GPU kernel computes attention.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
 results are then combined by XLA. `hopper.py` and `ampere.py` define its body for each GPU generation.
@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_target
+from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.gpu import ampere, hopper, merge, support
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, merge, support, write
 from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
+from pallas_kernels.ragged_attention.rotation import rotated
 from pallas_kernels.ragged_attention.xla import write_kv
 
 if TYPE_CHECKING:
@@ -70,10 +71,36 @@ def ragged_attention_gpu(
     if plan is None:
         plan = call.plan(index, scoring)
     group, dtype = call.group, call.pieces.dtype
-    k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
+    # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
+    num_rows = num_tokens * group + max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
     assert v_cache is not None, "packed caches are refused before"
+    number = jnp.asarray(layer.number, jnp.int32).reshape(1)
+    can_rotate = bool(interpret) or jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
+    if scoring.rotation is not None and can_rotate and not isinstance(k_cache, QuantizedCache):
+        assert not isinstance(v_cache, QuantizedCache), "both caches have one dtype"
+        queries, k_cache, v_cache = write.rotate_and_write(
+            q,
+            k,
+            v,
+            scoring.rotation,
+            k_cache,
+            v_cache,
+            kv_slots=index.kv_slots,
+            layer=number,
+            num_blocks=layer.num_blocks,
+            num_rows=num_rows,
+            dtype=dtype,
+            interpret=bool(interpret),
+        )
+    else:
+        q, k, scoring = rotated(q, k, scoring)
+        k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
+        assert v_cache is not None, "there is one as before"
+        queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
+        queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
+        queries = jnp.pad(queries, ((0, 0), (0, num_rows - num_tokens * group), (0, 0)))
 
-    operands = {"tables": index.block_tables, "layer": jnp.asarray(layer.number, jnp.int32).reshape(1)}
+    operands = {"tables": index.block_tables, "layer": number}
     for name, cache in (("k", k_cache), ("v", v_cache)):
         if isinstance(cache, QuantizedCache):
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
@@ -86,11 +113,6 @@ def ragged_attention_gpu(
     def launch_tiles(work: jax.Array, rows: jax.Array, spec: Spec) -> Sequence[jax.Array]:
         return launch(call.body, work, operands | {"q": rows} | of_heads, spec=spec, interpret=interpret)
 
-    # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
-    queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
-    queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
-    past = max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
-    queries = jnp.pad(queries, ((0, 0), (0, past), (0, 0)))
     partial, lse = launch_tiles(plan.pieces, queries, call.pieces)
     rows = None if plan.chunks is None else launch_tiles(plan.chunks, queries, call.chunks)[0]  # [tiles, K, R, D]
     if merge.supports(group, head_dim, interpreted=bool(interpret)):

@@ -47,6 +47,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     window: bool = True
+    pairs: int = 0  # of a head that are rotated
     dtype: str = "bfloat16"
     chunk_keys: int = 64
     single_keys: int = 64
@@ -73,11 +74,14 @@ class Case:
             options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
         if self.sinks:
             options["sinks"] = jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)
+        if self.pairs:
+            angle = jnp.asarray(np.random.default_rng(3).normal(size=(NUM_TOKENS, self.pairs)), jnp.float32)
+            options["rotation"] = (jnp.cos(angle), jnp.sin(angle))
         return options
 
 
 QUICK = [
-    Case(soft_cap=5.0, sinks=True),
+    Case(soft_cap=5.0, sinks=True, pairs=32),
     Case(generation="ampere", num_kv_heads=1, window=False, sinks=True, stages=3, blocks=2),
 ]
 ALL = [
@@ -93,7 +97,7 @@ ALL = [
     Case(dtype="float8_e4m3fn", num_kv_heads=1, group=4, head_dim=128, block_size=128, sinks=True, stages=3, chunk_keys=128),
     Case(generation="ampere", dtype="int8", block_size=64, soft_cap=5.0),
     Case(generation="ampere", dtype="int8", num_kv_heads=1, group=40, head_dim=128, block_size=128, stages=3),
-    Case(generation="ampere", alibi=True, block_size=8, head_dim=128),
+    Case(generation="ampere", alibi=True, block_size=8, head_dim=128, pairs=16),
     Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
     Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
