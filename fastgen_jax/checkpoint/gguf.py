@@ -90,7 +90,9 @@ class GGUFCheckpoint:
             for name in sources[path].names
             for layer in range(config.num_layers)
         }
-        places = find_places(file, kind, kinds, num_layers=config.num_layers)
+        readers = [layer for layer in config.attending_layers if layer not in config.kv_layers]
+        unused = tuple(f"blk.{layer}.{part}" for layer in readers for part in ("attn_k.", "attn_v.", "attn_k_norm."))
+        places = find_places(file, kind, kinds, num_layers=config.num_layers, unused=unused)
         plain = ARCHITECTURES[kind].plain_norms
         norms = [name for name, which in kinds.items() if which is Kind.NORM and name in places and not name.endswith(plain)]
         return cls(
@@ -259,10 +261,12 @@ class GGUFCheckpoint:
         return name.removesuffix(".weight").endswith(self.architecture.flattened)
 
 
-def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int) -> dict[str, Place]:
+def find_places(
+    file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers: int, unused: tuple[str, ...] = ()
+) -> dict[str, Place]:
     """The places of those `wanted` Hugging Face tensors that the file holds, by the name table of the gguf library.
 
-    All other tensors keep their names, so that loading reports them as unknown.
+    All other tensors keep their names, so that loading reports them as unknown, but those that begin with `unused`.
     """
     import gguf
 
@@ -301,17 +305,19 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
                 # Without routed experts, Granite 4's shared one is an MLP.
                 found = [each if each in file.tensors else each.replace("_shexp", "") for each in found]
                 return Place(names=tuple(found)) if found else None
-        one_of_many = re.search(r"\.(experts|norms)\.(\d+)\.", name)  # experts, or StableLM's norms of single heads
+        # Experts, StableLM's norms of single heads, or Gemma 3n's projections to and from streams.
+        one_of_many = re.search(r"\.(experts|norms|altup_projections|altup_unembed_projections)\.(\d+)\.", name)
         if one_of_many is None:
             found = stored(name)
             return None if found is None else Place(names=(found,))
-        found = stored(name.replace(one_of_many.group(), {"experts": ".experts.", "norms": "."}[one_of_many.group(1)]))
+        of_all = one_of_many.group(1)
+        found = stored(name.replace(one_of_many.group(), "." if of_all == "norms" else f".{of_all}."))
         return None if found is None else Place(names=(found,), entry=int(one_of_many.group(2)))
 
     found: dict[str, Place] = {}
     for name in wanted:
         where = place(name)
-        if where and all(stored in file.tensors for stored in where.names):
+        if where and all(stored in file.tensors and not stored.startswith(unused) for stored in where.names):
             found[name] = where
     entries = Counter(where.names[0] for where in found.values() if where.entry is not None)
     for stored_name, count in entries.items():
@@ -323,7 +329,7 @@ def find_places(file: GGUFFile, kind: str, wanted: Iterable[str], *, num_layers:
     others = file.tensors.keys() - {stored for where in found.values() for stored in where.names} - ROPE_TENSORS
     further = file.metadata.get(f"{kind}.nextn_predict_layers", 0)  # multi-token prediction, which is not used
     predictors = tuple(f"blk.{layer}." for layer in range(num_layers, num_layers + further))
-    return found | {name: Place(names=(name,)) for name in others if not name.startswith(predictors)}
+    return found | {name: Place(names=(name,)) for name in others if not name.startswith((*predictors, *unused))}
 
 
 def head_by_head(rows: np.ndarray, *, num_heads: int, num_kv_heads: int) -> np.ndarray:

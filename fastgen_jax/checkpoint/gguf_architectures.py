@@ -26,6 +26,7 @@ from fastgen_jax.checkpoint.gguf_experts import (
     qwen3moe,
 )
 from fastgen_jax.checkpoint.gguf_file import GGUFFile
+from fastgen_jax.checkpoint.gguf_gemma import gemma3n, gemma4
 from fastgen_jax.checkpoint.gguf_metadata import (
     Metadata,
     llama_like,
@@ -285,6 +286,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(name="GemmaForCausalLM", fields=_gemma, stored_norm_offset=1.0),
     "gemma2": Architecture(name="Gemma2ForCausalLM", fields=_gemma2, stored_norm_offset=1.0),
     "gemma3": Architecture(name="Gemma3ForCausalLM", fields=_gemma3, stored_norm_offset=1.0),
+    "gemma3n": Architecture(name="Gemma3nForCausalLM", partial_rotary=True, fields=gemma3n),
+    "gemma4": Architecture(
+        name="Gemma4ForCausalLM",
+        partial_rotary=True,
+        fields=gemma4,
+        joined={"router.scale": ("ffn_gate_inp.scale",), "router.per_expert_scale": ("ffn_down_exps.scale",)},
+    ),
     "gpt2": Architecture(name="GPT2LMHeadModel", fields=own.gpt2, own_fields=True, transposed=("c_attn", "c_proj", "c_fc")),
     "granite": Architecture(name="GraniteForCausalLM", fields=_granite, halves_interleaved=True),
     "smollm3": Architecture(name="SmolLM3ForCausalLM", fields=_smollm3, halves_interleaved=True),

@@ -29,6 +29,7 @@ OTHERS_OF_THEM = (
     "deepseek2-lite",
     "stablelm-12b",
     "granitehybrid-moe",
+    "gemma4-moe",
 )  # with the name of another in their files
 WITHOUT_GROUPS = {"expert_group_count": None, "expert_group_used_count": None}
 
@@ -52,6 +53,17 @@ def test_config_and_tensors_are_those_of_the_original_checkpoint(name):
             expected = _multiplied(tensor, expected, hf)
         assert checkpoint.read(tensor).shape == checkpoint.shape(tensor)
         np.testing.assert_allclose(np.float32(checkpoint.read(tensor)), expected, atol=TOLERANCE, err_msg=tensor)
+
+
+def test_keys_of_layers_that_read_those_of_others_may_be_in_the_file(tmp_path):
+    unused = {f"blk.5.attn_{part}.weight": np.zeros((4, 4), np.float16) for part in ("k", "v", "k_norm")}
+    _with(HOME / "gemma4.gguf", tmp_path / "published.gguf", tensors=unused)
+    ours, original = (open_checkpoint(path) for path in (tmp_path / "published.gguf", HOME / "gemma4.gguf"))
+    check_tensors(ours)
+    assert ours.tensor_names == original.tensor_names
+    _with(HOME / "gemma4.gguf", tmp_path / "other.gguf", tensors={"blk.2.attn_k_norm_2.weight": np.zeros(4, np.float16)})
+    with pytest.raises(ValueError, match=r"attn_k_norm_2"):
+        check_tensors(open_checkpoint(tmp_path / "other.gguf"))
 
 
 def _without_multipliers(config: ModelConfig) -> ModelConfig:
@@ -97,9 +109,8 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
     for name, field in reader.fields.items():
         short = name.removeprefix(f"{kind}.")
         if name.startswith(f"{kind}.") and short not in changes:
-            {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}[
-                type(field.contents())
-            ](name, field.contents())
+            add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
+            add.get(type(field.contents()), writer.add_array)(name, field.contents())
     for name, value in changes.items():
         if value is not None:
             {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)](f"{kind}.{name}", value)
@@ -135,6 +146,9 @@ def _with(source: Path, target: Path, *, tensors=MappingProxyType({}), without=(
         ("deepseek2", {"rope.scaling.yarn_log_multiplier": None}, r"lacks deepseek2.rope.scaling.yarn_log_multiplier"),
         ("deepseek2", {"attention.temperature_scale": 0.1}, r"deepseek2.attention.temperature_scale is 0.1, which is not"),
         ("deepseek2", {"attention.key_length": 24}, r"deepseek2.attention.key_length is 24; only 20 is supported"),
+        ("gemma4", {"rope.dimension_count": 8}, r"gemma4.rope.dimension_count is 8; only 32 is supported"),
+        ("gemma4", {"attention.key_length_swa": 8}, r"gemma4.attention.value_length_swa is 16; only 8 is supported"),
+        ("gemma3n", {"altup.num_inputs": None}, r"the metadata lacks gemma3n.altup.num_inputs"),
         ("qwen", {"attention.head_count_kv": 2}, r"qwen.attention.head_count_kv is 2; only 4 is supported"),
     ],
 )

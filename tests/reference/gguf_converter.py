@@ -19,6 +19,7 @@ from typing import Any
 from conversion.baichuan import BaichuanModel
 from conversion.base import ModelBase, TextModel
 from conversion.exaone import Exaone4Model
+from conversion.gemma import Gemma4Model
 from conversion.glm import Glm4Model
 from conversion.hunyuan import HunYuanModel
 from conversion.internlm import InternLM2Model
@@ -58,7 +59,7 @@ StableLMModel.modify_tensors = modify_all
 BaichuanModel.modify_tensors = modify_baichuan
 TextModel.set_vocab = TextModel._set_vocab_gpt2 = TextModel._set_vocab_qwen = none
 TextModel._set_vocab_sentencepiece = TextModel._set_vocab_glm = none
-for model in (Glm4Model, Exaone4Model, HunYuanModel, InternLM2Model, LlamaModel, NemotronModel, Phi3MiniModel):
+for model in (Glm4Model, Exaone4Model, Gemma4Model, HunYuanModel, InternLM2Model, LlamaModel, NemotronModel, Phi3MiniModel):
     model.set_vocab = none
 NemotronHModel.set_vocab = none
 sys.argv = sys.argv[1:]

@@ -97,6 +97,17 @@ NEMOTRON_H = {
     "n_groups": 2,
     "ssm_state_size": 16,
 }
+GEMMA4 = {
+    **SIZES,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 32,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 CONFIGS = {
     "llama": hf.LlamaConfig(**SIZES, attention_bias=False),
     "qwen2": hf.Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -105,6 +116,36 @@ CONFIGS = {
     "gemma2": hf.Gemma2Config(**SIZES, head_dim=16, sliding_window=32, query_pre_attn_scalar=16),
     "gemma3": hf.Gemma3TextConfig(
         **{**SIZES, "num_hidden_layers": 7}, head_dim=16, sliding_window=32, query_pre_attn_scalar=16
+    ),
+    "gemma3n": hf.Gemma3nTextConfig(
+        **{**SIZES, "num_hidden_layers": 7},
+        head_dim=16,
+        sliding_window=32,
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "sliding", "full")],
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0, 0.0, 0.0, 0.0],
+        vocab_size_per_layer_input=280,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+    ),
+    "gemma4": hf.Gemma4TextConfig(
+        **{**GEMMA4, "num_hidden_layers": 6},
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "full")],
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        vocab_size_per_layer_input=280,
+        hidden_size_per_layer_input=8,
+    ),
+    "gemma4-moe": hf.Gemma4TextConfig(
+        **{**GEMMA4, "num_hidden_layers": 3},
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
     ),
     "gpt2": hf.GPT2Config(vocab_size=280, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2),
     "granite": hf.GraniteConfig(
