@@ -10,19 +10,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.adapters import AdaptedWeight
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.models.params import layers_with
-from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
+from fastgen_jax.models.sharding import DIVIDED_AXES, TENSOR, divide_leaf, tensor_mesh
 from fastgen_jax.models.targets import STATE, Lora, adaptable
 from fastgen_jax.models.weight_spec import WeightSpec, matrix
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 
 Stacks = Mapping[str, AdaptedWeight]
+
+# The axis of adapters in a stack.
+_DOWN_AXIS = 3
+_UP_AXIS = 1
 
 
 def empty_stacks(model: ModelConfig, config: ResolvedConfig) -> Stacks | None:
@@ -37,11 +42,48 @@ def empty_stacks(model: ModelConfig, config: ResolvedConfig) -> Stacks | None:
         if not isinstance(array.sharding, NamedSharding):
             # Bound to its device as the results of `write` are, so that this is compiled once.
             return jax.device_put(jnp.zeros(shape, array.dtype), array.sharding)
-        axes = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
-        place = NamedSharding(array.sharding.mesh, PartitionSpec(*axes[:axis], None, *axes[axis:]))
+        place = NamedSharding(array.sharding.mesh, _with_axis(array.sharding.spec, axis, array.ndim))
         return jnp.zeros(shape, array.dtype, device=place)
 
     return {name: _each(zeros, weight) for name, weight in nothing.items()}
+
+
+def stack_shapes(model: ModelConfig, config: ResolvedConfig, mesh: Mesh | None) -> Stacks | None:
+    """The shapes of `empty_stacks` on an accelerator that need not be here, with their places on `mesh` if there is one."""
+    if config.num_adapters == 0:
+        return None
+    if mesh is not None:
+        model = divided(model, mesh.size, mesh.devices.flat[0].platform)
+    count, rank, dtype, having = config.num_adapters, config.max_adapter_rank, jnp.dtype(config.dtype), layers_with(model)
+
+    def shape(sizes: tuple[int, ...], partition: PartitionSpec, axis: int) -> Any:
+        place = None if mesh is None else NamedSharding(mesh, _with_axis(partition, axis, len(sizes)))
+        return jax.ShapeDtypeStruct((*sizes[:axis], count, *sizes[axis:]), dtype, sharding=place)
+
+    stacks = {}
+    for name, spec in adaptable(model, divided=mesh is not None).items():
+        layers, inputs, widths = len(having[name]), spec.shape[0], _widths(spec)
+        down = PartitionSpec(None, TENSOR if spec.axes[0] in DIVIDED_AXES else None, None, None)
+        ups = (
+            PartitionSpec(None, None, TENSOR if letter in DIVIDED_AXES else None) for letter in _letters(spec, len(widths))
+        )
+        stacks[name] = AdaptedWeight(
+            down=shape((layers, inputs, len(widths), rank), down, _DOWN_AXIS),
+            up=tuple(shape((layers, rank, width), up, _UP_AXIS) for width, up in zip(widths, ups, strict=True)),
+            num_devices=1 if mesh is None else mesh.size,
+        )
+    return stacks
+
+
+def _with_axis(partition: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
+    """`partition` of an array of `ndim` axes, before one of which another is inserted."""
+    axes = [*partition, *[None] * (ndim - len(partition))]
+    return PartitionSpec(*axes[:axis], None, *axes[axis:])
+
+
+def _letters(spec: WeightSpec, num_parts: int) -> tuple[str, ...]:
+    """The axis of the columns of each part of a fused matrix; keys and values have the heads of the cache."""
+    return ("HD", "KD", "KD") if num_parts == 3 else (spec.axes[1],) * num_parts
 
 
 def adapter_arrays(lora: Lora, model: ModelConfig, config: ResolvedConfig, *, scale: float) -> Stacks:
@@ -81,13 +123,11 @@ def _placed(
     flat = down.reshape(*down.shape[:2], -1).astype(dtype)
     rows = divide_leaf(matrix("down", flat.shape[1:], (spec.axes[0], "rank")), flat, mesh, model)
     place = NamedSharding(mesh, PartitionSpec(*rows.sharding.spec, None))
-    # Keys and values have the heads of the cache.
-    letters = ("HD", "KD", "KD") if len(up) == 3 else (spec.axes[1],) * len(up)
     return AdaptedWeight(
         down=jax.device_put(rows.reshape(*rows.shape[:2], len(up), rank), place),
         up=tuple(
             divide_leaf(matrix("up", part.shape[1:], ("rank", letter)), part.astype(dtype), mesh, model)
-            for part, letter in zip(up, letters, strict=True)
+            for part, letter in zip(up, _letters(spec, len(up)), strict=True)
         ),
         num_devices=mesh.size,
     )
@@ -118,8 +158,8 @@ def _each(change: Any, weight: AdaptedWeight, *others: AdaptedWeight) -> Adapted
     parts = zip(weight.up, *(other.up for other in others), strict=True)
     return replace(
         weight,
-        down=changed(weight.down, 3, *(other.down for other in others)),
-        up=tuple(changed(part, 1, *more) for part, *more in parts),
+        down=changed(weight.down, _DOWN_AXIS, *(other.down for other in others)),
+        up=tuple(changed(part, _UP_AXIS, *more) for part, *more in parts),
     )
 
 

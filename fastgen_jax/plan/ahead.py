@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
+from fastgen_jax.engine.adapter_stacks import stack_shapes
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
@@ -66,11 +69,6 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
-    if choices.num_adapters:
-        raise ValueError(
-            f"max_adapters={choices.num_adapters}: programs with places for adapters are compiled only on the device "
-            "itself; omit --topology there"
-        )
     if described.quantize is not None:
         choices = replace(choices, quantize="int8")
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
@@ -177,6 +175,7 @@ def _compile(
         num_slots=config.num_blocks * config.block_size,
         vocab_size=model.vocab_size,
         groups=config.groups,
+        num_adapters=config.num_adapters,
         has_states=model.state is not None,
         has_grids=config.has_grids,
     )
@@ -185,7 +184,11 @@ def _compile(
         assert config.images is not None
         dtype = jnp.dtype(_tower_dtype(config.choices))
         shown = step_images(config.images, tokens, mesh if divided else None, dtype, devices[0])
-    further = further_arguments(None, shown)
+    stacks = stack_shapes(model, config, mesh if divided else None)
+    if stacks is not None and not divided:
+        on_device = SingleDeviceSharding(devices[0])
+        stacks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), stacks)
+    further = further_arguments(stacks, shown)
     arguments = step_arguments(
         model,
         bucket,

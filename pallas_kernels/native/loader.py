@@ -137,6 +137,11 @@ def load(name: str, symbols: Mapping[str, str], *, source: Path | None = None) -
                     _loaded[name] = library
                     _symbols[name] = dict(symbols)
                 _outcomes[name] = outcome
+    elif reason is None and _outcomes[name] is None:
+        with _lock:  # a saved program may have loaded the library for fewer functions
+            more = {target: symbol for target, symbol in symbols.items() if target not in _symbols[name]}
+            _register(_loaded[name], more)
+            _symbols[name] |= more
     if reason is None:
         reason = _outcomes[name]
     if reason is not None:

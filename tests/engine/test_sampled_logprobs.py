@@ -86,6 +86,19 @@ def test_without_any_limit_processed_and_raw_log_probabilities_are_equal_to_the_
     np.testing.assert_array_equal(output.processed_logprobs, output.logprobs)
 
 
+def test_all_numbers_are_the_same_beside_a_row_with_a_limit():
+    logits = (4 * np.random.default_rng(5).normal(size=(R, V))).astype(np.float32)
+    settings = {"any_logprobs": 1, "any_top_logprobs": 1, "seeds": np.arange(R), "positions": np.arange(R) + 3}
+    temperature = np.array([1, 0, 0.4, 1, 2, 0, 1, 1], np.float32)
+    targets = np.where(np.arange(R) % 3, V, 7)
+    alone, _ = run(logits, sampling_rows(R, temperature=temperature, targets=targets, **settings))
+    top_p = np.ones(R, np.float32)
+    top_p[-1] = 0.5
+    beside, _ = run(logits, sampling_rows(R, temperature=temperature, targets=targets, top_p=top_p, **settings))
+    for name in ("tokens", "processed_logprobs", "log_kept_masses", "logprobs", "ranks", "top_ids", "top_logprobs"):
+        np.testing.assert_array_equal(getattr(alone, name)[:-1], getattr(beside, name)[:-1], err_msg=name)
+
+
 def test_greedy_rows_are_certain_in_a_batch_that_samples():
     logits = np.random.default_rng(1).normal(size=(R, V)).astype(np.float32)
     batch = sampling_rows(R, temperature=np.where(np.arange(R) % 2, 0, 1), any_logprobs=1)

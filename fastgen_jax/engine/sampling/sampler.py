@@ -104,25 +104,26 @@ def sample(
         )
     processed = logits if process is None else process(logits)
     if work == "any":
-        chosen, processed_logprobs, log_kept_masses = _branch(processed, state, batch)
+        chosen, raw, is_raw = _branch(processed, state, batch)
+        is_raw &= process is None
     else:  # without log-probabilities
         if work == "masked":
             processed = _masked(processed, state, batch)
-        chosen, processed_logprobs, log_kept_masses = _certain(
-            row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0]
-        )
-    tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen)
-    logprobs, ranks, scale = _zeros(tokens.shape)
+        chosen = _certain(row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0])
+        raw, is_raw = _zeros(len(logits)), True
+    tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen.tokens)
+    logprobs, ranks, scale = raw
     top_ids, top_logprobs = _no_top(logits, scale, max_logprobs=max_logprobs)
     if work == "any":
         wants, wants_top = batch.any_logprobs > 0, (batch.any_logprobs > 0) & (batch.any_top_logprobs > 0)
-        logprobs, ranks, scale = lax.cond(wants, _logprobs, lambda _, tokens: _zeros(tokens.shape), logits, tokens)
+        computed = lambda logits, tokens, _: _logprobs(logits, tokens)  # noqa: E731
+        logprobs, ranks, scale = lax.cond(wants & ~is_raw, computed, lambda *given: given[-1], logits, tokens, raw)
         some, none = (partial(of, max_logprobs=max_logprobs) for of in (_top_logprobs, _no_top))
         top_ids, top_logprobs = lax.cond(wants_top, some, none, logits, scale)
     output = SampleOutput(
         tokens=tokens,
-        processed_logprobs=processed_logprobs,
-        log_kept_masses=log_kept_masses,
+        processed_logprobs=chosen.processed_logprobs,
+        log_kept_masses=chosen.log_kept_masses,
         logprobs=logprobs,
         ranks=ranks,
         top_ids=top_ids,
@@ -131,16 +132,71 @@ def sample(
     return output, _remember(state, batch, tokens)
 
 
+class _Chosen(NamedTuple):
+    """Tokens, and the fields of `SampleOutput` that say how they were drawn."""
+
+    tokens: Int32[Array, " R"]
+    processed_logprobs: Float32[Array, " R"]
+    log_kept_masses: Float32[Array, " R"]
+
+
+class _Scale(NamedTuple):
+    """What turns a logit into a log-probability: subtract both."""
+
+    largest: Float32[Array, " R"]
+    log_total: Float32[Array, " R"]
+
+    def logprobs(self, logits: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
+        return _below(logits, self.largest) - self.log_total[:, None]
+
+
+class _Raw(NamedTuple):
+    """The log-probabilities and ranks of tokens without the draw's parameters."""
+
+    logprobs: Float32[Array, " R"]
+    ranks: Int32[Array, " R"]
+    scale: _Scale
+
+
 def _branch(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
-    """The tokens and their log-probabilities, by what the flags of the batch ask for."""
+) -> tuple[_Chosen, _Raw, Bool[Array, ""]]:
+    """What the flags of the batch ask for; and whether `_Raw` is that of the chosen tokens, as far as it is wanted."""
     # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
     # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
-    branch = jnp.where(batch.any_sampling > 0, 2, adjusts.astype(jnp.int32))
-    branches = (lambda logits, *_: _certain(row_argmax(logits)), _adjusted_argmax, _sampled)
-    return lax.switch(branch, branches, logits, state, batch)
+    is_sampled = batch.any_sampling > 0
+    if not _has_kernels():
+        branches = (lambda logits, *_: (_certain(row_argmax(logits)), _zeros(len(logits))), _adjusted_argmax, _sampled)
+        branch = jnp.where(is_sampled, 2, adjusts.astype(jnp.int32))
+        return *lax.switch(branch, branches, logits, state, batch), batch.any_logprobs == 0
+    limits = jnp.any((batch.temperature > 0) & (_uses_top_k(logits, batch) | (batch.top_p < 1) | (batch.min_p > 0)))
+    branch = jnp.where(adjusts | (is_sampled & limits), 1 + is_sampled.astype(jnp.int32), 0)
+    branches = (lambda logits, _, batch: _in_one_pass(logits, batch), _adjusted_argmax, _sampled)
+    return *lax.switch(branch, branches, logits, state, batch), (branch == 0) | (batch.any_logprobs == 0)
+
+
+def _has_kernels() -> bool:
+    return gpu_target.platform() == "cpu" and draw.is_available()
+
+
+def _in_one_pass(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
+    """Rows that only a temperature changes. The results are those of `_sampled` and `_logprobs`, to the last bit."""
+    found = draw.in_one_pass(logits, batch.seeds, batch.positions, batch.temperature, batch.targets, batch.any_logprobs)
+    fastest = _fastest(found.weights, found.bits)
+    tokens, ranks = (jnp.take_along_axis(x, fastest, axis=1, mode="clip")[:, 0] for x in (found.ids, found.ranks))
+    logit = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
+    exponent = _below(logit, found.largest) / _divisor(batch)
+    logprobs = exponent[:, 0] - jnp.log1p(found.totals - 1)
+    wants, zeros = batch.any_logprobs > 0, jnp.zeros(logprobs.shape, jnp.float32)
+    scale = _Scale(found.largest, jnp.log1p(found.raw_totals - 1))
+    raw = _Raw(jnp.where(wants, scale.logprobs(logit)[:, 0], 0.0), ranks, scale)
+    return _Chosen(tokens, jnp.where((batch.temperature > 0) & wants, logprobs, 0.0), zeros), raw
+
+
+def _fastest(weights: Int32[Array, "R n"], bits: UInt32[Array, "R n"]) -> Int32[Array, "R 1"]:
+    """Which of the front-runners of each row is drawn, by the logarithms of `_speeds`."""
+    return jnp.argmax(_speeds(weights, bits), axis=1, keepdims=True)
 
 
 def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " R"]) -> SamplerState:
@@ -176,27 +232,24 @@ class _Weights(NamedTuple):
     """What a logit `reaches` that top-k let through."""
 
 
-def _certain(tokens: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
-    """Tokens chosen with certainty, and zeros as the logarithms of their probabilities and of what was kept."""
+def _certain(tokens: Int32[Array, " R"]) -> _Chosen:
+    """Tokens chosen with certainty."""
     zeros = jnp.zeros(tokens.shape, jnp.float32)
-    return tokens, zeros, zeros
+    return _Chosen(tokens, zeros, zeros)
 
 
-def _adjusted_argmax(
-    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
-    return _certain(row_argmax(_adjusted(logits, state, batch)))
+def _adjusted_argmax(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
+    return _certain(row_argmax(_adjusted(logits, state, batch))), _zeros(len(logits))
 
 
-def _sampled(
-    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[Int32[Array, " R"], Float32[Array, " R"], Float32[Array, " R"]]:
+def _sampled(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
     logits = _adjusted(logits, state, batch)
     tokens, weights = _drawn(logits, batch, has_branches=True)
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
     logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
     is_wanted = (batch.temperature > 0) & (batch.any_logprobs > 0)
-    return tokens, jnp.where(is_wanted, logprobs, 0.0), jnp.where(is_wanted, log_kept_masses, 0.0)
+    chosen = _Chosen(tokens, jnp.where(is_wanted, logprobs, 0.0), jnp.where(is_wanted, log_kept_masses, 0.0))
+    return chosen, _zeros(len(logits))
 
 
 def _drawn(
@@ -204,13 +257,13 @@ def _drawn(
 ) -> tuple[Int32[Array, " R"], _Weights]:
     weights = _weights(logits, batch, has_branches=has_branches)
     is_drawn = batch.temperature > 0
-    if gpu_target.platform() == "cpu" and draw.is_available():
+    if _has_kernels():
         keys = row_keys(batch.seeds, batch.positions)
         ids = draw.front_runners(logits, weights.values, keys, is_drawn)
         few = jnp.take_along_axis(weights.values, ids, axis=1, mode="clip")
-        # The same logarithms as below decide between them.
-        fastest = jnp.argmax(_speeds(few, bits_of(keys, ids.astype(jnp.uint32))), axis=1, keepdims=True)
-        return jnp.take_along_axis(ids, fastest, axis=1, mode="clip")[:, 0], weights
+        return jnp.take_along_axis(ids, _fastest(few, bits_of(keys, ids.astype(jnp.uint32))), axis=1, mode="clip")[
+            :, 0
+        ], weights
     speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     return row_argmax(jnp.where(is_drawn[:, None], speeds, logits)), weights
 
@@ -316,6 +369,8 @@ def _divisor(batch: SamplingBatch) -> Float32[Array, "R 1"]:
 
 def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch: SamplingBatch) -> Float32[Array, "R V"]:
     """Each probability as a fraction of the row's largest."""
+    if _has_kernels():
+        return draw.exponentials(logits, largest, _divisor(batch)[:, 0])
     return jnp.exp(_below(logits, largest) / _divisor(batch))
 
 
@@ -347,30 +402,22 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branche
     return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
 
 
-class _Scale(NamedTuple):
-    """What turns a logit into a log-probability: subtract both."""
-
-    largest: Float32[Array, " R"]
-    log_total: Float32[Array, " R"]
-
-    def logprobs(self, logits: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
-        return _below(logits, self.largest) - self.log_total[:, None]
-
-
-def _logprobs(
-    logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]
-) -> tuple[Float32[Array, " R"], Int32[Array, " R"], _Scale]:
-    """The log-probabilities and the ranks of `tokens`."""
-    largest = row_max(logits)
-    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
-    scale = _Scale(largest, jnp.log1p(sum_in_any_order(jnp.exp(_below(logits, largest))) - 1))
+def _logprobs(logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]) -> _Raw:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    return scale.logprobs(chosen)[:, 0], 1 + row_sum(logits > chosen), scale
+    if _has_kernels():
+        found = draw.given(logits, tokens, temperature=None)
+        largest, total, ranks = found.largest, found.raw_totals, found.ranks[:, 0]
+    else:
+        largest = row_max(logits)
+        total, ranks = sum_in_any_order(jnp.exp(_below(logits, largest))), 1 + row_sum(logits > chosen)
+    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
+    scale = _Scale(largest, jnp.log1p(total - 1))
+    return _Raw(scale.logprobs(chosen)[:, 0], ranks, scale)
 
 
-def _zeros(shape: tuple[int, ...]) -> tuple[Float32[Array, " R"], Int32[Array, " R"], _Scale]:
-    zeros = jnp.zeros(shape, jnp.float32)
-    return zeros, jnp.zeros(shape, jnp.int32), _Scale(zeros, zeros)
+def _zeros(num_rows: int) -> _Raw:
+    zeros = jnp.zeros(num_rows, jnp.float32)
+    return _Raw(zeros, jnp.zeros(num_rows, jnp.int32), _Scale(zeros, zeros))
 
 
 def _top_logprobs(

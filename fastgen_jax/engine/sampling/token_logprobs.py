@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax.engine.sampling.rows import row_max, sum_in_any_order
+from pallas_kernels import draw, gpu_target
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float32, Int32
@@ -23,13 +24,21 @@ def token_logprobs(
     computed as the sampler does it, because XLA rounds differently where one divisor serves a whole row and where it
     serves one number. Differentiable with respect to `logits`.
     """
-    largest, divisor = row_max(logits)[:, None], temperature[:, None]
+    if gpu_target.platform() == "cpu" and draw.is_available():
+        found = draw.given(logits, tokens, temperature=temperature)
+        largest, total = found.largest, found.totals
+    else:
+        largest = row_max(logits)
+        total = sum_in_any_order(jnp.exp(_exponents(logits, largest, temperature)))
+    logit = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
+    return _exponents(logit, largest, temperature)[:, 0] - jnp.log1p(total - 1)
 
-    def exponents(x: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
-        return jnp.where(x == largest, 0, x - largest) / divisor  # inf - inf would be NaN
 
-    log_total = jnp.log1p(sum_in_any_order(jnp.exp(exponents(logits))) - 1)
-    return exponents(jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip"))[:, 0] - log_total
+def _exponents(
+    logits: Float32[Array, "R n"], largest: Float32[Array, " R"], temperature: Float32[Array, " R"]
+) -> Float32[Array, "R n"]:
+    largest = largest[:, None]
+    return jnp.where(logits == largest, 0, logits - largest) / temperature[:, None]  # inf - inf would be NaN
 
 
 @token_logprobs.defjvp

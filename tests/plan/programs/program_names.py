@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fastgen_jax import EngineConfig
-from fastgen_jax.engine.programs import program_name
+from fastgen_jax.engine.adapter_stacks import stack_shapes
+from fastgen_jax.engine.programs import further_arguments, program_name
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_params
@@ -27,6 +28,8 @@ OPTIONS = {
     "int8 cache": {"kv_dtype": "int8"},
     "divided": {"dtype": "bfloat16", "tensor_parallel": 2},
     "divided int8": {"quantize": "int8", "tensor_parallel": 2},
+    "adapters": {"dtype": "bfloat16", "max_adapters": 3, "max_adapter_rank": 4},
+    "divided adapters": {"dtype": "bfloat16", "max_adapters": 3, "max_adapter_rank": 4, "tensor_parallel": 2},
 }
 
 
@@ -36,7 +39,8 @@ def names(variant: str, **options) -> tuple[str, str]:
     config = resolve(choices, model)
     programs = Runner(prepare_params(params, model, config), model, config).programs
     devices, bucket = jax.devices()[: config.tensor_parallel or 1], programs.bucket(8)
-    real = program_name(programs._arguments(bucket, None)[:3], model, config, 8, "any", devices=devices)
+    arguments = programs._arguments(bucket, None)
+    real = program_name((*arguments[:3], *arguments[4:]), model, config, 8, "any", devices=devices)
     shapes = step_arguments(
         model,
         bucket,
@@ -49,7 +53,8 @@ def names(variant: str, **options) -> tuple[str, str]:
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
     )
-    return real, program_name(shapes[:3], model, config, 8, "any", devices=devices)
+    stacks = stack_shapes(model, config, programs.mesh)
+    return real, program_name((*shapes[:3], *further_arguments(stacks)), model, config, 8, "any", devices=devices)
 
 
 if __name__ == "__main__":
