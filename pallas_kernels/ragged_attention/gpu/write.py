@@ -110,7 +110,10 @@ def _write(
 
         def turned(head: jax.Array) -> jax.Array:
             """Heads [n, D] in float32."""
-            return load(head, dim).astype(jnp.float32) * cosines + load(head, partner).astype(jnp.float32) * sines
+            return (
+                load(head, dim).astype(jnp.float32) * cosines[None, :]
+                + load(head, partner).astype(jnp.float32) * sines[None, :]
+            )
 
         q = turned(jnp.minimum(number, group - 1) + kv_head * group)
         triton.store(queries.at[kv_head, row[:, None], dim[None, :]], q.astype(queries.dtype), mask=is_row)
