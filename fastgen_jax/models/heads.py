@@ -54,8 +54,8 @@ def heads_of(
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
     # On several devices, one pass over all heads would gather them on every device. If attention rotates them, it does so in
     # their columns of x.
-    if step.mesh is not None or (turn is None and step.attend_rotates):
-        num_devices = 1 if step.mesh is None else step.mesh.size
+    num_devices = 1 if step.mesh is None else step.mesh.size
+    if num_devices > 1 or (turn is None and step.attend_rotates):
         q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), num_devices))
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)

@@ -26,7 +26,7 @@ from pallas_kernels.ragged_attention.tpu.write import Granules, granules_of, wri
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Float, Int
 
 
 def ragged_attention_tpu(
@@ -68,10 +68,13 @@ def ragged_attention_tpu(
     plan = index.plans.tpu if index.plans is not None else None
     if plan is None:
         plan = _plan(k_cache, index, spec, num_tokens=num_tokens, num_blocks=layer.num_blocks)
-    written = write(new, caches, granules=plan.granules, layer=layer, interpret=interpret)
-    k_cache, v_cache = written[0], None if packed else written[1]
     window = NO_WINDOW if scoring.sliding_window is None else scoring.sliding_window
-    scalars = jnp.stack([plan.num_single_tiles, plan.num_tiles, layer.first_block, jnp.asarray(window, jnp.int32)])
+    # One array for both kernels, since it is made in every layer.
+    of_plan = (plan.granules.number, plan.num_single_tiles, plan.num_tiles)
+    numbers = (layer.first_block, *of_plan, window, plan.first_used, plan.end_used)
+    scalars = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
+    written = write(new, caches, scalars, granules=plan.granules, interpret=interpret)
+    k_cache, v_cache = written[0], None if packed else written[1]
     out = _attend(
         scalars,
         plan.members,
@@ -86,7 +89,7 @@ def ragged_attention_tpu(
         interpret=interpret,
     )
     out = out[..., head_dim:] if packed else out
-    return jnp.where(plan.is_used[:, None, None], out, jnp.zeros((), q.dtype)), k_cache, v_cache
+    return out, k_cache, v_cache
 
 
 @pytree
@@ -94,14 +97,15 @@ class TpuPlan:
     """What is the same in all layers: the granules that are written, and the tiles."""
 
     granules: Granules
-    members: list[Int[Array, " members"]]
+    members: Int[Array, "4 members"]
     """See `plan_tiles`."""
     num_single_tiles: Int[Array, ""]
     num_tiles: Int[Array, ""]
     tables: Int[Array, "S W 1 P"]
     """The block tables in pieces of `TABLE_PIECE`."""
-    is_used: Bool[Array, " T"]
-    """Whether the token belongs to a chunk."""
+    first_used: Int[Array, ""]
+    end_used: Int[Array, ""]
+    """The tokens from `first_used` to here belong to chunks; the results of others are zero."""
 
 
 def plan_tpu(
@@ -141,14 +145,14 @@ def _plan(k_cache: Cache, index: RaggedIndex, spec: Spec, *, num_tokens: int, nu
     query_starts, (num_sequences, max_blocks) = index.query_starts, index.block_tables.shape
     members, num_single_tiles, num_tiles = plan_tiles(query_starts, index.context_lens, num_tokens=num_tokens, spec=spec)
     tables = jnp.pad(index.block_tables, ((0, 0), (0, -max_blocks % TABLE_PIECE)))
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
     return TpuPlan(
         granules=granules_of(index.kv_slots, k_cache, num_blocks=num_blocks),
         members=members,
         num_single_tiles=num_single_tiles,
         num_tiles=num_tiles,
         tables=tables.reshape(num_sequences, -1, 1, TABLE_PIECE),
-        is_used=(token >= query_starts[0]) & (token < query_starts[-1]),
+        first_used=query_starts[0],
+        end_used=query_starts[-1],
     )
 
 
@@ -205,11 +209,11 @@ def _spec(
 
 def plan_tiles(
     query_starts: Int[Array, " starts"], context_lens: Int[Array, " S"], *, num_tokens: int, spec: Spec
-) -> tuple[list[Int[Array, " members"]], Int[Array, ""], Int[Array, ""]]:
+) -> tuple[Int[Array, "4 members"], Int[Array, ""], Int[Array, ""]]:
     """Assigns chunks to tiles: J single queries per tile, by descending context; longer chunks, Q queries per tile.
 
     Returns:
-      sequence, token, position and count of each member, i32[tiles * J] each (see `Refs`), with entries for the maximum
+      sequence, token, position and count of each member, i32[4, tiles * J] (see `Refs`), with entries for the maximum
       number of single tiles before the chunk tiles; the number of single tiles; the number of tiles.
     """
     num_sequences = context_lens.shape[0]
@@ -233,7 +237,7 @@ def plan_tiles(
     first = (i - (ends[s] - tiles[s])) * q
     chunk = [s, query_starts[s] + first, context_lens[s] - lengths[s] + first, jnp.clip(lengths[s] - first, 0, q)]
     work = [jnp.concatenate([a, jnp.repeat(b, j)]) for a, b in zip(members, chunk, strict=True)]
-    return work, num_single_tiles, num_single_tiles + ends[-1]
+    return jnp.stack(work), num_single_tiles, num_single_tiles + ends[-1]
 
 
 def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
@@ -247,7 +251,7 @@ def _by_kv_head(of_head: jax.Array | None, spec: Spec) -> jax.Array | None:
 
 def _attend(
     scalars: jax.Array,
-    work: list[jax.Array],
+    members: jax.Array,
     q: jax.Array,
     k_cache: Cache,
     v_cache: Cache | None,
@@ -296,7 +300,7 @@ def _attend(
             "acc_chunk": pltpu.VMEM((*chunk, width), f32),
         }
     optional = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
-    names = ["scalars", "sequence", "token", "position", "count", "q", *caches, "tables", *optional, "out"]
+    names = ["q", *caches, "tables", *optional, "out"]
     none = dict.fromkeys(
         (
             "v_cache",
@@ -314,8 +318,10 @@ def _attend(
         )
     )
 
-    def kernel(*refs: Ref) -> None:
-        attend_tiles(Refs(**(none | dict(zip([*names, *scratch], refs, strict=True)))), spec)
+    def kernel(scalars: Ref, members: Ref, *refs: Ref) -> None:
+        columns = {name: members.at[row] for row, name in enumerate(("sequence", "token", "position", "count"))}
+        named = none | columns | dict(zip([*names, *scratch], refs, strict=True))
+        attend_tiles(Refs(scalars=scalars, **named), spec)
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
@@ -323,7 +329,7 @@ def _attend(
         kernel,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=2,
             grid=(spec.cores,),
             in_specs=[hbm] * (2 + len(caches)) + [vmem] * len(optional),
             out_specs=hbm,
@@ -337,7 +343,7 @@ def _attend(
         cost_estimate=_cost(q, k_cache, tables, spec),
         interpret=interpret,
         name="ragged_attention",
-    )(scalars, *work, q, *caches.values(), tables, *optional.values())
+    )(scalars, members, q, *caches.values(), tables, *optional.values())
 
 
 def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:

@@ -14,13 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pallas_types import Ref
+from pallas_kernels.ragged_attention.tpu.write import FIRST_BLOCK, NUM_GRANULES
 
 TABLE_BITS = 7
 TABLE_PIECE = 1 << TABLE_BITS  # block ids that one copy loads into SMEM
 NO_WINDOW = 2**31 - 1
 
-# Positions of a call's scalars in `scalars`.
-NUM_SINGLE_TILES, NUM_TILES, FIRST_BLOCK, WINDOW = range(4)
+# Positions of a call's scalars in `scalars`; `write` has the first two.
+NUM_SINGLE_TILES, NUM_TILES, WINDOW, FIRST_USED, END_USED = range(NUM_GRANULES + 1, NUM_GRANULES + 6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Spec:
 class Refs:
     """Everything that the kernel reads and writes; shapes in brackets, where W is D, or 2D if the cache is packed."""
 
-    scalars: Ref  # SMEM i32[4]
+    scalars: Ref  # SMEM i32[7]
     sequence: Ref  # SMEM i32[tiles * J]; these four describe each tile's members; a chunk tile repeats its single member
     token: Ref  # row of the first query in q
     position: Ref  # position of the first query in its sequence
@@ -256,6 +257,31 @@ class Copies:
                 self.refs.out_sem.at[0],
             ),
         )
+
+    @property
+    def zero_rows(self) -> int:
+        """How many rows of `out_buffer` are zeros until the first result is stored; a power of two."""
+        return min(8, 1 << (self.refs.out_buffer.shape[0].bit_length() - 1))
+
+    def copy_zeros(self, do: str) -> None:
+        """Zeroes the results of tokens that belong to no chunk, before the first chunk and after the last."""
+        refs, most = self.refs, self.zero_rows
+        scalars = refs.scalars
+        for first, end in ((0, scalars[FIRST_USED]), (scalars[END_USED], refs.out.shape[0])):
+
+            def copy(row: jax.Array, size: int, first: jax.Array | int = first) -> None:
+                target = refs.out.at[pl.ds(first + row, size)]
+                getattr(pltpu.make_async_copy(refs.out_buffer.at[pl.ds(0, size)], target, refs.out_sem.at[0]), do)()
+
+            count, size = end - first, most // 2
+            lax.fori_loop(0, count // most, lambda n, _, copy=copy: copy(n * most, most), None)
+            while size:
+
+                @pl.when((count & size) != 0)
+                def _(count: jax.Array = count, size: int = size, copy: Callable[..., None] = copy) -> None:
+                    copy(count & -(2 * size), size)
+
+                size //= 2
 
     def _copy_rows(
         self, i: jax.Array, do: str, ends: Callable[[jax.Array, jax.Array | int, int], tuple[Ref, Ref, Ref]]

@@ -42,6 +42,12 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
     num_mine = pl.cdiv(num_tiles - core, spec.cores)
     num_mine_single = pl.cdiv(num_single - core, spec.cores)
 
+    @pl.when(core == 0)
+    def _() -> None:
+        rows = pl.ds(0, copies.zero_rows)
+        refs.out_buffer[rows] = jnp.zeros((copies.zero_rows, *refs.out_buffer.shape[1:]), refs.out_buffer.dtype)
+        copies.copy_zeros("start")
+
     @pl.when(num_mine > 0)
     def _() -> None:
         # Values that are not fetched get weights of zero, but zero times previous memory contents may be NaN.
@@ -57,6 +63,10 @@ def attend_tiles(refs: Refs, spec: Spec) -> None:
         copies.copy_tables(core, 0, "wait")
         copies.copy_keys(core, 0, 0, 0, "start")
 
+    pl.when(core == 0)(lambda: copies.copy_zeros("wait"))
+
+    @pl.when(num_mine > 0)
+    def _() -> None:
         def tile(ordinal: jax.Array, buffer: jax.Array, *, single: bool) -> jax.Array:
             return kernel.attend_tile(core + ordinal * spec.cores, ordinal % 2, buffer, single=single)
 

@@ -23,7 +23,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pallas_types import Ref
 from pallas_kernels.pytree import pytree
-from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 FIRST_BLOCK, NUM_GRANULES = range(2)
+FIRST_TOKEN, SLOT, COUNT, CLASH = range(4)
 RING = 16  # granules in flight: a copy takes about a microsecond, regardless of its size
 LEAD = 8  # of these, granules that are being read
 
@@ -38,15 +38,16 @@ LEAD = 8  # of these, granules that are being read
 def write_kv_tpu(
     new: Sequence[Float[Array, "T K D"]],
     caches: Sequence[Float[Array, "pool K B D"]],
+    scalars: Int[Array, " numbers"],
     *,
     granules: Granules,
-    layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> list[Float[Array, "pool K B D"]]:
-    """`caches` with the rows of each of `new` at the slots of `layer` for which `granules_of` made `granules`.
+    """`caches` with the rows of each of `new` at the slots of a layer for which `granules_of` made `granules`.
 
-    The caches, of keys and of values or one that holds both, have one shape and are updated in place. Any order of tokens is
-    correct; it is fastest if tokens with adjacent slots are adjacent, as in a chunk.
+    `scalars` begins with the layer's first block and the number of granules. The caches, of keys and of values or one that
+    holds both, have one shape and are updated in place. Any order of tokens is correct; it is fastest if tokens with
+    adjacent slots are adjacent, as in a chunk.
     """
     cache, count = caches[0], len(caches)
     _, num_kv_heads, block_size, width = cache.shape
@@ -54,7 +55,6 @@ def write_kv_tpu(
     # All rows of a granule are copied, even if its first tokens are from earlier steps.
     pad = ((rows, rows), (0, 0), (0, 0))
     new = [jnp.pad(x.astype(cache.dtype), pad) for x in new]
-    scalars = jnp.stack([layer.first_block, granules.number])
     buffer = pltpu.VMEM((RING, num_kv_heads, rows, width), cache.dtype)
     new_buffer = pltpu.VMEM((RING, rows, num_kv_heads, width), cache.dtype)
     semaphores = pltpu.SemaphoreType.DMA((RING,))
@@ -64,18 +64,18 @@ def write_kv_tpu(
         functools.partial(_write, rows=rows, block_size=block_size, num_caches=count),
         out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype)] * count,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=2,
             grid=(1,),
             in_specs=[hbm] * (2 * count),
             out_specs=[hbm] * count,
             scratch_shapes=[new_buffer] * count + [buffer] * count + [semaphores] * 2,
         ),
-        input_output_aliases={5 + count + n: n for n in range(count)},
+        input_output_aliases={2 + count + n: n for n in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * count * new[0].shape[0] * row_bytes),
         interpret=interpret,
         name="write_kv",
-    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, *new, *caches)
+    )(scalars, granules.runs, *new, *caches)
     return list(written)
 
 
@@ -83,15 +83,11 @@ def write_kv_tpu(
 class Granules:
     """Runs of tokens that fill consecutive rows of one granule."""
 
-    first_token: Int[Array, " T"]
-    slot: Int[Array, " T"]
-    """Of the first token."""
-    count: Int[Array, " T"]
-    """Number of tokens."""
-    clash: Int[Array, " T"]
-    """Nonzero if one of the preceding runs fills the same granule."""
+    runs: Int[Array, "4 T"]
+    """Of each run its first token, the slot of that token, the number of tokens, and whether one of the preceding runs fills
+    the same granule. In one array, since XLA moves each one into place in every layer."""
     number: Int[Array, ""]
-    """Of runs; the rest of the arrays is unused."""
+    """Of runs; the other columns are unused."""
 
 
 def granules_of(kv_slots: Int[Array, " T"], cache: Cache, *, num_blocks: int) -> Granules:
@@ -115,10 +111,7 @@ def granules_of(kv_slots: Int[Array, " T"], cache: Cache, *, num_blocks: int) ->
     for back in range(1, min(RING, num_tokens)):
         clash |= jnp.concatenate([jnp.zeros((back,), bool), granule[back:] == granule[:-back]])
     return Granules(
-        first_token=first,
-        slot=slot,
-        count=last - first + 1,
-        clash=clash.astype(jnp.int32),
+        runs=jnp.stack([first, slot, last - first + 1, clash.astype(jnp.int32)]),
         number=jnp.sum(begins, dtype=jnp.int32),
     )
 
@@ -135,15 +128,13 @@ class _Stream:
 
 def _write(
     scalars,
-    first_token,
-    slot,
-    count,
-    clash,
+    runs,
     *refs,
     rows: int,
     block_size: int,
     num_caches: int,
 ) -> None:
+    first_token, slot, count, clash = (runs.at[row] for row in (FIRST_TOKEN, SLOT, COUNT, CLASH))
     *of_caches, read_sem, write_sem = refs
     new, _, caches, new_buffers, buffers = (of_caches[n : n + num_caches] for n in range(0, 5 * num_caches, num_caches))
     streams = [_Stream(*parts) for parts in zip(new, caches, new_buffers, buffers, strict=True)]

@@ -22,13 +22,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pallas_types import Ref
-from pallas_kernels.ragged_attention.arguments import CacheLayer
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, scaled
 from pallas_kernels.ragged_attention.tpu.support import granule_rows
 from pallas_kernels.ragged_attention.tpu.write import (
+    CLASH,
+    COUNT,
     FIRST_BLOCK,
+    FIRST_TOKEN,
     NUM_GRANULES,
     RING,
+    SLOT,
     Granules,
     pipeline_granules,
 )
@@ -38,21 +41,21 @@ UNIT = 1 << UNIT_BITS
 BUFFER_BYTES = 6 * 2**20  # of VMEM, for all granules in flight
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 def write_kv_quantized_tpu(
     new: Sequence[Float[Array, "T K D"]],
     caches: Sequence[QuantizedCache],
+    scalars: Int[Array, " numbers"],
     *,
     granules: Granules,
-    layer: CacheLayer,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> list[QuantizedCache]:
-    """`caches` with the rows of each of `new` at the slots of `layer` for which `granules_of` made `granules`.
+    """`caches` with the rows of each of `new` at the slots of a layer for which `granules_of` made `granules`.
 
-    The caches, of keys and of values or a packed one, have one shape and are updated in place. B is a power of two of at
-    least 128.
+    `scalars` begins with the layer's first block and the number of granules. The caches, of keys and of values or a packed
+    one, have one shape and are updated in place. B is a power of two of at least 128.
     """
     cache, count = caches[0], len(caches)
     num_tokens, (_, num_kv_heads, block_size, width) = new[0].shape[0], cache.shape
@@ -72,24 +75,23 @@ def write_kv_quantized_tpu(
     semaphores = pltpu.SemaphoreType.DMA((ring,))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     parts = [part for cache in caches for part in (cache.values, cache.scales)]
-    scalars = jnp.stack([layer.first_block, granules.number])
     row_bytes = num_kv_heads * width + 4 * num_scales
     written = pl.pallas_call(
         functools.partial(_write, block_size=block_size, ring=ring, num_caches=count),
         out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=2,
             grid=(1,),
             in_specs=[hbm] * (3 * count),
             out_specs=[hbm] * (2 * count),
             scratch_shapes=[new_buffer, values, scales] * count + [semaphores] * 2,
         ),
-        input_output_aliases={5 + count + n: n for n in range(2 * count)},
+        input_output_aliases={2 + count + n: n for n in range(2 * count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=4 * count * num_tokens * row_bytes),
         interpret=interpret,
         name="write_kv_quantized",
-    )(scalars, granules.first_token, granules.slot, granules.count, granules.clash, *new, *parts)
+    )(scalars, granules.runs, *new, *parts)
     return [QuantizedCache(values=written[2 * n], scales=written[2 * n + 1]) for n in range(count)]
 
 
@@ -107,15 +109,13 @@ class _Stream:
 
 def _write(
     scalars,
-    first_token,
-    slot,
-    count,
-    clash,
+    runs,
     *refs,
     block_size: int,
     ring: int,
     num_caches: int,
 ) -> None:
+    first_token, slot, count, clash = (runs.at[row] for row in (FIRST_TOKEN, SLOT, COUNT, CLASH))
     *of_caches, read_sem, write_sem = refs
     new, caches, buffers = of_caches[:num_caches], of_caches[3 * num_caches : 5 * num_caches], of_caches[5 * num_caches :]
     streams = [_Stream(new[n], *caches[2 * n : 2 * n + 2], *buffers[3 * n : 3 * n + 3]) for n in range(num_caches)]

@@ -198,7 +198,8 @@ def test_scattered_slots_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
-    write = functools.partial(write_kv_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
+    scalars = jnp.stack([arguments["layer"].first_block, granules.number])
+    write = functools.partial(write_kv_tpu, scalars=scalars, granules=granules, interpret=interpret)
     written = jax.jit(write)([k, v], caches)
     assert races_found() is False
     for ours, expected in zip(written, jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches), strict=True):
@@ -221,7 +222,8 @@ def test_scattered_slots_of_an_8_bit_cache_are_written_in_any_order() -> None:
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     pltpu.reset_tpu_interpret_mode_state()
     granules = granules_of(arguments["kv_slots"], caches[0], num_blocks=num_blocks)
-    write = functools.partial(write_kv_quantized_tpu, granules=granules, layer=arguments["layer"], interpret=interpret)
+    scalars = jnp.stack([arguments["layer"].first_block, granules.number])
+    write = functools.partial(write_kv_quantized_tpu, scalars=scalars, granules=granules, interpret=interpret)
     written = jax.jit(write)([k, v], caches)
     assert races_found() is False
     expected = jax.jit(lambda *arrays: write_kv(*arrays, **arguments))(k, v, *caches)
