@@ -135,7 +135,8 @@ class LlamaCpp:
 
 def main() -> None:
     of = json.loads(sys.argv[1])
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), None)
+    silence = lib.llama_log_callback(lambda *_: None)  # llama.cpp keeps a pointer to it
+    lib.llama_log_set(silence, None)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         write(of, file)
