@@ -43,13 +43,14 @@ $(COLAB_VENV)/.installed: tests/environments/colab.txt
 TUNIX_VENV ?= .venv-tunix
 tunix-check:
 	@if $(MAKE) --silent $(TUNIX_VENV)/.installed; \
-	then $(TUNIX_VENV)/bin/python -m pytest --run-slow -W default tests/training/test_tunix.py; \
+	then $(TUNIX_VENV)/bin/python -m pytest --run-slow -W default tests/training/test_tunix.py \
+	  tests/checkpoint/test_tunix_library.py; \
 	else echo 'tunix-check SKIPPED: tunix cannot be installed here'; fi
 
 $(TUNIX_VENV)/.installed: pyproject.toml
 	test -x $(TUNIX_VENV)/bin/python || $(PYTHON) -m venv $(TUNIX_VENV)
 	$(TUNIX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tunix]' \
-	  'pytest>=8' 'jaxtyping>=0.3' 'beartype>=0.20'
+	  'pytest>=8' gguf 'jaxtyping>=0.3' 'beartype>=0.20'
 	touch $@
 
 # Checkpoints that trainers themselves have written. Each has an environment of its own.

@@ -252,18 +252,20 @@ class SampledRows:
         self.tokens: list[int] = np.asarray(sampled.tokens).tolist()
         self.chunks: list[tuple[int, Chunk]] = []
         """The chunks that have sampled rows, each with the row after its last one."""
-        row, wants_logprobs = 0, False
+        row, wants_logprobs, num_top = 0, False, 0
         for chunk in step.chunks:
             if chunk.num_sample_rows:
                 row += chunk.num_sample_rows
                 self.chunks.append((row, chunk))
                 params = chunk.sequence.request.params
-                wants_logprobs |= params.logprobs is not None or params.prompt_logprobs is not None
+                for count in (params.logprobs, params.prompt_logprobs):
+                    if count is not None:
+                        wants_logprobs, num_top = True, max(num_top, count)
         self._of_tokens: tuple[list[Any], ...] | None = None
-        if wants_logprobs:
+        if wants_logprobs:  # each array that is read takes time, and that of a step is short
             of_tokens = (sampled.logprobs, sampled.ranks, sampled.processed_logprobs, sampled.log_kept_masses)
             self._of_tokens = tuple(np.asarray(array).tolist() for array in of_tokens)
-            self._top = tuple(map(np.asarray, (sampled.top_ids, sampled.top_logprobs)))
+        self._top = tuple(map(np.asarray, (sampled.top_ids, sampled.top_logprobs))) if num_top else ()
 
     @property
     def new_tokens(self) -> list[int]:
