@@ -154,9 +154,10 @@ $(GPU_VENV)/.installed: pyproject.toml
 	touch $@
 
 # On a machine with a supported GPU: compares the kernels with the reference, then with bandwidth, matmul peak and other libraries.
+PARTS = variants kernels engine
 gpu-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
-	$(BIN)/python -m tests.gate.gpu_check
+	$(BIN)/python -m tests.gate.gpu_check --parts $(PARTS) --json gpu-check.json
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgen_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

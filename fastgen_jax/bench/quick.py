@@ -132,7 +132,7 @@ def rate(engine: Engine, run: Run, peaks: Peaks) -> Rate:
         raise ValueError("too few steps were measured; raise --seconds, or the KV cache with --option num_blocks=N")
     from fastgen_jax.plan.roofline import step_shape
 
-    cost, windows = _roofline(engine, peaks, tokens=max(step.num_tokens for step in run.steps)), engine.config.windows
+    cost, windows = cost_model(engine, peaks, tokens=max(step.num_tokens for step in run.steps)), engine.config.windows
     steps = run.steps[1:]  # from the end of the first step to that of the last
     parts = [cost.parts(step_shape([chunk[1:] for chunk in step.chunks], step.num_sample_rows, windows)) for step in steps]
     arithmetic = sum(part.compute for part in parts) >= sum(part.memory for part in parts)
@@ -198,7 +198,7 @@ def _random_tokens(engine: Engine) -> Iterator[int]:
     return (number * 7919 % engine.model.vocab_size for number in count(1))
 
 
-def _roofline(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
+def cost_model(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
     """The roofline of a device with these peaks, for the weights and the KV cache of this engine."""
     import jax
     import jax.numpy as jnp

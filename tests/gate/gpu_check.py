@@ -1,10 +1,14 @@
-"""Checks that need a GPU: `make gpu-check` on a machine with an H100, an H200 or an A100, under ten minutes.
+"""Checks that need a GPU: `make gpu-check` on a machine with an H100, an H200 or an A100, under eight minutes in all.
 
-First compares every variant of the GPU kernel with the reference, on the device. Then measures its time: single queries
-against the memory bandwidth that a copy reaches, prompt chunks against the rate that a matrix product reaches, and both
-against cuDNN through `jax.nn.dot_product_attention` and PyTorch's `scaled_dot_product_attention` (if torch with CUDA is
-installed), which receive the same keys in dense arrays. With `--tiny` it runs anywhere, in the Pallas interpreter, to test
-this script itself.
+  variants   every variant of the GPU kernels against the reference, on the device
+  kernels    their times: single queries against the memory bandwidth that a copy reaches, prompt chunks against the rate
+             that a matrix product reaches, and both against cuDNN through `jax.nn.dot_product_attention` and PyTorch's
+             `scaled_dot_product_attention` (if torch with CUDA is installed), which receive the same keys in dense arrays
+  engine     see `gpu_engine`
+
+`--json` writes all figures to one file; a part that is run later adds its own to those that are there. A part ends after
+`--seconds`, and names what it did not reach. With `--tiny` it runs anywhere, kernels in the Pallas interpreter, to test this
+script itself.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before JAX starts: with `--tiny`, the interpreter may need more threads than there are cores.
@@ -28,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastgen_jax.json_types import JsonObject
 from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
@@ -37,6 +44,7 @@ from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate.shapes import Call
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
+SINGLE_STREAM_MS = 6.44  # a token of Llama-3.1-8B in bfloat16 on one H100, as published for vLLM 0.19
 DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # fractions of the measured bandwidth and of the measured matrix-product rate
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 TINY = "--tiny" in sys.argv
@@ -230,19 +238,132 @@ def calls(tiny: bool) -> list[Call]:
     return [*decode, Call(name="prompt 2048, context 4096", num_tokens=2048, num_sequences=1, context=4096)]
 
 
-def other(measure: Callable[[], float]) -> str:
+def other(measure: Callable[[], float]) -> float | str:
     """Microseconds, or the beginning of the error."""
     try:
-        return f"{1e6 * measure():10.0f}"
+        return 1e6 * measure()
     except Exception as error:  # an error in another library is reported in the table
-        return f"{type(error).__name__[:10]:>10}"
+        return type(error).__name__[:10]
+
+
+class Deadline:
+    """The end of a part, and what it did not reach."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.missed: list[str] = []
+
+    def allows(self, name: str) -> bool:
+        """Whether there is time left; otherwise `name` is missed."""
+        if time.monotonic() < self._end:
+            return True
+        self.missed.append(name)
+        return False
+
+
+def run_variants(options: argparse.Namespace, kernels: Kernels, deadline: Deadline) -> tuple[JsonObject, int]:
+    """The largest difference of each variant, and how many failed."""
+    found: JsonObject = {}
+    failed = 0
+    print("\nlargest difference from the reference, divided by its tolerance")
+    for name, variant in VARIANTS.items():
+        if options.only not in name or (options.tiny and not options.only and name not in ("plain", "int8", "all")):
+            continue
+        if kernels.generation == "ampere" and name == "float8":
+            print(f"  {name:28} refused on this GPU")
+            continue
+        if not deadline.allows(name):
+            continue
+        try:
+            difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, kernels)
+            words = "" if difference <= 1 else "WRONG"
+        except Exception as error:  # the other variants must run too
+            difference, words = float("nan"), f"FAILED {type(error).__name__}: {error}"[:300]
+        failed += bool(words)
+        found[name] = words or difference
+        print(f"  {name:28} {difference:6.3f}  {words}", flush=True)
+    return found, failed
+
+
+def run_kernels(options: argparse.Namespace, kernels: Kernels, deadline: Deadline) -> tuple[JsonObject, int]:
+    """Microseconds of each call and what it reached, and how many missed their target."""
+    bandwidth, peak = measured(options.tiny)
+    found: JsonObject = {"copy_bytes_per_s": bandwidth, "product_flops_per_s": peak}
+    failed = 0
+    print(f"\nmeasured: copy {bandwidth / 1e9:,.0f} GB/s, matrix product {peak / 1e12:,.1f} TFLOP/s")
+    print(f"  {'':26} {'us':>10} {'cuDNN us':>10} {'torch us':>10} {'reached':>8} {'target':>7}")
+    for call in calls(options.tiny):
+        if options.only not in call.name or not deadline.allows(call.name):
+            continue
+        try:
+            took = seconds(ours(call, kernels))
+        except Exception as error:  # for example out of memory: the other shapes must run too
+            failed += 1
+            found[call.name] = f"FAILED {type(error).__name__}: {error}"[:300]
+            print(f"  {call.name:26} {found[call.name]}", flush=True)
+            continue
+        work = work_of(call)
+        decode = call.num_tokens == call.num_sequences
+        reached = work.bytes / took / bandwidth if decode else work.flops / took / peak
+        target = DECODE_TARGET if decode else PROMPT_TARGET
+        missed = reached < target and not options.tiny
+        failed += missed
+        theirs = other(lambda call=call: seconds(cudnn(call))), other(lambda call=call: seconds(*torch_sdpa(call)))
+        found[call.name] = {"us": 1e6 * took, "cudnn_us": theirs[0], "torch_us": theirs[1], "reached": reached}
+        shown = [f"{x:>10}" if isinstance(x, str) else f"{x:10.0f}" for x in theirs]
+        print(
+            f"  {call.name:26} {1e6 * took:10.0f} {shown[0]} {shown[1]} {100 * reached:7.1f}% {100 * target:6.0f}%"
+            f"{'  MISSED' if missed else ''}",
+            flush=True,
+        )
+    return found, failed
+
+
+def run_engine(options: argparse.Namespace, kernels: Kernels, deadline: Deadline) -> tuple[JsonObject, int]:
+    """The figures of `gpu_engine`, and how many targets were missed."""
+    from tests.gate import gpu_engine
+
+    del kernels
+    sizes = gpu_engine.TINY if options.tiny else gpu_engine.FULL
+    if options.deterministic:
+        sizes = dataclasses.replace(sizes, options={**sizes.options, "deterministic": True})
+    bandwidth, peak = measured(options.tiny)
+    print("\nengine, Llama-3-8B with random weights" if not options.tiny else "\nengine, a tiny model")
+    start = time.monotonic()
+    engine = gpu_engine.make_engine(sizes)
+    print(f"  {engine.describe()}; ready in {time.monotonic() - start:.0f} s", flush=True)
+    try:
+        say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
+        found = gpu_engine.measure_engine(engine, sizes, bandwidth=bandwidth, peak=peak, say=say, allows=deadline.allows)
+    finally:
+        engine.destroy()
+    greedy = found.get("greedy")
+    wrong = options.deterministic and greedy is not None and greedy["equal"] < greedy["requests"]
+    single = (found.get("single stream") or {}).get("generating_step_ms")
+    slow = not options.tiny and single is not None and single > SINGLE_STREAM_MS
+    if slow:
+        print(f"  MISSED: a single stream takes {single:.2f} ms a token, more than {SINGLE_STREAM_MS}")
+    return found, wrong + slow
+
+
+@functools.cache
+def measured(tiny: bool) -> tuple[float, float]:
+    """Bytes per second of a copy, and operations per second of a matrix product."""
+    return measured_bandwidth(2**20 if tiny else 2**30), measured_peak(256 if tiny else 8192)
+
+
+PARTS = {"variants": run_variants, "kernels": run_kernels, "engine": run_engine}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="(default: all)")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for each part (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="a file for all figures; other parts that it holds are kept")
     parser.add_argument("--tiny", action="store_true", help="small shapes in the interpreter, to test this script")
     parser.add_argument("--generation", default="hopper", choices=("hopper", "ampere"), help="for --tiny only")
     parser.add_argument("--only", default="", help="run only variants and calls whose name contains this")
+    parser.add_argument("--deterministic", action="store_true", help="the engine's tokens must not depend on other requests")
     options = parser.parse_args()
     device = jax.devices()[0]
     if options.tiny:
@@ -259,46 +380,17 @@ def main() -> int:
     print(f"{device.device_kind}, jax {jax.__version__}")
 
     failed = 0
-    print("\nlargest difference from the reference, divided by its tolerance")
-    for name, variant in VARIANTS.items():
-        if options.only not in name or (options.tiny and not options.only and name not in ("plain", "int8", "all")):
-            continue
-        if kernels.generation == "ampere" and name == "float8":
-            print(f"  {name:28} refused on this GPU")
-            continue
-        try:
-            difference = check_variant(variant, TINY_CHUNKS if options.tiny else CHUNKS, kernels)
-            words = "" if difference <= 1 else "WRONG"
-        except Exception as error:  # the other variants must run too
-            difference, words = float("nan"), f"FAILED {type(error).__name__}: {error}"[:300]
-        failed += bool(words)
-        print(f"  {name:28} {difference:6.3f}  {words}", flush=True)
-
-    bandwidth = measured_bandwidth(2**20 if options.tiny else 2**30)
-    peak = measured_peak(256 if options.tiny else 8192)
-    print(f"\nmeasured: copy {bandwidth / 1e9:,.0f} GB/s, matrix product {peak / 1e12:,.1f} TFLOP/s")
-    print(f"  {'':26} {'us':>10} {'cuDNN us':>10} {'torch us':>10} {'reached':>8} {'target':>7}")
-    for call in calls(options.tiny):
-        if options.only not in call.name:
-            continue
-        try:
-            took = seconds(ours(call, kernels))
-        except Exception as error:  # for example out of memory: the other shapes must run too
-            failed += 1
-            print(f"  {call.name:26} FAILED {type(error).__name__}: {error}"[:300], flush=True)
-            continue
-        work = work_of(call)
-        decode = call.num_tokens == call.num_sequences
-        reached = work.bytes / took / bandwidth if decode else work.flops / took / peak
-        target = DECODE_TARGET if decode else PROMPT_TARGET
-        missed = reached < target and not options.tiny
-        failed += missed
-        theirs = other(lambda call=call: seconds(cudnn(call))), other(lambda call=call: seconds(*torch_sdpa(call)))
-        print(
-            f"  {call.name:26} {1e6 * took:10.0f} {theirs[0]} {theirs[1]} {100 * reached:7.1f}% {100 * target:6.0f}%"
-            f"{'  MISSED' if missed else ''}",
-            flush=True,
-        )
+    for part in options.parts:
+        start, deadline = time.monotonic(), Deadline(options.seconds)
+        found, failures = PARTS[part](options, kernels, deadline)
+        if deadline.missed:
+            print(f"  not reached in {options.seconds:.0f} s: {', '.join(deadline.missed)}")
+        failed += failures + len(deadline.missed)
+        about = {"device": device.device_kind, "jax": jax.__version__, "seconds": time.monotonic() - start}
+        if options.json is not None:  # after each part: a later one may not come to its end
+            figures = json.loads(options.json.read_text()) if options.json.exists() else {}
+            figures[part] = {**about, "failed": failures, "not_reached": deadline.missed, **found}
+            options.json.write_text(json.dumps(figures, indent=1))
     print("all passed" if not failed else f"{failed} failed")
     return 1 if failed else 0
 
