@@ -116,8 +116,14 @@ def sample(
     top_ids, top_logprobs = _no_top(logits, scale, max_logprobs=max_logprobs)
     if work == "any":
         wants, wants_top = batch.any_logprobs > 0, (batch.any_logprobs > 0) & (batch.any_top_logprobs > 0)
-        computed = lambda logits, tokens, _: _logprobs(logits, tokens)  # noqa: E731
-        logprobs, ranks, scale = lax.cond(wants & ~is_raw, computed, lambda *given: given[-1], logits, tokens, raw)
+        logprobs, ranks, scale = lax.cond(
+            wants & ~is_raw,
+            lambda logits, tokens, _: _logprobs(logits, tokens),
+            lambda _logits, _tokens, raw: raw,
+            logits,
+            tokens,
+            raw,
+        )
         some, none = (partial(of, max_logprobs=max_logprobs) for of in (_top_logprobs, _no_top))
         top_ids, top_logprobs = lax.cond(wants_top, some, none, logits, scale)
     output = SampleOutput(
@@ -261,9 +267,8 @@ def _drawn(
         keys = row_keys(batch.seeds, batch.positions)
         ids = draw.front_runners(logits, weights.values, keys, is_drawn)
         few = jnp.take_along_axis(weights.values, ids, axis=1, mode="clip")
-        return jnp.take_along_axis(ids, _fastest(few, bits_of(keys, ids.astype(jnp.uint32))), axis=1, mode="clip")[
-            :, 0
-        ], weights
+        fastest = _fastest(few, bits_of(keys, ids.astype(jnp.uint32)))
+        return jnp.take_along_axis(ids, fastest, axis=1, mode="clip")[:, 0], weights
     speeds = _speeds(weights.values, random_bits(batch.seeds, batch.positions, logits.shape[1]))
     return row_argmax(jnp.where(is_drawn[:, None], speeds, logits)), weights
 
