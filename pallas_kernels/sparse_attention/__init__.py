@@ -87,18 +87,26 @@ class LatentCache:
         else:
             flat, sizes, kept = pool.reshape(num_blocks * size, width_of_row), (1, width), (width,)
             offsets = (blocks_or_rows.ndim,)
-        # A gather of the columns only: a slice of gathered rows would be a second array.
-        starts = jnp.stack([blocks_or_rows, *[jnp.zeros_like(blocks_or_rows)] * (len(kept) - 1)], axis=-1)
-        starts = jnp.concatenate([starts, jnp.full((*blocks_or_rows.shape, 1), first, jnp.int32)], axis=-1)
-        return lax.gather(
-            flat,
-            starts,
-            lax.GatherDimensionNumbers(
-                offset_dims=offsets, collapsed_slice_dims=(0,), start_index_map=tuple(range(flat.ndim))
-            ),
-            slice_sizes=sizes,
-            mode=lax.GatherScatterMode.CLIP,
-        )
+
+        def of_columns(flat: jax.Array, places: jax.Array) -> jax.Array:
+            # A gather of the columns only: a slice of gathered rows would be a second array.
+            starts = jnp.stack([places, *[jnp.zeros_like(places)] * (len(kept) - 1)], axis=-1)
+            starts = jnp.concatenate([starts, jnp.full((*places.shape, 1), first, jnp.int32)], axis=-1)
+            return lax.gather(
+                flat,
+                starts,
+                lax.GatherDimensionNumbers(
+                    offset_dims=offsets, collapsed_slice_dims=(0,), start_index_map=tuple(range(flat.ndim))
+                ),
+                slice_sizes=sizes,
+                mode=lax.GatherScatterMode.CLIP,
+            )
+
+        def of_rows(flat: jax.Array, places: jax.Array) -> jax.Array:
+            # For columns of blocks XLA would copy the pool into another layout in every layer. These rows go into VMEM.
+            return jnp.take(flat, places, axis=0, mode="clip")[..., first : first + width]
+
+        return lax.platform_dependent(flat, blocks_or_rows, tpu=of_rows, default=of_columns)
 
 
 def sparse_tokens(index: RaggedIndex, positions: Int[Array, " T"], num_chosen: int) -> SparseTokens:

@@ -29,6 +29,7 @@ from tests.gate.shapes import (
     MIXTRAL_8X7B,
     QWEN3_30B_A3B,
     SMALL_GPU_MODELS,
+    SPARSE_MODELS,
     STATE_MODELS,
     Call,
     lower_attention,
@@ -46,8 +47,15 @@ LAUNCHES_ON_SEVERAL = 20  # with two sums over devices
 LAUNCHES_PER_LAYER_IN_FP8 = 20  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
-LAUNCHES_WITH_A_STATE = {"Granite-4.0-H-Micro": 190, "Qwen3-Next, 8 layers": 193, "Granite-4.0-H-Tiny": 420}
+LAUNCHES_WITH_A_STATE = {
+    "Granite-4.0-H-Micro": 190,
+    "Qwen3-Next, 8 layers": 193,
+    "Granite-4.0-H-Tiny": 420,
+    "LFM2-1.2B": 400,
+    "Nemotron-3-Nano, 20 layers": 400,
+}
 """In a period of layers, outside of the loops over pieces: 9 with a state and one with attention, or 3 and one."""
+LAUNCHES_OF_SPARSE_ATTENTION = 95  # outside of its loops and those of portable attention
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
@@ -352,6 +360,16 @@ def main() -> int:
     for name, (hf, num_devices) in STATE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
             step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE[name]
+        )
+    for name, (model, changes, num_devices) in SPARSE_MODELS.items():  # portable attention: its heads are too large
+        checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
+            step,
+            released(model) | changes,
+            eight_h100,
+            tokens=64,
+            work="greedy",
+            launches=LAUNCHES_OF_SPARSE_ATTENTION,
+            has_kernel=False,
         )
     for name, (model, num_devices) in IMAGE_MODELS.items():
         images = tower_of(name)

@@ -301,6 +301,51 @@ QWEN3_NEXT_8_LAYERS: dict[str, Any] = {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
+LFM2_1_2B: dict[str, Any] = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "vocab_size": 65536,
+    "norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 128000,
+    "num_key_value_heads": 8,
+    "num_attention_heads": 32,
+    "hidden_size": 2048,
+    "block_ff_dim": 12288,
+    "num_hidden_layers": 16,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "conv_L_cache": 3,
+}
+# The first 20 of 52 layers: two periods of Mamba, experts and attention.
+NEMOTRON_3_NANO_20_LAYERS: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "vocab_size": 131072,
+    "norm_eps": 1e-5,
+    "max_position_embeddings": 262144,
+    "head_dim": 128,
+    "num_key_value_heads": 2,
+    "num_attention_heads": 32,
+    "hidden_size": 2688,
+    "intermediate_size": 1856,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "num_hidden_layers": 20,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*",
+    "mlp_hidden_act": "relu2",
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+}
 # Experts of awkward widths, and the number of devices that divide them.
 EXPERT_MODELS = {
     "gpt-oss-20b": (GPT_OSS_20B, 8),  # 360 columns a device, and rows of 2880
@@ -323,16 +368,24 @@ GPU_MODELS = {
     "Granite-4.0-H-Tiny": GRANITE_4_H_TINY,
     "Granite-4.0-H-Micro": GRANITE_4_H_MICRO,
     "Qwen3-Next, 8 layers": QWEN3_NEXT_8_LAYERS,
+    "LFM2-1.2B": LFM2_1_2B,
+    "Nemotron-3-Nano, 20 layers": NEMOTRON_3_NANO_20_LAYERS,
 }
 SMALL_GPU_MODELS = {"Qwen2.5-0.5B": QWEN2_5_0_5B, "Qwen2.5-1.5B": QWEN2_5_1_5B, "Gemma-3-1B": GEMMA_3_1B}
 """Those that fit on a T4."""
 
 
-# Models with a state in some layers, and the number of devices that hold them: dense, with experts, without an MLP.
+# Models with a state in some layers, and the number of devices that hold them.
 STATE_MODELS = {
     "Granite-4.0-H-Micro": (GRANITE_4_H_MICRO, 1),
     "Qwen3-Next, 8 layers": (QWEN3_NEXT_8_LAYERS, 1),
     "Granite-4.0-H-Tiny": (GRANITE_4_H_TINY, 1),
+    "LFM2-1.2B": (LFM2_1_2B, 1),
+    "Nemotron-3-Nano, 20 layers": (NEMOTRON_3_NANO_20_LAYERS, 1),
+}
+# Released checkpoints whose attention is sparse, what of them is changed, and the number of devices.
+SPARSE_MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "DeepSeek-V3.2, 2 layers": ("deepseek-ai/DeepSeek-V3.2", {"num_hidden_layers": 2, "first_k_dense_replace": 0}, 8),
 }
 # Released checkpoints that read images, and the number of devices.
 IMAGE_MODELS = {

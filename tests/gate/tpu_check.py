@@ -208,6 +208,9 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         for model, (hf, num_devices) in shapes.STATE_MODELS.items():
             some = tensor_mesh(mesh.devices.flat[:num_devices])
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
+        for model, (name, changes, num_devices) in shapes.SPARSE_MODELS.items():
+            some, hf = tensor_mesh(mesh.devices.flat[:num_devices]), shapes.released(name) | changes
+            checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
         for model, (name, num_devices) in shapes.IMAGE_MODELS.items():
             some, images = tensor_mesh(mesh.devices.flat[:num_devices]), shapes.tower_of(model)
             checks[f"tower: {model}"] = functools.partial(check_tower, images, small)
