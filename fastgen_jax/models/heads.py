@@ -53,13 +53,17 @@ def heads_of(
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
     if step.mesh is not None:  # one fused pass over all heads would gather them on every device
-        q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), step.mesh.size))
+        widths = (h * d, *(k * d,) * (1 if config.keys_are_values else 2))
+        q, key, *values = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, widths, step.mesh.size))
+        value = values[0] if values else key
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)
         q, key, value = (_clipped(part, config) for part in (q, key, _v_norm(value, step, config)))
         if turn is not None:
             q, key = rotate(q, *turn), rotate(key, *turn)
         return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
+    if config.keys_are_values:
+        x = jnp.concatenate([x, x[:, h * d :]], axis=1)
     qkv = x.reshape(-1, h + 2 * k, d)
     if norm_first:
         q, key = _qk_norms(qkv[:, :h], qkv[:, h : h + k], w, step, config)

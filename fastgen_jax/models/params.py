@@ -47,7 +47,8 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     """The specs of all weights, in the tree form of `Params`; the ones under "layers" are those of a single layer.
 
     Matrices are stored [in, out]. Projections that read the same input are fused: `qkv` holds the columns of
-    all query heads, then all key heads, then all value heads; `gate_up` holds the gate, then the up projection.
+    all query heads, then all key heads, then all value heads unless keys are values; `gate_up` holds the gate, then the up
+    projection.
     If layers differ, "layers" is the union over them; `layer_specs` returns those of one layer.
     """
     layers = [layer_specs(config, layer) for layer in range(config.num_layers)]
@@ -196,7 +197,7 @@ def _attention_specs(config: ModelConfig, *, has_keys: bool) -> Iterator[WeightS
         yield from _latent_attention_specs(config, config.mla)
         return
     e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    parts = (2 * h * d if config.attention_gate else h * d, k * d, k * d)
+    parts = (2 * h * d if config.attention_gate else h * d, *(k * d,) * (1 if config.keys_are_values else 2))
     qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts) if has_keys else matrix("q", (e, h * d), ("E", "HD"))
     o = matrix("o", (h * d, e), ("HD", "E"))
     yield from (qkv, o)

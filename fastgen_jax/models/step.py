@@ -18,6 +18,7 @@ from fastgen_jax.models.cache_rows import for_share, of_shared_rows
 from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.division import divided, row_norm_heads
+from fastgen_jax.models.kept_keys import kept_rows
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
@@ -49,6 +50,7 @@ class Step:
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
+    kept: tuple[int, ...] | None = None  # without blocks: where keys that other layers read are kept, for each layer
     state: StateRows | None = None  # for layers with a state
     sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
 
@@ -115,12 +117,7 @@ def prepare_step(
         of_layers = config.layer_windows or (None,) * config.num_layers
         windows = tuple(dict.fromkeys(of_layers))
         indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
-    if config.kv_sources:
-        if callable(implementation):
-            raise ValueError(
-                f"a {config.family} model, whose layers read the keys of others, cannot run without a KV cache; use an "
-                "engine"
-            )
+    if config.kv_sources and not callable(implementation):
         indices, windows, kinds = _with_readers(config, indices, windows, kinds, num_blocks * kv_cache.k.shape[2])
     if config.window_chunks:
         indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
@@ -166,6 +163,7 @@ def prepare_step(
         num_blocks=num_blocks,
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
+        kept=kept_rows(config) if config.kv_sources and callable(implementation) else None,
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )
