@@ -109,9 +109,10 @@ def prepare_step(
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     indices = [batch.index, *batch.windowed]
-    groups = cache_groups(config, len(indices))
-    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
+    num_devices = 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
+    groups = cache_groups(local, len(indices))
+    num_blocks = kv_cache.k.shape[0] // groups.num_rows
     windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
     if not batch.windowed:
         of_layers = config.layer_windows or (None,) * config.num_layers
@@ -124,7 +125,7 @@ def prepare_step(
         windows = (None,) * len(windows)  # the indices say where chunks begin
     layers, sharing = range(config.num_layers), (1,) * len(indices)
     if config.full_heads is not None and not callable(implementation):
-        indices, windows, kinds, sharing = _for_shares(config, groups, indices, windows, kinds, kv_cache.k.shape[2])
+        indices, windows, kinds, sharing = _for_shares(local, groups, indices, windows, kinds, kv_cache.k.shape[2])
         attend = of_shared_rows(attend)
     sparse, indexer = None, indexer_of(config)
     longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
@@ -154,7 +155,7 @@ def prepare_step(
         indices=tuple(indices),
         kinds=kinds,
         rows=tuple(row for _, row in groups.places),
-        sharing=tuple(map(config.layers_sharing_row, layers)),
+        sharing=tuple(map(local.layers_sharing_row, layers)),
         side_by_side=tuple(map(local.heads_side_by_side, layers)),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
