@@ -43,7 +43,6 @@ _SIZES = {
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 # Families whose text model alone would not be the published one, and why.
 NOT_EXPORTED = {
-    "gemma4": "weights that are keys and values in one are loaded twice",
     "mllama": "its layers of cross-attention are not loaded, and the others have new numbers",
     "qwen3_vl_moe": "no architecture of transformers is its text model alone",
 }

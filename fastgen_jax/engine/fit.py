@@ -20,6 +20,7 @@ from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.resolve import blocks_of_sequences, largest_budget
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.division import divided
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.folders import Folder
 
@@ -139,7 +140,9 @@ def tokens_that_fit(
 
 def _groups(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> BlockGroups:
     return BlockGroups(
-        windows=choose_groups(model, config.max_context_len or model.max_context_len).windows,
+        windows=choose_groups(
+            divided(model, config.tensor_parallel or 1), config.max_context_len or model.max_context_len
+        ).windows,
         block_size=config.block_size or default_block_size(machine.platform, formats.kv_dtype),
         token_budget=largest_budget(config),
     )

@@ -116,8 +116,8 @@ def block_bytes(
     model: ModelConfig, platform: str, *, kv_dtype: DType, block_size: int, num_groups: int, num_devices: int = 1
 ) -> int:
     """Bytes of a KV block on all devices together: keys and values of all heads in the layers of a cache group."""
-    of_row = divided(model, num_devices).kv_row_bytes(**_stored(model, platform, kv_dtype))
-    return block_size * of_row * cache_groups(model, num_groups).num_rows
+    own = divided(model, num_devices)
+    return block_size * own.kv_row_bytes(**_stored(model, platform, kv_dtype)) * cache_groups(own, num_groups).num_rows
 
 
 def _stored(model: ModelConfig, platform: str, kv_dtype: DType) -> dict[str, int]:

@@ -112,9 +112,10 @@ class Programs:
         """A cache of zeros and the state of idle slots."""
         model, config = self.model, self.config
         platform = jax.default_backend()
+        own = divided(model, config.tensor_parallel or 1, platform)
         cache = empty_cache(
-            divided(model, config.tensor_parallel or 1, platform),
-            num_rows=cache_groups(model, len(config.windows)).num_rows,
+            own,
+            num_rows=cache_groups(own, len(config.windows)).num_rows,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             num_slots=config.max_num_seqs,

@@ -22,7 +22,7 @@ from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import check_num_devices
+from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.sparse import check_kv_dtype
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
@@ -196,7 +196,7 @@ def resolve(
     fixed_chunks = determinism.has_fixed_chunks(config, packs=packs, kv_dtype=kv_dtype)
     if fixed_chunks:
         determinism.check(config, model, block_size=block_size)
-    windows = choose_groups(model, max_context_len).windows
+    windows = choose_groups(divided(model, num_devices), max_context_len).windows
     groups = BlockGroups(windows=windows, block_size=block_size, token_budget=largest_budget(config))
     bytes_per_block = footprint.block_bytes(
         model, platform, kv_dtype=kv_dtype, block_size=block_size, num_groups=len(windows), num_devices=num_devices

@@ -18,7 +18,7 @@ from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_shape
 from fastgen_jax.models.mla import Expansions, split_by_head
-from fastgen_jax.models.params import all_specs, head_spec, stack, unstack
+from fastgen_jax.models.params import all_specs, head_spec, plain_name, stack, unstack
 from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
 from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
@@ -38,7 +38,7 @@ def prepare_leaf(
     `array` is the weight of one layer; unless it is to be packed, it may also be a stack over layers. An `Int8Weight` stays
     int8.
     """
-    if config.num_adapters and spec.name in MLP:
+    if config.num_adapters and plain_name(spec.name) in MLP:
         spec = replace(spec, gated=False)  # the change of an adapter comes before the activation
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:

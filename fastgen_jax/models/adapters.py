@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.models.columns import join_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import layers_with
+from fastgen_jax.models.params import layers_with, plain_name
 from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import LayerWeights, Leaf, Params
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
@@ -105,7 +105,9 @@ def sampled_rows(ids: Int[Array, " T"], rows: Int[Array, " R"], num_rows: Int[Ar
 def bound(w: LayerWeights, tokens: AdapterRows, called: AdapterRows) -> LayerWeights:
     """The weights of a layer for a step with `tokens`, whose last part, after attention, runs for the rows `called`."""
     return {
-        name: replace(leaf, rows=called if name in _OF_CALLED_ROWS else tokens) if isinstance(leaf, AdaptedWeight) else leaf
+        name: replace(leaf, rows=called if plain_name(name) in _OF_CALLED_ROWS else tokens)
+        if isinstance(leaf, AdaptedWeight)
+        else leaf
         for name, leaf in w.items()
     }
 

@@ -14,6 +14,7 @@ from fastgen_jax.models.cache_rows import own_part, side_by_side
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, same_for_all
 from fastgen_jax.models.heads import heads_of, latent_heads_of, layer_rotates, queries_of, rotation_of, unit_norms
+from fastgen_jax.models.kept_keys import keep, kept
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.mla import expand_values
 from fastgen_jax.models.sparse import attend_to_chosen
@@ -68,6 +69,10 @@ def attention(
         q, key, value = side_by_side(q, key, value, together)
     if (missing := cache.head_dim - q.shape[-1]) > 0:  # zeros in the cache, which do not change a dot product
         q, key, value = (jnp.pad(part, ((0, 0), (0, 0), (0, missing))) for part in (q, key, value))
+    if step.kept is not None and call.has_keys:
+        cache = keep(cache, key, value, _of_layer(step.kept, index))
+    elif step.kept is not None:
+        key, value = kept(cache, key, _of_layer(step.kept, index))
     layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
     scoring = replace(scoring, rotation=turn) if rotates_later else scoring
     out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, call), layer, scoring)
@@ -130,9 +135,12 @@ def _index_of(step: Step, call: LayerCall) -> RaggedIndex:
 
 def _row_of(step: Step, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
     """The row of the cache that belongs to a layer."""
-    if step.rows == tuple(range(len(step.rows))):
-        return index
-    return step.rows[index] if isinstance(index, int) else jnp.asarray(step.rows, jnp.int32)[index]
+    return index if step.rows == tuple(range(len(step.rows))) else _of_layer(step.rows, index)
+
+
+def _of_layer(numbers: tuple[int, ...], index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The number of a layer, out of those of all."""
+    return numbers[index] if isinstance(index, int) else jnp.asarray(numbers, jnp.int32)[index]
 
 
 def _window_of(config: ModelConfig, index: jax.Array | int) -> int | jax.Array | None:

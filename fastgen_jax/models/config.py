@@ -71,7 +71,7 @@ class FullHeads:
 
     num_kv_heads: int
     head_dim: int
-    keys_are_values: bool = False  # one projection for both; it is loaded twice
+    keys_are_values: bool = False  # as in `ModelConfig`
     num_devices: int = 1  # that the heads of all layers are divided over
 
 
@@ -128,6 +128,7 @@ class ModelConfig:
     qk_norm: Literal["head", "per_head", "row", "unit"] | None = None
     qk_norm_bias: bool = False
     qk_norm_rotated: bool = False  # these norms follow the rotary embedding
+    keys_are_values: bool = False  # one projection for both; what follows it is not the same
     v_norm: bool = False  # values are normalized too, per head and without a scale
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-this, this], after their norms
     attention_scale: float | None = None  # of the dot products; None: 1 / sqrt(D)
@@ -295,7 +296,7 @@ class ModelConfig:
             )
             rope = self.layer_ropes[layer] if self.layer_ropes else self.rope
             sizes = {"num_kv_heads": heads.num_kv_heads, "head_dim": heads.head_dim, "rope": rope, "layer_ropes": ()}
-            own = replace(self, full_heads=None, **sizes)
+            own = replace(self, full_heads=None, keys_are_values=heads.keys_are_values, **sizes)
         return replace(own, mlp_dim=self.reader_mlp_dim) if self.reader_mlp_dim and self.is_wide(layer) else own
 
     @property

@@ -114,8 +114,6 @@ def hidden_rows(
     layer = partial(run, step=step, config=config)
     if config.full_heads is not None or config.reader_mlp_dim is not None:
         layer = _with_own_sizes(run, step, config)
-    if execution.wrap_layer is not None:
-        layer = execution.wrap_layer(layer)
     if adapters is not None:
         params = with_adapters(params, adapters, config)
         layer = _for_adapters(layer, batch, adapters)
@@ -128,6 +126,8 @@ def hidden_rows(
         layer = (with_inputs if config.altup is None else in_streams)(layer, inputs, step=step, config=config)
     if config.layer_scale:
         layer = scaled(layer)
+    if execution.wrap_layer is not None:
+        layer = execution.wrap_layer(layer)
     if config.altup is not None:
         x = split_streams(x, params, config.altup, step.num_tokens)
     if step.sparse is not None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from fastgen_jax.core import KVCache, RaggedBatch
+from fastgen_jax.core import RaggedBatch
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, forward
+from fastgen_jax.models.kept_keys import cache_of_pass
 from fastgen_jax.models.sparse import refuse_choice
 from fastgen_jax.models.states import refuse_states
 from fastgen_jax.models.weight_spec import Params
@@ -45,15 +46,9 @@ def dense_forward(params: Params, token_ids: Int[Array, "S P"], *, config: Model
         sample_rows=jnp.arange(num_tokens, dtype=jnp.int32),
         num_sample_rows=jnp.asarray(num_tokens, jnp.int32),
     )
-    nothing = KVCache.zeros(
-        num_layers=config.num_layers,
-        num_blocks=0,
-        num_kv_heads=config.cache_kv_heads,
-        block_size=1,
-        head_dim=config.cache_head_dim,
-        dtype=params["embed"].dtype,
+    logits, _ = forward(
+        params, cache_of_pass(config, num_tokens), batch, config=config, execution=Execution(attention=causal_attention)
     )
-    logits, _ = forward(params, nothing, batch, config=config, execution=Execution(attention=causal_attention))
     return logits.reshape(num_sequences, length, -1)
 
 

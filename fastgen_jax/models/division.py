@@ -21,7 +21,7 @@ import numpy as np
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.state_division import AXES as STATE_AXES
 from fastgen_jax.models.state_division import check_state, divided_state, state_sources
-from fastgen_jax.models.weight_spec import WeightSpec
+from fastgen_jax.models.weight_spec import FULL, WeightSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -47,11 +47,15 @@ def check_num_devices(config: ModelConfig, num_devices: int) -> None:
             f"a model of {config.num_heads} attention heads cannot be divided over {num_devices} devices: each computes at "
             f"least one head; choose at most {config.num_heads} devices"
         )
-    if config.full_heads is not None and num_devices > 1:
-        raise ValueError(
-            f"a {config.family} model, whose layers have heads of two sizes, cannot be divided over {num_devices} devices; "
-            "use tensor_parallel=1"
-        )
+    if config.full_heads is not None:
+        kinds = (config.num_kv_heads, config.full_heads.num_kv_heads)
+        counts = {len(divided_heads(config.num_heads, heads, num_devices).query) for heads in kinds}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{config.num_heads} attention heads, for {kinds[0]} KV heads in some layers and {kinds[1]} in others, "
+                f"cannot be divided over {num_devices} devices: some layers would have more heads than others; choose a "
+                f"divisor of {config.num_heads}"
+            )
     if config.gate_cutoffs and _wide(config.mlp_dim, num_devices) != config.mlp_dim:
         raise ValueError(
             f"an MLP of width {config.mlp_dim} whose gates have a cutoff cannot be divided over {num_devices} devices: "
@@ -88,14 +92,18 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
     Of what depends on the `platform` only weights and cache know: the widths of experts, and of what states keep.
     """
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
-    moe, inputs = config.moe, config.layer_inputs
-
+    moe, inputs, full = config.moe, config.layer_inputs, config.full_heads
+    if full is not None:
+        kv_heads = len(divided_heads(config.num_heads, full.num_kv_heads, num_devices).kv)
+        full = dataclasses.replace(full, num_kv_heads=kv_heads, num_devices=num_devices)
     slopes = config.alibi_slopes and tuple(0.0 if head is None else config.alibi_slopes[head] for head in heads.query)
     return dataclasses.replace(
         config,
         num_heads=len(heads.query),
         num_kv_heads=len(heads.kv),
+        full_heads=full,
         mlp_dim=_wide(config.mlp_dim, num_devices),
+        reader_mlp_dim=config.reader_mlp_dim and _wide(config.reader_mlp_dim, num_devices),
         vocab_size=_wide(config.vocab_size, num_devices),
         layer_inputs=inputs and dataclasses.replace(inputs, num_rows=_wide(inputs.num_rows, num_devices)),
         alibi_slopes=slopes,
@@ -204,13 +212,16 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int,
         is_down = letter == "E" and spec.axes[0] == "X" and axis == -1
         width = (_down_width(size, platform) if is_down else None) or size
         return [np.minimum(np.arange(width), size)]
-    heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
+    num_kv_heads = config.num_kv_heads
+    if config.full_heads is not None and (spec.bias_of or spec.name).startswith(FULL):
+        num_kv_heads = config.full_heads.num_kv_heads
+    heads = divided_heads(config.num_heads, num_kv_heads, num_devices)
     # The parts of a fused axis are queries, keys, values and gates.
     alone = heads.query if letter[0] == "H" else heads.kv
     of_parts = (heads.query, heads.kv, heads.kv, heads.query)[: len(parts)] if len(parts) > 1 else (alone,)
     found = []
     for own, part, start in zip(of_parts, parts, starts, strict=True):
-        width = part // (config.num_heads if own is heads.query else config.num_kv_heads)
+        width = part // (config.num_heads if own is heads.query else num_kv_heads)
         found.append(
             np.concatenate(
                 [np.full(width, size) if head is None else start + head * width + np.arange(width) for head in own]

@@ -56,13 +56,17 @@ def heads_of(
     # their columns of x.
     num_devices = 1 if step.mesh is None else step.mesh.size
     if num_devices > 1 or (turn is None and step.attend_rotates):
-        q, key, value = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, (h * d, k * d, k * d), num_devices))
+        widths = (h * d, *(k * d,) * (1 if config.keys_are_values else 2))
+        q, key, *values = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, widths, num_devices))
+        value = values[0] if values else key
         if norm_first:
             q, key = _qk_norms(q, key, w, step, config)
         q, key, value = (_clipped(part, config) for part in (q, key, _v_norm(value, step, config)))
         if turn is not None:
             q, key = rotate(q, *turn), rotate(key, *turn)
         return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
+    if config.keys_are_values:
+        x = jnp.concatenate([x, x[:, h * d :]], axis=1)
     qkv = x.reshape(-1, h + 2 * k, d)
     if norm_first:
         q, key = _qk_norms(qkv[:, :h], qkv[:, h : h + k], w, step, config)

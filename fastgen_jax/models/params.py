@@ -18,6 +18,8 @@ from fastgen_jax.models.stream_specs import (
     stream_model_specs,
 )
 from fastgen_jax.models.weight_spec import (
+    FULL,
+    WIDE,
     DType,
     Kind,
     LayerWeights,
@@ -47,7 +49,8 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     """The specs of all weights, in the tree form of `Params`; the ones under "layers" are those of a single layer.
 
     Matrices are stored [in, out]. Projections that read the same input are fused: `qkv` holds the columns of
-    all query heads, then all key heads, then all value heads; `gate_up` holds the gate, then the up projection.
+    all query heads, then all key heads, then all value heads unless keys are values; `gate_up` holds the gate, then the up
+    projection.
     If layers differ, "layers" is the union over them; `layer_specs` returns those of one layer.
     """
     layers = [layer_specs(config, layer) for layer in range(config.num_layers)]
@@ -75,7 +78,7 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
     own = config.of_layer(layer)
     if has_attention:
         of_attention = _attention_specs(own, has_keys=layer in config.kv_layers)
-        specs += _with_prefix(_FULL, of_attention) if config.is_full(layer) else of_attention
+        specs += _with_prefix(FULL, of_attention) if config.is_full(layer) else of_attention
     if config.mla is not None and config.mla.indexer is not None and layer in config.mla.indexer.layers:
         specs += _indexer_specs(config.embed_dim, config.mla, config.mla.indexer)
     if config.state is not None and has_state:
@@ -85,7 +88,7 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
         if config.moe.beside_mlp:
             specs += [spec for name in _BESIDE_MLP for spec in _norm_specs(name, config)]
     if has_mlp and (config.moe is None or layer not in config.moe.layers or config.moe.beside_mlp):
-        specs += _with_prefix(_WIDE, _mlp_specs(own)) if config.is_wide(layer) else _mlp_specs(own)
+        specs += _with_prefix(WIDE, _mlp_specs(own)) if config.is_wide(layer) else _mlp_specs(own)
     specs += _stream_specs(config)
     return {spec.name: dataclasses.replace(spec, per_layer=True) for spec in specs}
 
@@ -93,14 +96,10 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, WeightSpec]:
 # Norms of experts beside an MLP: of what the router reads, of what the experts read and return, of what the MLP returns.
 _BESIDE_MLP = ("router_norm", "expert_norm", "post_expert_norm", "beside_expert_norm")
 
-# Of the names of weights with another shape than in most layers: with those of layers without a window, and with those of
-# layers that read the keys of others.
-_FULL, _WIDE = "full_", "wide_"
-
 
 def plain_name(name: str) -> str:
     """The name that a weight of a layer has in models whose layers are all of one size."""
-    return name.removeprefix(_FULL).removeprefix(_WIDE)
+    return name.removeprefix(FULL).removeprefix(WIDE)
 
 
 def _with_prefix(prefix: str, specs: Iterator[WeightSpec]) -> Iterator[WeightSpec]:
@@ -196,7 +195,7 @@ def _attention_specs(config: ModelConfig, *, has_keys: bool) -> Iterator[WeightS
         yield from _latent_attention_specs(config, config.mla)
         return
     e, h, k, d = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    parts = (2 * h * d if config.attention_gate else h * d, k * d, k * d)
+    parts = (2 * h * d if config.attention_gate else h * d, *(k * d,) * (1 if config.keys_are_values else 2))
     qkv = matrix("qkv", (e, sum(parts)), ("E", "HD"), parts=parts) if has_keys else matrix("q", (e, h * d), ("E", "HD"))
     o = matrix("o", (h * d, e), ("HD", "E"))
     yield from (qkv, o)

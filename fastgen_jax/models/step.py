@@ -18,6 +18,7 @@ from fastgen_jax.models.cache_rows import for_share, of_shared_rows
 from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.division import divided, row_norm_heads
+from fastgen_jax.models.kept_keys import kept_rows
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
@@ -58,6 +59,7 @@ class Step:
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
     attend_rotates: bool  # whether it is faster to leave the rotation of queries and keys to `attend`
+    kept: tuple[int, ...] | None = None  # without blocks: where keys that other layers read are kept, for each layer
     state: StateRows | None = None  # for layers with a state
     sparse: SparseTokens | None = None  # tokens that attend to a choice of keys; None: contexts cannot be so long
 
@@ -116,27 +118,23 @@ def prepare_step(
         scale = growth if scale is None else scale * growth
     attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
     indices = [batch.index, *batch.windowed]
-    groups = cache_groups(config, len(indices))
-    num_blocks, num_devices = kv_cache.k.shape[0] // groups.num_rows, 1 if mesh is None else mesh.size
+    num_devices = 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
+    groups = cache_groups(local, len(indices))
+    num_blocks = kv_cache.k.shape[0] // groups.num_rows
     windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
     if not batch.windowed:
         of_layers = config.layer_windows or (None,) * config.num_layers
         windows = tuple(dict.fromkeys(of_layers))
         indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
-    if config.kv_sources:
-        if callable(implementation):
-            raise ValueError(
-                f"a {config.family} model, whose layers read the keys of others, cannot run without a KV cache; use an "
-                "engine"
-            )
+    if config.kv_sources and not callable(implementation):
         indices, windows, kinds = _with_readers(config, indices, windows, kinds, num_blocks * kv_cache.k.shape[2])
     if config.window_chunks:
         indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
         windows = (None,) * len(windows)  # the indices say where chunks begin
     layers, sharing = range(config.num_layers), (1,) * len(indices)
     if config.full_heads is not None and not callable(implementation):
-        indices, windows, kinds, sharing = _for_shares(config, groups, indices, windows, kinds, kv_cache.k.shape[2])
+        indices, windows, kinds, sharing = _for_shares(local, groups, indices, windows, kinds, kv_cache.k.shape[2])
         attend = of_shared_rows(attend)
     sparse, indexer = None, indexer_of(config)
     longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
@@ -170,7 +168,7 @@ def prepare_step(
         indices=tuple(indices),
         kinds=kinds,
         rows=tuple(row for _, row in groups.places),
-        sharing=tuple(map(config.layers_sharing_row, layers)),
+        sharing=tuple(map(local.layers_sharing_row, layers)),
         side_by_side=tuple(map(local.heads_side_by_side, layers)),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
@@ -180,6 +178,7 @@ def prepare_step(
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
         attend_rotates=attend_rotates and spans is None,
+        kept=kept_rows(config) if config.kv_sources and callable(implementation) else None,
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )

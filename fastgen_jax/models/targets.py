@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.params import param_specs
+from fastgen_jax.models.params import param_specs, plain_name
 from fastgen_jax.models.weight_spec import Kind, WeightSpec
 
 Lora: TypeAlias = dict[str, Any]
@@ -23,4 +23,9 @@ def adaptable(config: ModelConfig, *, divided: bool = False) -> dict[str, Weight
     """
     specs = param_specs(config)["layers"]
     names = (*ATTENTION, *(() if divided else STATE), *MLP)
-    return {name: specs[name] for name in names if name in specs and specs[name].kind is Kind.MATRIX}
+    return {
+        name: spec
+        for plain in names
+        for name, spec in specs.items()
+        if plain_name(name) == plain and spec.kind is Kind.MATRIX
+    }

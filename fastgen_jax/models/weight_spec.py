@@ -39,6 +39,10 @@ class Kind(enum.Enum):
     VECTOR = "vector"  # anything else: attention sinks, the bias of the expert choice
 
 
+# Of the names of weights with another shape than in most layers: with those of layers without a window, and with those of
+# layers that read the keys of others.
+FULL, WIDE = "full_", "wide_"
+
 _PRODUCTS = frozenset({Kind.MATRIX, Kind.EXPERTS, Kind.HEADS})
 _STACK_AXES = frozenset({"H", "K", "X"})
 

@@ -27,6 +27,7 @@ from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices
+from fastgen_jax.models.division import divided as divided_model
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
@@ -193,7 +194,7 @@ def _compile(
         model,
         bucket,
         mesh if divided else devices[0],
-        num_rows=cache_groups(model, len(config.windows)).num_rows,
+        num_rows=cache_groups(divided_model(model, config.tensor_parallel or 1), len(config.windows)).num_rows,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,

@@ -158,7 +158,7 @@ def compile_step(
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
     check_num_devices(model, mesh.size)
-    groups = choose_groups(model, max_context_len)
+    groups = choose_groups(divided(model, mesh.size), max_context_len)
     bucket = Bucket(
         token_budget,
         max_num_seqs=max_num_seqs,

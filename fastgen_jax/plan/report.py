@@ -16,7 +16,7 @@ from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
-from fastgen_jax.models.division import check_num_devices
+from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
@@ -110,7 +110,8 @@ def make_plan(
     if shown is not None:
         shown = largest(shown, EngineConfig().max_image_tokens)
     vision = 0 if shown is None else tower_bytes(shown, itemsize)  # on each device
-    groups = BlockGroups(windows=choose_groups(model, context).windows, block_size=block_size, token_budget=max(budgets))
+    windows = choose_groups(divided(model, devices.num_devices), context).windows
+    groups = BlockGroups(windows=windows, block_size=block_size, token_budget=max(budgets))
     memory = Memory(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),

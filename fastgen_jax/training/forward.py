@@ -24,6 +24,7 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.sampling.token_logprobs import token_logprobs
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Execution, head, hidden_rows
+from fastgen_jax.models.kept_keys import cache_of_pass
 from fastgen_jax.models.layer_loop import Layer
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, expert_specs, head_spec
@@ -123,14 +124,14 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
 
     def wrapped(layer: Layer) -> Layer:
         def run(x: jax.Array, cache: KVCache, weights: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
-            def compute(x: jax.Array, weights: LayerWeights) -> jax.Array:
+            def compute(x: jax.Array, cache: KVCache, weights: LayerWeights) -> tuple[jax.Array, KVCache]:
                 weights, own_call = _own_experts(weights, call, config)
                 pairs = {name: _paired(specs[f"layers.{name}"], leaf, config) for name, leaf in weights.items()}
-                return layer(x, cache, pairs, own_call)[0]
+                return layer(x, cache, pairs, own_call)
 
             # The layers are the body of a loop, in which nothing can be merged with the first computation.
             compute = jax.checkpoint(compute, prevent_cse=not isinstance(layers, Mapping)) if options.remat else compute
-            return compute(x, weights), cache
+            return compute(x, cache, weights)
 
         return run
 
@@ -148,14 +149,7 @@ def _hidden_rows(params: Params, batch: TrainingBatch, config: ModelConfig, opti
             k, v = k.astype(options.kv_dtype), v.astype(options.kv_dtype)
         return packed_attention(q, k, v, index.query_starts, scoring, implementation=options.attention), k_cache, v_cache
 
-    nothing = KVCache.zeros(
-        num_layers=config.num_layers,
-        num_blocks=0,
-        num_kv_heads=config.cache_kv_heads,
-        block_size=1,
-        head_dim=config.cache_head_dim,
-        dtype=jnp.float32,
-    )
+    nothing = cache_of_pass(config, batch.ragged.token_ids.shape[0])
     execution = Execution(attention=attend, activation_dtype=options.activation_dtype, wrap_layer=wrapped)
     return hidden_rows({**outside, "layers": layers}, nothing, batch.ragged, config=config, execution=execution)[0]
 

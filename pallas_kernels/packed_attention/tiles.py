@@ -198,4 +198,4 @@ def _add_at(x: jax.Array, start: jax.Array, more: jax.Array) -> jax.Array:
 
 def _no_gradient(x: jax.Array) -> np.ndarray:
     """The gradient with respect to integers."""
-    return np.zeros(x.shape, jax.dtypes.float0)
+    return np.zeros(np.shape(x), jax.dtypes.float0)

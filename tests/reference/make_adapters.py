@@ -41,6 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("families/gpt_neox/default", {"r": 3, "target_modules": ["query_key_value", "dense", "dense_h_to_4h"]}),
     "phi3": ("families/phi3/partial_tied", {"r": 3, "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}),
     "glm4": ("families/glm4/default", {"r": 3, "target_modules": [*ATTENTION, "gate_up_proj"]}),
+    "gemma4": (
+        "families/gemma4/keys_as_values",
+        {"r": 3, "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"], "alpha_pattern": {"k_proj": 5}},
+    ),
     "deepseek_v2": ("families/deepseek_v2/lite", {"r": 2, "target_modules": ["q_proj", "kv_a_proj_with_mqa", "o_proj"]}),
 }
 

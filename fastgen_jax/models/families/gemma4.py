@@ -153,7 +153,7 @@ _EXPERTS = {
 def sources(config: ModelConfig) -> dict[str, Source]:
     """The checkpoint tensors of each weight of `param_specs`."""
     assert config.full_heads is not None, "layers without a window have heads of their own"
-    parts = "qkk" if config.full_heads.keys_are_values else "qkv"
+    parts = "qk" if config.full_heads.keys_are_values else "qkv"
     names = {**NAMES, **INPUT_NAMES, **_EXPERTS, "layers.q": f"{_ATTENTION}q_proj"}
     for name in ("q", "o", "q_norm", "k_norm"):
         names[f"layers.full_{name}"] = names[f"layers.{name}"]

@@ -8,14 +8,19 @@ The number of devices is fixed when JAX starts.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
+from fastgen_jax.models.config import FullHeads
+from fastgen_jax.models.division import divided as divided_model
+from fastgen_jax.models.params import init_params
 from tests.adapters import random_lora
 from tests.engine.test_images import MESSAGES
 from tests.models.parity import load
@@ -69,6 +74,17 @@ def experts() -> None:
         checkpoint = open_checkpoint(HOME.parent / "families" / family / "default")
         params = load_params(checkpoint, dtype="float32")
         assert tokens(params, checkpoint.config, tensor_parallel=2) == tokens(params, checkpoint.config), family
+
+
+def two_sizes_of_heads() -> None:
+    """Repeated KV heads, keys of other layers, experts, and rows of the cache that layers share."""
+    for variant in ("default", "experts"):
+        params, model = load("gemma4", variant)
+        assert tokens(params, model, tensor_parallel=2) == tokens(params, model), variant
+    model = replace(model, num_heads=8, num_kv_heads=8, full_heads=FullHeads(num_kv_heads=2, head_dim=16))
+    assert divided_model(model, 2).layers_sharing_row(1) == 2
+    params = init_params(model, jax.random.key(0))
+    assert tokens(params, model, tensor_parallel=2) == tokens(params, model), "shared rows"
 
 
 def uneven() -> None:
@@ -159,6 +175,6 @@ def images() -> None:
 
 
 if __name__ == "__main__":
-    functions = (in_8_bits, tied_embeddings, experts, uneven, states, replaced, adapters, images)
+    functions = (in_8_bits, tied_embeddings, experts, two_sizes_of_heads, uneven, states, replaced, adapters, images)
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")
