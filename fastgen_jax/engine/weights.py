@@ -24,7 +24,16 @@ from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
-from pallas_kernels.matmul import BlockWeight, Float8Weight, Int8Weight, Weight, prepare, quantize_float8, quantize_int8
+from pallas_kernels.matmul import (
+    FLOAT8_BLOCK,
+    BlockWeight,
+    Float8Weight,
+    Int8Weight,
+    Weight,
+    prepare,
+    quantize_float8,
+    quantize_int8,
+)
 
 HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight | BlockGroups
 """A weight as loaded from a checkpoint: floating point, int8 from a quantized snapshot, or in the blocks of the file."""
@@ -46,7 +55,7 @@ def prepare_leaf(
     quantize = quantization_of(spec, config.quantize)
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize is not None and not isinstance(array, Int8Weight))):
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize))
+        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=True))
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if isinstance(array, BlockGroups):
@@ -66,28 +75,36 @@ def prepare_leaf(
 
 
 def host_leaf(
-    spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None
+    spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None, blocks: bool = False
 ) -> np.ndarray | Int8Weight | Float8Weight:
-    """One weight on the host, in `dtype` or, if it is quantized, with scales. Snapshots store the former and int8."""
+    """One weight on the host, in `dtype` or, if it is quantized, with scales. Snapshots store the former and int8.
+
+    With `blocks`, 8-bit floats with scales of blocks keep them.
+    """
     if isinstance(array, Int8Weight):
         return array
     if quantize is None or not spec.quantizable:
         array = array.dequantize() if isinstance(array, BlockWeight) else array
         return np.asarray(array).astype(np.float32 if spec.dtype == "float32" else jnp.dtype(dtype))
     if quantize == "fp8":
-        values, scales = _float8(array)
+        values, scales = _float8(array, blocks=blocks)
         return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
     values, scales = quantize_int8(np.asarray(array))
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
-def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups) -> tuple[np.ndarray, np.ndarray]:
-    """(8-bit floats [..., out, in], scales [..., out]): those of a checkpoint, if it has one scale for each output."""
+def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups, *, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(8-bit floats [..., out, in], scales [..., out] or of blocks [..., in / 128, out]).
+
+    They are those of a checkpoint, if it has one scale for each output or one for every 128 inputs.
+    """
     if isinstance(array, BlockGroups):
-        values, scales = zip(*(_float8(array.read(group)) for group in range(array.shape[0])), strict=True)
+        values, scales = zip(*(_float8(array.read(group), blocks=blocks) for group in range(array.shape[0])), strict=True)
         return np.stack(values), np.stack(scales)
     if not isinstance(array, BlockWeight):
         return quantize_float8(np.asarray(array))
+    if blocks and array.size == FLOAT8_BLOCK:  # not by the scales, so that all layers have one form
+        return array.values, np.ascontiguousarray(array.scales.T)
     if (array.scales == array.scales[:, :1]).all():
         return array.values, array.scales[:, 0]
     return quantize_float8(array.dequantize())

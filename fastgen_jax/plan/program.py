@@ -35,7 +35,7 @@ from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -146,6 +146,7 @@ def compile_step(
     dtype: DType = jnp.bfloat16,
     kv_dtype: DType | None = None,
     quantize: str | None = None,
+    in_blocks: bool = False,
     attention: str | None = None,
     work: Work = "any",
     deterministic: bool = False,
@@ -154,7 +155,8 @@ def compile_step(
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    With `images`, shapes from `plan.tower`, it is the one for steps with tokens of images; `has_grids` as for `Bucket`.
+    With `in_blocks`, 8-bit floats have a scale for every 128 inputs. With `images`, shapes from `plan.tower`, it is the one
+    for steps with tokens of images; `has_grids` as for `Bucket`.
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
     check_num_devices(model, mesh.size)
@@ -180,6 +182,7 @@ def compile_step(
         dtype=dtype,
         kv_dtype=kv_dtype or dtype,
         quantize=quantize,
+        in_blocks=in_blocks,
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
@@ -245,6 +248,7 @@ def step_arguments(
     dtype: DType,
     kv_dtype: DType,
     quantize: str | None,
+    in_blocks: bool = False,
 ) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
     """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device.
 
@@ -254,11 +258,12 @@ def step_arguments(
     vocab_size = model.vocab_size
     model = divided(model, 1 if mesh is None else mesh.size, device.platform)
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    params = jax.tree.map(functools.partial(_as_stored, quantize=quantize), param_specs(model), params)
+    as_stored = functools.partial(_as_stored, quantize=quantize, in_blocks=in_blocks)
+    params = jax.tree.map(as_stored, param_specs(model), params)
     if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately
         head = head_spec(model)
         tied = jax.ShapeDtypeStruct(head.shape, params["embed"].dtype)
-        params = {**params, "lm_head": _as_stored(head, tied, quantize=quantize)}
+        params = {**params, "lm_head": as_stored(head, tied)}
     cache = jax.eval_shape(
         lambda: empty_cache(
             model,
@@ -281,13 +286,15 @@ def step_arguments(
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, kinds)
 
 
-def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None) -> Leaf:
+def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None, in_blocks: bool) -> Leaf:
     """The shapes of a weight in the form that the engine stores."""
     if quantize is None or not spec.quantizable:
         return weight
     shape = weight.shape
     scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
     if quantize == "fp8":
+        if in_blocks and shape[-2] % FLOAT8_BLOCK == 0:
+            scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // FLOAT8_BLOCK, shape[-1]), jnp.float32)
         values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
         return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
     return jax.eval_shape(lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros(scales.shape, jnp.float32)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul.weights import unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -24,9 +25,9 @@ def grouped_matmul_reference(
     # Rows past the last group are multiplied too, by the last weight; their results are replaced by zero.
     index = first_group + jnp.minimum(group, group_sizes.shape[0] - 1)
     values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
-    values = values.swapaxes(1, 2) if isinstance(w, Float8Weight) else values
+    values = unscaled(w, values, w.scales) if isinstance(w, Float8Weight) else values
     products = jnp.einsum("te,gef->tgf", x.astype(jnp.float32), values.astype(jnp.float32))
     y = jnp.take_along_axis(products, index[:, None, None], axis=1)[:, 0]
-    if isinstance(w, Int8Weight | Float8Weight):
+    if isinstance(w, Int8Weight) or (isinstance(w, Float8Weight) and not w.in_blocks):
         y = y * w.scales[index]
     return jnp.where(group[:, None] < group_sizes.shape[0], y, 0.0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul.weights import unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -31,7 +32,8 @@ def grouped_matmul_ragged_dot(
     if values.shape[0] != count:
         values = jax.lax.dynamic_slice_in_dim(values, first_group, count)
     if isinstance(w, Float8Weight):
-        values = values.swapaxes(1, 2).astype(x.dtype)
+        scales = jax.lax.dynamic_slice_in_dim(w.scales, first_group, count)
+        values = unscaled(w, values, scales).astype(x.dtype)
     y = jax.lax.ragged_dot(x, values, group_sizes, preferred_element_type=jnp.float32)
     return scaled_rows(y, w, group_sizes, first_group)
 
@@ -63,9 +65,10 @@ def grouped_matmul_tiles(
         start = jnp.minimum(first, num_rows - tile)  # the last tile is shifted back to end with the rows
         rows = jax.lax.dynamic_slice_in_dim(x, start, tile)
         weight = jax.lax.dynamic_index_in_dim(values, first_group + group, keepdims=False)
-        weight = weight.T if isinstance(w, Float8Weight) else weight
+        if isinstance(w, Float8Weight):
+            weight = unscaled(w, weight, jax.lax.dynamic_index_in_dim(w.scales, first_group + group, keepdims=False))
         y = jax.lax.dot(rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-        if isinstance(w, Int8Weight | Float8Weight):
+        if has_scales(w):
             y = y * jax.lax.dynamic_index_in_dim(w.scales, first_group + group)
         row = start + jnp.arange(tile)
         mine = (row >= first) & (row < end)
@@ -74,6 +77,11 @@ def grouped_matmul_tiles(
 
     zeros = jnp.zeros((num_rows, w.shape[2]), jnp.float32)
     return jax.lax.fori_loop(0, tile_ends[-1], body, zeros)
+
+
+def has_scales(w: object) -> TypeGuard[Int8Weight | Float8Weight]:
+    """Whether each output of a matrix has one scale, by which its results are multiplied."""
+    return isinstance(w, Int8Weight) or (isinstance(w, Float8Weight) and not w.in_blocks)
 
 
 def scaled_rows(
@@ -85,7 +93,7 @@ def scaled_rows(
     """`y`, times the scales of each row's group if w has scales; zero in rows without a group, even where `y` is NaN."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(y.shape[0])
-    if isinstance(w, Int8Weight | Float8Weight):
+    if has_scales(w):
         group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), group_sizes.shape[0] - 1)
         y = y * w.scales[first_group + group]
     return jnp.where((row < ends[-1])[:, None], y, 0.0)

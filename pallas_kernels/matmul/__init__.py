@@ -9,6 +9,7 @@ from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, B
 from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import (
+    FLOAT8_BLOCK,
     Division,
     Float8Weight,
     Int8Weight,
@@ -21,6 +22,7 @@ from pallas_kernels.matmul.weights import (
 
 __all__ = [
     "BLOCK_SIZES",
+    "FLOAT8_BLOCK",
     "INT4_BLOCK",
     "BlockFormat",
     "BlockWeight",

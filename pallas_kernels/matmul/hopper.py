@@ -12,7 +12,8 @@ its own columns, with a ring of buffers between them that is not drained between
 WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of int8 into one
 of two further buffers while the tensor cores multiply those in the other. 8-bit floats are multiplied as they are, with rows
 that are rounded to them. The tensor cores keep fewer than 24 bits of their sums, so those of each step are added up in
-float32 registers.
+float32 registers, each times the scales of its inputs if there are such: the numbers of a checkpoint in blocks of 128 x 128
+are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def multiply_tiles(
       interpret: passed to `plgpu.kernel`.
     """
     has_scales = isinstance(w, Int8Weight | Float8Weight)
+    in_blocks = isinstance(w, Float8Weight) and w.in_blocks
     values: jax.Array = w.values if has_scales else w
     operands = {"scales": w.scales} if has_scales else {}
     num_rows, num_inputs = x.shape
@@ -110,6 +112,7 @@ def multiply_tiles(
         num_inputs=num_inputs,
         num_columns=num_columns,
         has_scales=has_scales,
+        in_blocks=in_blocks,
         dtype=np.dtype(x.dtype),
         stored=np.dtype(values.dtype),
         interpreted=bool(interpret),
@@ -145,6 +148,7 @@ class _Spec:
     num_inputs: int  # K
     num_columns: int  # N
     has_scales: bool  # of columns
+    in_blocks: bool  # a scale of a column for each step
     dtype: np.dtype  # of the operands of products
     stored: np.dtype  # `dtype`, or int8
     interpreted: bool  # runs in the Pallas interpreter, which lacks some constructs
@@ -316,6 +320,8 @@ class _Block:
 
         def step(i: jax.Array, total: jax.Array) -> jax.Array:
             slot = self.slot(steps_before + i)
+            # From memory, before the wait for this step's copies.
+            scales = self.scales(item, shape, item.first_step + i) if spec.in_blocks else None
             plgpu.barrier_wait(refs["full"].at[slot])
             x, w = refs["x_buffer"].at[slot], refs["w_buffer"].at[slot, self.warpgroup]
 
@@ -329,7 +335,7 @@ class _Block:
             else:
                 part = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
             plgpu.barrier_arrive(refs["free"].at[slot])
-            return total + part
+            return total + (part if scales is None else part * scales)
 
         start = zeros if spec.interpreted else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         return lax.fori_loop(0, item.num_steps, step, start)
@@ -371,17 +377,21 @@ class _Block:
             target[...] = numbers if dtype == jnp.bfloat16 else numbers.astype(jnp.float32).astype(dtype)
         plgpu.commit_smem()
 
+    def scales(self, item: _Item, shape: tuple[int, int], *step: jax.Array) -> jax.Array:
+        """Those of this warpgroup's columns (in a step), in every row of a result."""
+        columns = pl.ds(self.first_column(item, self.warpgroup), self.spec.tiles.columns)
+        scales = self.refs["scales"].at[item.matrix, *step, columns]
+        if self.spec.interpreted:
+            return jnp.broadcast_to(scales[...][None, :], shape)
+        layout = plgpu.Layout.WGMMA
+        factors = plgpu.load(scales, layout=layout.reduce(0), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(factors, shape, [1]), layout)
+
     def store(self, item: _Item, result: jax.Array) -> None:
         spec, refs = self.spec, self.refs
         column = self.first_column(item, self.warpgroup)
-        if spec.has_scales:
-            scales = refs["scales"].at[item.matrix, pl.ds(column, spec.tiles.columns)]
-            if spec.interpreted:
-                result = result * scales[...][None, :]
-            else:
-                layout = plgpu.Layout.WGMMA
-                factors = plgpu.load(scales, layout=layout.reduce(0), optimized=False)
-                result = result * plgpu.layout_cast(lax.broadcast_in_dim(factors, result.shape, [1]), layout)
+        if spec.has_scales and not spec.in_blocks:
+            result = result * self.scales(item, result.shape)
         is_own = item.column + self.warpgroup * spec.tiles.columns < spec.num_columns
         buffer = refs["out_buffer"].at[self.warpgroup]
         for row in range(0, spec.tiles.rows, WARPGROUP_ROWS):

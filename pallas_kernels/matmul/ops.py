@@ -14,7 +14,7 @@ from pallas_kernels import gpu_target
 from pallas_kernels.matmul import ampere_support, cpu, hopper_support
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Division, Float8Weight, Int8Weight, PackedWeight, Weight
+from pallas_kernels.matmul.weights import Division, Float8Weight, Int8Weight, PackedWeight, Weight, unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -151,7 +151,10 @@ def _scaled_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
     values, scales = w.values, w.scales
     if w.layer is not None:
         values, scales = (jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False) for part in (values, scales))
-    values = values.T if isinstance(w, Float8Weight) else values
+    if isinstance(w, Float8Weight):
+        values = unscaled(w, values, scales)
+        if w.in_blocks:
+            return _dot(x, values.astype(x.dtype))
     return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # int8 is used symmetrically, so that w and -w become q and -q.
 _LARGEST = 127
+FLOAT8_BLOCK = 128
+"""Inputs of a `Float8Weight` that have a scale of their own, if it is in blocks."""
 
 
 class Division(NamedTuple):
@@ -62,19 +64,20 @@ class Int8Weight:
 
 @pytree
 class Float8Weight:
-    """w[k, n] = values[n, k] * scales[n]; a GPU that multiplies 8-bit floats rounds activations to them, too.
+    """w[k, n] = values[n, k] * scales[n], or * scales[k // 128, n]; a GPU that multiplies 8-bit floats rounds activations to
+    them, too.
 
     Both arrays may have a leading layer axis, as in `Int8Weight`.
 
     Attributes:
       values: float8_e4m3fn[..., N, K]: the tensor cores read 8-bit floats with their inputs adjacent.
-      scales: float32[..., N], positive.
+      scales: float32[..., N], positive; or, if K is a multiple of 128, [..., K / 128, N].
       layer: as in `Int8Weight`.
       division: as in `Int8Weight`.
     """
 
     values: Float[Array, "*layers N K"]
-    scales: Float32[Array, "*layers N"]
+    scales: Float32[Array, "*scales N"]
     layer: Int[Array, ""] | None = None
     division: Division | None = static(default=None)
 
@@ -84,9 +87,20 @@ class Float8Weight:
         layers = self.values.shape[:-2] if self.layer is None else self.values.shape[1:-2]
         return (*layers, self.values.shape[-1], self.values.shape[-2])
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every 128 inputs of an output have a scale of their own."""
+        return self.scales.ndim == self.values.ndim
+
     def at_layer(self, layer: int | jax.Array) -> Float8Weight:
         """The weight [K, N] of one layer, in the same memory; see `Int8Weight.at_layer`."""
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+
+def unscaled(w: Float8Weight, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """float32[..., K, N]: some matrices of `w` without their scales if these are of outputs, and with those of blocks."""
+    wide = jnp.swapaxes(values, -1, -2).astype(jnp.float32)
+    return wide * jnp.repeat(scales, FLOAT8_BLOCK, axis=-2) if w.in_blocks else wide
 
 
 @pytree

@@ -177,6 +177,7 @@ def check_step(
     work: str = "any",
     dtype: str = "bfloat16",
     quantize: str | None = None,
+    in_blocks: bool = False,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
     images: Any = None,
@@ -201,6 +202,7 @@ def check_step(
             num_blocks=4096,
             dtype=dtype,
             quantize=quantize,
+            in_blocks=in_blocks,
             work=work,  # pyright: ignore[reportArgumentType]
             images=None if images is None else step_images(images, tokens, mesh, dtype),
             has_grids=images is not None and images.in_grid,
@@ -349,6 +351,19 @@ def main() -> int:
     )
     checks["H100 step of 64: Llama-3-8B, fp8"] = functools.partial(
         step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
+    )
+    checks["H100 step of 64: Llama-3-8B, fp8 in blocks"] = functools.partial(
+        step,
+        LLAMA_3_8B,
+        h100,
+        tokens=64,
+        work="greedy",
+        quantize="fp8",
+        in_blocks=True,
+        launches=LAUNCHES_PER_LAYER_IN_FP8,
+    )
+    checks["H100 step: Llama-3-8B, fp8 in blocks"] = functools.partial(
+        step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", in_blocks=True, launches=LAUNCHES_PER_LAYER_IN_FP8
     )
     checks["H100 step: Llama-3-8B, fp8"] = functools.partial(
         step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8

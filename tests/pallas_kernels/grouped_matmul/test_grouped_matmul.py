@@ -89,6 +89,17 @@ def test_every_implementation_equals_numpy(implementation: str, storage: str):
         _close(run(jnp.asarray(sizes, jnp.int32)), _numpy(x, _exact(w, storage), sizes))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "tiles", "ragged_dot"])
+def test_8_bit_floats_in_blocks_have_a_scale_for_each_128_inputs(implementation: str):
+    x, w = _normal(_T, 256), _normal(_G, 256, _N, seed=1)
+    values, _ = quantize_float8(w)
+    scales = np.exp(_normal(_G, 2, _N, seed=2)) / 448
+    stored = Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    exact = values.astype(np.float64).swapaxes(1, 2) * scales.repeat(128, axis=1)
+    found = grouped_matmul(jnp.asarray(x), stored, jnp.asarray(_SIZES[0], jnp.int32), implementation=implementation)
+    np.testing.assert_allclose(found, _numpy(x, exact, _SIZES[0]), atol=1e-3, rtol=1e-5)
+
+
 _RUNS = {}
 
 

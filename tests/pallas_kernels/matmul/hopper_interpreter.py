@@ -19,7 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.matmul import Float8Weight, Int8Weight, quantize_float8, quantize_int8
+from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int8Weight, quantize_float8, quantize_int8
 from pallas_kernels.matmul.hopper import multiply
 from pallas_kernels.matmul.hopper_support import Tiles
 from pallas_kernels.matmul.narrow import float8_rows
@@ -37,6 +37,8 @@ class Case:
     num_columns: int = 192
     stored: str = "int8"
     """The dtype of the weights, "" for that of the activations."""
+    in_blocks: bool = False
+    """Whether every 128 inputs have a scale."""
     dtype: str = "bfloat16"
     rows: int = 64
     columns: int = 64
@@ -60,6 +62,8 @@ ALL = [
     Case(groups=(1,) * 20, num_rows=24, depth=64, stored="", stages=4),
     Case(stored="float8_e4m3fn", splits=2, depth=384, stages=3),
     Case(stored="float8_e4m3fn", groups=(5, 0, 70, 9), num_rows=90, rows=128, depth=192),
+    Case(stored="float8_e4m3fn", in_blocks=True, splits=2, depth=384, stages=3),
+    Case(stored="float8_e4m3fn", in_blocks=True, groups=(5, 0, 70, 9), num_rows=90, rows=128, depth=256),
 ]
 
 
@@ -79,6 +83,9 @@ def check_case(case: Case) -> None:
     w, of_reference = jnp.asarray(plain, dtype), x.astype(jnp.float32)
     if case.stored == "float8_e4m3fn":
         values, scales = quantize_float8(plain)
+        if case.in_blocks:
+            shape = (len(plain), case.depth // FLOAT8_BLOCK, case.num_columns)
+            scales = (scales[:, None, :] * np.exp(rng.normal(size=shape))).astype(np.float32)
         w = Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
         rounded, factors = float8_rows(x)  # by this function in the product, too
         of_reference = rounded.astype(jnp.float32) * factors
@@ -93,7 +100,10 @@ def check_case(case: Case) -> None:
         assert isinstance(w, Int8Weight | Float8Weight), "without groups, weights have scales"
         result = compiled(case, False)(x, w.at_layer(LAYER))
         values = w.values[LAYER].T if isinstance(w, Float8Weight) else w.values[LAYER]
-        expected = of_reference @ (values.astype(jnp.float32) * w.scales[LAYER][None, :])
+        scales = w.scales[LAYER][None, :]
+        if case.in_blocks:
+            scales = jnp.repeat(w.scales[LAYER], FLOAT8_BLOCK, axis=0)
+        expected = of_reference @ (values.astype(jnp.float32) * scales)
     assert not interpret_pallas_call.get_races().races_found
     # Both sum in float32, in different orders.
     np.testing.assert_allclose(np.asarray(result), np.asarray(expected), atol=2e-4, rtol=1e-5)

@@ -166,6 +166,20 @@ def test_8_bit_floats_are_multiplied_as_the_numbers_that_they_are():
     assert (error <= 2.0**-4 * np.abs(x) * [[0.0], [1e-30], [1e30]] + 448 * 2.0**-19 * np.asarray(factors)).all()
 
 
+def test_8_bit_floats_in_blocks_are_multiplied_with_the_scale_of_each_128_inputs():
+    w = _normal(256, 32)
+    values, _ = quantize_float8(w)
+    scales = np.exp(_normal(2, 32, seed=1))
+    exact = values.astype(np.float64).T * scales.repeat(128, axis=0)
+    stack = Float8Weight(values=jnp.asarray(values)[None], scales=jnp.asarray(scales)[None])
+    assert stack.in_blocks
+    assert stack.shape == (1, 256, 32)
+    x = _normal(3, 256)
+    # The numbers are up to 448 and scales up to e^3.
+    got = linear(jnp.asarray(x), stack.at_layer(0))
+    np.testing.assert_allclose(got, x.astype(np.float64) @ exact, atol=1e-5 * np.abs(exact).max(), rtol=1e-5)
+
+
 def test_stacked_int8_layers_can_be_scanned():
     w = _normal(3, 8, 8)
     values, scales = quantize_int8(w)
