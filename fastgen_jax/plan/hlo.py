@@ -77,14 +77,18 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
 
 
 def copied_arrays(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
-    """Every copy of an array of one of these shapes, such as that of a whole cache into another layout."""
+    """Every copy of an array of one of these shapes, such as that of a whole cache into another layout.
+
+    What a TPU fetches into VMEM as a whole, or writes back from it, does not count.
+    """
     wanted, copies = set(shapes), []
     for computation, times in _executed(hlo).items():
         for instruction in _instructions(hlo).get(computation, ()):
             is_copy = instruction.operation in ("copy", "copy-start") or (
                 instruction.operation == "fusion" and re.search(r"calls=%?[\w.\-]*(copy|transpose)", instruction.line)
             )
-            if is_copy:
+            starts = instruction.operation == "copy-start"  # its result is (copy, original, ...)
+            if is_copy and not (starts and any(a.on_chip for a in instruction.arrays)):
                 sizes = [a.bytes for a in instruction.arrays if a.shape in wanted and not a.on_chip]
                 copies += [Copy(instruction.name, max(sizes), times)] if sizes else []
     return copies

@@ -51,10 +51,10 @@ LAUNCHES_WITH_A_STATE = {
     "Granite-4.0-H-Micro": 190,
     "Qwen3-Next, 8 layers": 193,
     "Granite-4.0-H-Tiny": 420,
-    "LFM2-1.2B": 400,
-    "Nemotron-3-Nano, 20 layers": 400,
+    "LFM2-1.2B": 43,
+    "Nemotron-3-Nano, 20 layers": 143,
 }
-"""In a period of layers, outside of the loops over pieces: 9 with a state and one with attention, or 3 and one."""
+"""In a period of layers, outside of the loops over pieces."""
 LAUNCHES_OF_SPARSE_ATTENTION = 95  # outside of its loops and those of portable attention
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 SPILLED_BYTES = 32  # per thread, for plain attention
