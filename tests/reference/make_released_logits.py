@@ -46,6 +46,8 @@ def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
         return {**config, "rope_scaling": {**scaling, "factor": 4.0}}
     if model_type == "kimi_k25":  # its text model
         return {**config["text_config"], "model_type": "deepseek_v3"}
+    if model_type == "gemma4":
+        return dict(config["text_config"])
     return {**config, "model_type": {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)}
 
 

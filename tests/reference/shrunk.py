@@ -25,6 +25,8 @@ _SIZES = {
     "vocab_size": VOCAB_SIZE,
     "head_dim": HEAD_DIM,
     "kv_channels": HEAD_DIM,
+    "global_head_dim": 2 * HEAD_DIM,
+    "num_global_key_value_heads": 1,
     "intermediate_size": 48,
     "intermediate_size_mlp": 40,
     "ffn_dim": 48,
@@ -34,6 +36,8 @@ _SIZES = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "experts_per_token": 2,
+    "top_k_experts": 2,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
     "moe_shared_expert_intermediate_size": 24,
     "mamba_num_heads": 8,
     "mamba_head_dim": 8,
@@ -145,7 +149,8 @@ def _small(config: dict[str, Any], embed: int) -> dict[str, Any]:
     few = few_kv * min(heads // kv_heads, 4) if kv_heads < heads else few_kv
     wide = "kv_lora_rank" not in config and config.get("head_dim") not in (None, embed // heads)
     width = 48 if wide and few * HEAD_DIM != 48 else 64 if wide or "kv_lora_rank" in config else few * HEAD_DIM
-    layers = min(count, 6 if "gemma3" in config["model_type"] or "hybrid_override_pattern" in config else 4)
+    deep = config["model_type"].startswith(("gemma3", "gemma4")) or "hybrid_override_pattern" in config
+    layers = min(count, 6 if deep else 4)
     small = {name: size for name, size in _SIZES.items() if config.get(name) is not None}
     small |= {
         name: min(config[name], small[name]) for name in ("n_group", "topk_group", "num_experts_per_tok") if name in small
@@ -187,7 +192,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) > 1:
         return noise * np.float32(1.5 / np.sqrt(shape[-1]))
     is_norm_weight = name.endswith("weight") and re.search(r"norm|ln_|\.ln", name)
-    return np.float32(1.0 if is_norm_weight else 0.0) + np.float32(0.3) * noise
+    return np.float32(1.0 if is_norm_weight or name.endswith("layer_scalar") else 0.0) + np.float32(0.3) * noise
 
 
 def prompt() -> np.ndarray:

@@ -118,6 +118,8 @@ _CHANGES_OUTPUT = frozenset(
         "use_sliding_window",
         "window_size",
         "attention_k_eq_v",
+        "enable_moe_block",
+        "top_k_experts",
         "global_head_dim",
         "num_global_key_value_heads",
         "per_layer_config",
