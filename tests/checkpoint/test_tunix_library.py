@@ -91,20 +91,9 @@ def test_logits_of_merged_adapters_are_those_of_tunix(family, tmp_path) -> None:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         base = model_of(family, tmp_path / "base", config)
         unchanged = logits_of(base, tokens)
-        inputs = {name: jnp.zeros((1, 8), jnp.int32) for name in ("input_tokens", "positions")}
-        inputs |= {"cache": None, "attention_mask": jnp.ones((1, 8, 8), bool)}
-        if family == "qwen3":
-            inputs["tokens"] = inputs.pop("input_tokens")
+        inputs = (jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None], None, jnp.ones((1, 8, 8), bool))
         provider = qwix.LoraProvider(module_path=TARGETS[family], rank=RANK, alpha=ALPHA)
-        model = qwix.apply_lora_to_model(
-            base,
-            provider,
-            *(inputs[name] for name in (*inputs,) if name in ("tokens", "input_tokens")),
-            inputs["positions"],
-            None,
-            inputs["attention_mask"],
-            rngs=nnx.Rngs(0),
-        )
+        model = qwix.apply_lora_to_model(base, provider, *inputs, rngs=nnx.Rngs(0))
         rng = np.random.default_rng(1)
         adapters = nnx.state(model, nnx.LoRAParam)
         nnx.update(model, jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), adapters))

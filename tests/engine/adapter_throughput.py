@@ -1,11 +1,12 @@
 """Throughput of the model alone, of eight adapters in every batch, and of a model with one merged: interleaved, in one run.
 
-python -m tests.engine.adapter_throughput                     # SmolLM2 in bfloat16; about three minutes
+python -m tests.engine.adapter_throughput                     # SmolLM2 in bfloat16; at most two minutes on two slow cores
+python -m tests.engine.adapter_throughput --seconds 300       # more rounds
 python -m tests.engine.adapter_throughput --model sotu-1m --rank 8
 
 "no places" is an engine without places for adapters, "none" one that has them, with requests that use none. The ratios are
-those of the median over rounds; every round runs each load once, in an order that changes. Beside them, the same by the
-processor's time, which other programs on the machine hardly change.
+those of the median over rounds; every round runs each load once, in an order that changes. Rounds begin until the time is
+up. Beside them, the same by the processor's time, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=45, help="for rounds, of which one is always run (default: 45)")
     options = parser.parse_args()
     shape = {
         "dtype": options.dtype,
@@ -72,12 +73,15 @@ def main() -> None:
     merged.update_params(merge_lora(params, loras[0], scale=0.01))
     engines = {"no places": plain, "none": adapted, "one": adapted, "eight": adapted, "merged": merged}
     rates: dict[str, list[tuple[float, float]]] = {load: [] for load in LOADS}
-    for number in range(options.rounds + 1):
-        order = [*LOADS][number % len(LOADS) :] + [*LOADS][: number % len(LOADS)]
-        for load in order:
-            rate = run(engines[load], LOADS[load], options, number)
-            if number:  # the first round warms up
-                rates[load].append(rate)
+    for engine in (plain, adapted, merged):  # so that no round contains what happens once
+        run(engine, [None], options, 0)
+    run(adapted, LOADS["eight"], options, 0)
+    end, number = time.perf_counter() + options.seconds, 0
+    while not number or time.perf_counter() < end:
+        number += 1
+        for load in [*LOADS][number % len(LOADS) :] + [*LOADS][: number % len(LOADS)]:
+            rates[load].append(run(engines[load], LOADS[load], options, number))
+    print(f"{number} rounds")
     middle = {load: [statistics.median(column) for column in zip(*found, strict=True)] for load, found in rates.items()}
     for load, (rate, by_cpu) in middle.items():
         base, base_by_cpu = middle["no places"]

@@ -1,6 +1,6 @@
 """What new weights cost a loaded engine: milliseconds, bytes copied, programs compiled, requests lost; beside reloading.
 
-python -m tests.engine.update_times                      # SmolLM2 with 32 streams; about two minutes
+python -m tests.engine.update_times                      # SmolLM2 with 32 streams; at most two minutes on two slow cores
 python -m tests.engine.update_times --model sotu-1m
 """
 
@@ -76,8 +76,18 @@ def main() -> None:
     parser.add_argument("--quantize", default="none", help="quantization of the engine (default: none)")
     options = parser.parse_args()
     start = time.perf_counter()
-    engine = Engine.from_pretrained(options.model, dtype=options.dtype, quantize=options.quantize)
-    engine.wait_until_compiled()
+    engine = Engine.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        token_budget=2 * options.streams,
+        budget_ladder=(options.streams,),
+        max_num_seqs=options.streams,
+        num_blocks=1024,
+        block_size=16,
+        background_compile=False,
+        progress=False,
+    )
     print(f"start of an engine, warm or not: {time.perf_counter() - start:.1f} s; {engine.describe()}")
     path = resolve_model(options.model)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))

@@ -173,6 +173,8 @@ def test_every_family_has_the_numbers_of_its_engine(family):
         refusal = "attends within chunks of 16 tokens, which is not supported without a KV cache"
     elif config.state is not None:
         refusal = "it keeps a state in the slot"
+    elif config.kv_sources:
+        refusal = "whose layers read the keys of others, cannot run without a KV cache"
     if refusal is not None:
         with pytest.raises(ValueError, match=refusal):
             PROGRAM(jax.tree.map(jnp.asarray, params), pack([tokens]), config=config)
