@@ -95,6 +95,12 @@ def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap", action=argparse.BooleanOptionalAction, default=True, help="plan a step while the previous one runs"
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="chunks that depend on their own request alone, and steps that all have --token-budget tokens, as with "
+        "EngineConfig(deterministic=True)",
+    )
+    group.add_argument(
         "--prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -113,6 +119,7 @@ def _replica(args: argparse.Namespace, longest: int) -> tuple[StepCost, ReplicaC
     caching = args.prefix_caching and args.trace is not None and args.trace.suffix == ".jsonl"
     context_len = args.max_context_len or longest
     common = {"max_context_len": context_len, "overlap": args.overlap, "prefix_caching": caching}
+    common["deterministic"] = args.deterministic
     if args.costs:
         cost: MeasuredCost = load_cost(args.costs)
         engine = cost.facts["engine"]

@@ -69,10 +69,5 @@ def choose(sizes: Sequence[int], *, knee: float, max_num_seqs: int) -> int:
     return max((size for size in sizes if size <= max(knee, 2 * max_num_seqs)), default=min(sizes))
 
 
-def chunk_size(token_budget: int, *, max_num_seqs: int, block_size: int) -> int:
-    """Tokens of a prompt that one step computes: as many whole blocks as fit beside the other sequences."""
-    return (token_budget - max_num_seqs + 1) // block_size * block_size
-
-
 def _least_budget(max_num_seqs: int, block_size: int) -> int:
     return max_num_seqs - 1 + block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
         ValueError: a weight is missing, unexpected, of another shape, or prepared for another config.
     """
     _check_shapes(params, current, model, config.tensor_parallel or 1)
-    prepared = prepare_params(params, model, config)
+    prepared = _in_forms_of(current, prepare_params(params, model, config))
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
         if old.get(path) != new.get(path):
@@ -45,6 +46,24 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     if jax.tree.structure(current) != jax.tree.structure(prepared):
         raise ValueError("params are not prepared as the engine computes with them; pass plain weights")
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), prepared, current)
+
+
+def _in_forms_of(current: Params, prepared: Params) -> Params:
+    """`prepared`, with scales for every 128 inputs where the weights in use have such: each is that of the output."""
+    old = dict(jax.tree_util.tree_leaves_with_path(current, is_leaf=_is_float8))
+
+    def form(path: jax.tree_util.KeyPath, leaf: object) -> object:
+        like = old.get(path)
+        if isinstance(leaf, Float8Weight) and isinstance(like, Float8Weight) and like.in_blocks and not leaf.in_blocks:
+            scales = jnp.broadcast_to(leaf.scales[..., None, :], (*leaf.scales.shape[:-1], *like.scales.shape[-2:]))
+            return replace(leaf, scales=scales)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(form, prepared, is_leaf=_is_float8)
+
+
+def _is_float8(leaf: object) -> bool:
+    return isinstance(leaf, Float8Weight)
 
 
 def _kinds(tree: Params) -> dict[str, str]:

@@ -26,6 +26,7 @@ from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.sparse import check_kv_dtype
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
+from fastgen_jax.scheduling.fixed_chunks import fixed_chunk_size
 from pallas_kernels import native
 from pallas_kernels.jax_versions import HOPPER_PRODUCT
 
@@ -81,7 +82,7 @@ class ResolvedConfig:
         """Tokens of a prompt that one step computes, if that does not depend on other requests."""
         if not self.fixed_chunks:
             return None
-        return determinism.chunk_size(self.token_budget, max_num_seqs=self.max_num_seqs, block_size=self.block_size)
+        return fixed_chunk_size(self.token_budget, max_num_seqs=self.max_num_seqs, block_size=self.block_size)
 
     @property
     def max_num_seqs(self) -> int:

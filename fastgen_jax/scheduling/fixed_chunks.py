@@ -29,6 +29,11 @@ def _end_of_chunks(sequence: Sequence) -> int:
     return min(sequence.num_prompt_tokens, sequence.first_prompt_row)
 
 
+def fixed_chunk_size(token_budget: int, *, max_num_seqs: int, block_size: int) -> int:
+    """Tokens of a prompt that one step computes: as many whole blocks as fit beside the other sequences."""
+    return (token_budget - max_num_seqs + 1) // block_size * block_size
+
+
 def check_size(size: int, *, block_size: int, token_budget: int, max_num_seqs: int) -> None:
     """ValueError unless whole chunks are whole blocks, and every step has room for one beside generating sequences."""
     if size < 1 or size % block_size:

@@ -53,6 +53,11 @@ class StepCost(Protocol):
         ...
 
 
+def of_whole_steps(cost: StepCost, num_tokens: int) -> StepCost:
+    """`cost` of steps that all are padded to `num_tokens`."""
+    return lambda shape: cost(shape._replace(num_tokens=num_tokens))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
     """A straight line for each compiled step size, fitted by `fastgen bench steps`.

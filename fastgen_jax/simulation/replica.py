@@ -11,7 +11,8 @@ from fastgen_jax.bench.loads import LoadRequest
 from fastgen_jax.bench.metrics import RequestTimes
 from fastgen_jax.plan.roofline import StepShape, decode_attended
 from fastgen_jax.scheduling import Promise, Request, SamplingParams, Scheduler, Sequence, Step
-from fastgen_jax.simulation.costs import StepCost, shape_of
+from fastgen_jax.scheduling.fixed_chunks import fixed_chunk_size
+from fastgen_jax.simulation.costs import StepCost, of_whole_steps, shape_of
 
 PREFIXES_REMEMBERED = 512  # blocks of Mooncake prompts, 512 tokens each, that the router remembers per replica
 
@@ -35,6 +36,23 @@ class ReplicaConfig:
     promise: Promise | None = None
     step_sizes: tuple[int, ...] = ()
     """Sizes to which the device pads a step; a policy with a promise takes them into account."""
+    deterministic: bool = False
+    """Every step has `token_budget` tokens, and chunks of prompts depend on their own request alone."""
+
+    def __post_init__(self) -> None:
+        if self.deterministic and not self.chunk_size:
+            least = self.max_num_seqs - 1 + self.block_size
+            raise ValueError(
+                f"deterministic with token_budget={self.token_budget}: a step must hold a block of prompt beside "
+                f"max_num_seqs={self.max_num_seqs} sequences; choose at least {least}, or a smaller max_num_seqs"
+            )
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of a chunk of a prompt; None: as many as fit."""
+        if not self.deterministic:
+            return None
+        return max(0, fixed_chunk_size(self.token_budget, max_num_seqs=self.max_num_seqs, block_size=self.block_size))
 
 
 @lru_cache(maxsize=4096)
@@ -69,7 +87,7 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig, cost: StepCost, *, record_steps: bool = False) -> None:
         self.config = config
-        self.cost = cost
+        self.cost = of_whole_steps(cost, config.token_budget) if config.deterministic else cost
         self.now = 0.0
         self.wake: float | None = None
         self.busy_seconds = 0.0
@@ -88,6 +106,7 @@ class Replica:
             promise=config.promise,
             clock=lambda: self.now,
             step_sizes=config.step_sizes if config.promise else (),
+            chunk_size=config.chunk_size,
         )
         self._in_flight: deque[tuple[Step, float]] = deque()
         self._keep = 0

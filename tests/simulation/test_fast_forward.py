@@ -34,14 +34,18 @@ def worlds(draw: st.DrawFn) -> tuple[Load, ReplicaConfig, int]:
         load = open_loop(draw(st.sampled_from([0.5, 3.0, 20.0])), gap_cv=2.0, **lengths)
     block_size = draw(st.integers(1, 16))
     windows = draw(st.sampled_from([(None,), (None,), (None, 9), (20,)]))
+    max_num_seqs = draw(st.integers(1, 8))
+    deterministic = draw(st.booleans())
+    least = max_num_seqs - 1 + block_size if deterministic else 3
     config = ReplicaConfig(
         num_blocks=-(-load.longest_context // block_size) * len(windows) + draw(st.integers(0, 60)),
         block_size=block_size,
         windows=windows,
         max_context_len=load.longest_context,
-        policy=draw(st.sampled_from([p for p in POLICIES if p != "sla"])),
-        token_budget=draw(st.integers(3, 32)),
-        max_num_seqs=draw(st.integers(1, 8)),
+        policy="splitfuse" if deterministic else draw(st.sampled_from([p for p in POLICIES if p != "sla"])),
+        token_budget=draw(st.integers(least, least + 29)),
+        max_num_seqs=max_num_seqs,
+        deterministic=deterministic,
         overlap=draw(st.booleans()),
         host_seconds=draw(st.sampled_from([0.0, 0.004, 0.02])),
         prefix_caching=draw(st.booleans()),

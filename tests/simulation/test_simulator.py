@@ -60,6 +60,20 @@ def test_two_requests_share_steps_as_the_policy_decides() -> None:
     assert result.busy_seconds == (18.0,)
 
 
+def test_deterministic_chunks_depend_on_their_request_and_every_step_costs_as_much_as_a_full_one() -> None:
+    fixed = config(deterministic=True, token_budget=8, max_num_seqs=2)
+    assert fixed.chunk_size == 4
+    result = simulate(load_of((0.0, 6, 3), (1.0, 10, 1)), fixed, per_token, record_steps=True)
+    chunks = {name: [] for name in ("r0", "r1")}
+    for step in result.steps[0]:
+        assert step.end - step.start == 8.0
+        for name, start, length in step.chunks:
+            chunks[name].append((start, length))
+    assert chunks == {"r0": [(0, 4), (4, 2), (6, 1), (7, 1)], "r1": [(0, 4), (4, 4), (8, 2)]}
+    with pytest.raises(ValueError, match="max_num_seqs=16 sequences; choose at least 19, or a smaller max_num_seqs"):
+        config(deterministic=True)
+
+
 def test_with_overlap_the_host_works_while_the_device_runs() -> None:
     def ten(shape: StepShape) -> float:
         return 10.0
