@@ -76,12 +76,23 @@ def test_an_adapter_computes_what_the_model_with_merged_weights_computes(engine:
         merged.update_params(params, version=0)
 
 
+STATE = ("mix_in", "mix_gates", "mix_out")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "falcon_h1", "qwen3_5"])
-def test_an_adapter_of_a_state_computes_what_the_merged_weights_compute(family: str):
-    variant = next(variant for name, variant in variants() if name == family)
+@pytest.mark.parametrize(
+    ("family", "variant", "targets"),
+    [
+        *((family, None, STATE) for family in ("lfm2", "granitemoehybrid", "falcon_h1", "qwen3_5")),
+        ("gemma4", "default", None),
+        ("gemma4", "keys_as_values", None),
+        ("gemma4", "experts", None),
+    ],
+)
+def test_an_adapter_computes_what_the_merged_weights_compute(family: str, variant: str | None, targets):
+    variant = variant or next(variant for name, variant in variants() if name == family)
     params, model = load(family, variant, stack_layers=True)
-    lora = random_lora(model, 0, targets=("mix_in", "mix_gates", "mix_out"))
+    lora = random_lora(model, 0, targets=targets)
     shape = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 32}
     engine = Engine(params, model, EngineConfig(dtype="float32", max_adapters=1, max_adapter_rank=RANK, **shape))
     engine.load_adapter("x", lora, scale=SCALE)

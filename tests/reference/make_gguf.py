@@ -131,7 +131,7 @@ CONFIGS = {
     "gemma4": hf.Gemma4TextConfig(
         **{**GEMMA4, "num_hidden_layers": 6},
         layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "full")],
-        num_kv_shared_layers=2,
+        num_kv_shared_layers=3,
         use_double_wide_mlp=True,
         vocab_size_per_layer_input=280,
         hidden_size_per_layer_input=8,

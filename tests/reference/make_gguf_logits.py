@@ -5,9 +5,9 @@
 For each file: "NAME.tokens" i32[T] and "NAME.logits" f32[R, V], for the last R tokens of a prompt of T tokens. Weights and
 cache are float32, because llama.cpp rounds the activations too if the weights are float16. Metadata that llama.cpp requires
 but its converter omits is added. Models that llama.cpp cannot load are skipped: command-r with norms on heads, OLMoE with
-grouped heads, Phi-2 with an MLP that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release. It
-loads two others, but computes another model: Phi-3.5-MoE without SparseMixer, and Baichuan without a rotary embedding, which
-it has with 32 layers only.
+grouped heads, Phi-2 with an MLP that is not four times as wide, DeepSeek V2 Lite with fewer layers than the release, and
+Gemma 3n with other sizes than the release. It loads two others, but computes another model: Phi-3.5-MoE without SparseMixer,
+and Baichuan without a rotary embedding, which it has with 32 layers only.
 """
 
 from __future__ import annotations
