@@ -377,7 +377,7 @@ class _Block:
             target[...] = numbers if dtype == jnp.bfloat16 else numbers.astype(jnp.float32).astype(dtype)
         plgpu.commit_smem()
 
-    def scales(self, item: _Item, shape: tuple[int, int], *step: jax.Array) -> jax.Array:
+    def scales(self, item: _Item, shape: tuple[int, ...], *step: jax.Array) -> jax.Array:
         """Those of this warpgroup's columns (in a step), in every row of a result."""
         columns = pl.ds(self.first_column(item, self.warpgroup), self.spec.tiles.columns)
         scales = self.refs["scales"].at[item.matrix, *step, columns]
