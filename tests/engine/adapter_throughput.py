@@ -46,13 +46,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=45, help="for rounds, of which one is always run (default: 45)")
+    parser.add_argument("--prompt-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=30, help="for rounds, of which one is always run (default: 30)")
     options = parser.parse_args()
     shape = {
         "dtype": options.dtype,
-        "token_budget": 128,
+        "token_budget": 64,
         "budget_ladder": (16,),
         "quantize": "none",
         "max_num_seqs": 16,
@@ -73,9 +73,9 @@ def main() -> None:
     merged.update_params(merge_lora(params, loras[0], scale=0.01))
     engines = {"no places": plain, "none": adapted, "one": adapted, "eight": adapted, "merged": merged}
     rates: dict[str, list[tuple[float, float]]] = {load: [] for load in LOADS}
-    for engine in (plain, adapted, merged):  # so that no round contains what happens once
-        run(engine, [None], options, 0)
-    run(adapted, LOADS["eight"], options, 0)
+    few = argparse.Namespace(requests=COUNT, prompt_tokens=2, new_tokens=2)
+    for engine, names in ((plain, [None]), (adapted, LOADS["eight"]), (merged, [None])):
+        run(engine, names, few, 0)  # so that no round contains what happens once
     end, number = time.perf_counter() + options.seconds, 0
     while not number or time.perf_counter() < end:
         number += 1
