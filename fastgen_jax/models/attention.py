@@ -15,10 +15,11 @@ from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, same_for_all
 from fastgen_jax.models.heads import heads_of, latent_heads_of, layer_rotates, queries_of, rotation_of, unit_norms
 from fastgen_jax.models.kept_keys import keep, kept
+from fastgen_jax.models.layer_kinds import NO_WINDOW
 from fastgen_jax.models.layers import project
 from fastgen_jax.models.mla import expand_values
 from fastgen_jax.models.sparse import attend_to_chosen
-from fastgen_jax.models.step import NO_WINDOW, LayerCall, Step, take_rows
+from fastgen_jax.models.step import LayerCall, Step, take_rows
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
 

@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from fastgen_jax.core import KVCache, RaggedBatch
-from fastgen_jax.models.cache_groups import CacheGroups, cache_groups
-from fastgen_jax.models.cache_rows import for_share, of_shared_rows
-from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
+from fastgen_jax.models.cache_groups import cache_groups
+from fastgen_jax.models.cache_rows import of_shared_rows
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.division import divided, row_norm_heads
 from fastgen_jax.models.kept_keys import kept_rows
+from fastgen_jax.models.layer_kinds import (
+    cache_of_device,
+    for_shared_rows,
+    layer_kinds,
+    planned,
+    with_readers,
+    within_chunks,
+)
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
@@ -26,19 +32,14 @@ from fastgen_jax.models.state_rows import StateRows, state_rows
 from pallas_kernels.ragged_attention import (
     Attention,
     RaggedIndex,
-    plan_layers,
     ragged_attention,
     rotates_while_writing,
     with_spans,
 )
-from pallas_kernels.ragged_attention.quantized import Cache
 from pallas_kernels.sparse_attention import SparseTokens, sparse_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32
-
-NO_WINDOW = np.iinfo(np.int32).max
-"""Stands for "no window" where other layers have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,60 +117,49 @@ def prepare_step(
         rule = config.query_growth
         growth = 1.0 + rule.weight * jnp.log1p(((batch.positions + rule.first) // rule.length).astype(jnp.float32))
         scale = growth if scale is None else scale * growth
-    attend = implementation if callable(implementation) else partial(ragged_attention, implementation=implementation)
-    indices = [batch.index, *batch.windowed]
-    num_devices = 1 if mesh is None else mesh.size
+    kernel = None if callable(implementation) else implementation
+    has_blocks = not callable(implementation)  # otherwise whole sequences are in the batch, and need no cache
+    attend = implementation if callable(implementation) else partial(ragged_attention, implementation=kernel)
+    block_size, num_devices = kv_cache.k.shape[2], 1 if mesh is None else mesh.size
     local = config if mesh is None else divided(config, num_devices)
-    groups = cache_groups(local, len(indices))
+    groups = cache_groups(local, 1 + len(batch.windowed))
     num_blocks = kv_cache.k.shape[0] // groups.num_rows
-    windows, kinds = groups.windows, tuple(group for group, _ in groups.places)
-    if not batch.windowed:
-        of_layers = config.layer_windows or (None,) * config.num_layers
-        windows = tuple(dict.fromkeys(of_layers))
-        indices, kinds = indices * len(windows), tuple(map(windows.index, of_layers))
-    if config.kv_sources and not callable(implementation):
-        indices, windows, kinds = _with_readers(config, indices, windows, kinds, num_blocks * kv_cache.k.shape[2])
+    kinds = layer_kinds(batch, groups, config)
+    if config.kv_sources and has_blocks:
+        kinds = with_readers(kinds, config, num_blocks * block_size)
     if config.window_chunks:
-        indices = _in_chunks(batch, kv_cache, indices, windows, implementation)
-        windows = (None,) * len(windows)  # the indices say where chunks begin
-    layers, sharing = range(config.num_layers), (1,) * len(indices)
-    if config.full_heads is not None and not callable(implementation):
-        indices, windows, kinds, sharing = _for_shares(local, groups, indices, windows, kinds, kv_cache.k.shape[2])
-        attend = of_shared_rows(attend)
+        kinds = within_chunks(kinds, batch, block_size if has_blocks else None)
+    if config.full_heads is not None and has_blocks:
+        kinds, attend = for_shared_rows(kinds, local, groups, block_size), of_shared_rows(attend)
     sparse, indexer = None, indexer_of(config)
-    longest = 0 if callable(implementation) else batch.index.block_tables.shape[1] * kv_cache.k.shape[2]
+    longest = batch.index.block_tables.shape[1] * block_size if has_blocks else 0
     if indexer is not None and longest > indexer.num_chosen:
         check_kv_dtype(kv_cache.k.dtype, config, longest)
         sparse = jax.lax.optimization_barrier(sparse_tokens(batch.index, batch.positions, indexer.num_chosen))
-        indices = [attended_in_full(batch.index, batch.positions, indexer.num_chosen)] * len(indices)
+        in_full = attended_in_full(batch.index, batch.positions, indexer.num_chosen)
+        kinds = replace(kinds, indices=(in_full,) * len(kinds.indices))
     attend_rotates = False
-    if not callable(implementation):
-        num_heads, packed = local.num_heads // num_devices, kv_cache.v is None
-        seen = partial(_seen, kv_cache.k, num_devices=num_devices)
-        attend_rotates = rotates_while_writing(seen(sharing=1), num_heads, packed=packed, implementation=implementation)
-        for count in sorted(set(sharing)):
-            mine = [i for i, own in enumerate(sharing) if own == count]
-            planned = plan_layers(
-                [indices[i] for i in mine],
-                seen(sharing=count),
-                [windows[i] for i in mine],
-                num_tokens=batch.positions.shape[0],
-                num_heads=num_heads,
-                num_blocks=num_blocks * count,
-                packed=packed,
-                implementation=implementation,
-                independent_pieces=independent_pieces,
-            )
-            for i, index in zip(mine, planned, strict=True):
-                indices[i] = index
+    if has_blocks:
+        num_heads, of_device = local.num_heads // num_devices, cache_of_device(kv_cache, num_devices)
+        attend_rotates = rotates_while_writing(of_device, num_heads, packed=kv_cache.v is None, implementation=kernel)
+        kinds = planned(
+            kinds,
+            kv_cache,
+            num_tokens=batch.positions.shape[0],
+            num_heads=num_heads,
+            num_blocks=num_blocks,
+            num_devices=num_devices,
+            implementation=kernel,
+            independent_pieces=independent_pieces,
+        )
     attend = attend if mesh is None else divide_heads(attend, mesh)
     return Step(
         batch=batch,
-        indices=tuple(indices),
-        kinds=kinds,
+        indices=tuple(kinds.indices),
+        kinds=kinds.of_layers,
         rows=tuple(row for _, row in groups.places),
-        sharing=tuple(map(local.layers_sharing_row, layers)),
-        side_by_side=tuple(map(local.heads_side_by_side, layers)),
+        sharing=tuple(map(local.layers_sharing_row, range(config.num_layers))),
+        side_by_side=tuple(map(local.heads_side_by_side, range(config.num_layers))),
         num_tokens=batch.index.query_starts[-1],
         rotations=dict(zip(rotations, values, strict=True)),
         query_scale=scale,
@@ -178,79 +168,7 @@ def prepare_step(
         mesh=mesh,
         attend=attend if spans is None else with_spans(attend, spans),
         attend_rotates=attend_rotates and spans is None,
-        kept=kept_rows(config) if config.kv_sources and callable(implementation) else None,
+        kept=kept_rows(config) if config.kv_sources and not has_blocks else None,
         state=None if config.state is None else state_rows(batch),
         sparse=sparse,
     )
-
-
-def _seen(cache: Cache, *, sharing: int, num_devices: int) -> Cache:
-    """Shapes of the cache that a device's kernel sees in layers that share their rows."""
-
-    def of_pool(pool: jax.Array) -> jax.ShapeDtypeStruct:
-        blocks, heads, *rest = pool.shape
-        return jax.ShapeDtypeStruct((blocks * sharing, heads // num_devices // sharing, *rest), pool.dtype)
-
-    return jax.tree.map(of_pool, cache)
-
-
-def _for_shares(
-    config: ModelConfig,
-    groups: CacheGroups,
-    indices: list[RaggedIndex],
-    windows: tuple[int | None, ...],
-    kinds: tuple[int, ...],
-    block_size: int,
-) -> tuple[list[RaggedIndex], tuple[int | None, ...], tuple[int, ...], tuple[int, ...]]:
-    """An index for each kind of layer and place in a shared row, and how many layers share it."""
-    sharing = map(config.layers_sharing_row, range(config.num_layers))
-    places = list(zip(kinds, groups.shares, sharing, strict=True))
-    used = list(dict.fromkeys(places))
-    found = [for_share(indices[kind], share, count, block_size=block_size) for kind, share, count in used]
-    return found, tuple(windows[kind] for kind, _, _ in used), tuple(map(used.index, places)), tuple(c for _, _, c in used)
-
-
-def _with_readers(
-    config: ModelConfig,
-    indices: list[RaggedIndex],
-    windows: tuple[int | None, ...],
-    kinds: tuple[int, ...],
-    num_slots: int,
-) -> tuple[list[RaggedIndex], tuple[int | None, ...], tuple[int, ...]]:
-    """Each index once more, for layers that read the keys of others: what they write is dropped."""
-    readers = [replace(index, kv_slots=jnp.full_like(index.kv_slots, num_slots)) for index in indices]
-    reads = [source != layer for layer, source in enumerate(config.kv_sources)]
-    kinds = tuple(kind + len(indices) * is_reader for kind, is_reader in zip(kinds, reads, strict=True))
-    return [*indices, *readers], windows * 2, kinds
-
-
-def _in_chunks(
-    batch: RaggedBatch,
-    kv_cache: KVCache,
-    indices: list[RaggedIndex],
-    windows: tuple[int | None, ...],
-    implementation: str | Attention | None,
-) -> list[RaggedIndex]:
-    """`indices` with a row for each chunk that tokens are in, all of the same shape; a window is the size of a chunk.
-
-    They are returned as they are if no context can be longer than a chunk.
-    """
-    sizes = [size for size in windows if size is not None]
-    if not sizes:
-        return indices
-    num_tokens, block_size = batch.positions.shape[0], kv_cache.k.shape[2]
-    if callable(implementation):
-        if num_tokens > min(sizes):
-            raise ValueError(
-                f"this model attends within chunks of {min(sizes)} tokens, which is not supported without a KV cache for "
-                f"more tokens than that in a batch; got {num_tokens}"
-            )
-        return indices
-    if batch.index.block_tables.shape[1] * block_size <= min(sizes):
-        return indices
-    rows = num_chunk_rows(batch.index.context_lens.shape[0], num_tokens, min(sizes))
-    everything = NO_WINDOW // block_size * block_size
-    return [
-        in_chunks(index, batch.positions, everything if size is None else size, block_size=block_size, num_rows=rows)
-        for index, size in zip(indices, windows, strict=True)
-    ]
