@@ -33,11 +33,6 @@ def check(config: EngineConfig, model: ModelConfig, *, block_size: int) -> None:
             f"{name} with tensor_parallel={config.tensor_parallel}: the order in which devices add up a token's sums may "
             "depend on its row; use one device, or replicas"
         )
-    if model.state is not None:
-        raise ValueError(
-            f"{name} is not supported for {model.family}, whose layers with a state compute several sequences together, "
-            "in an order that depends on all of them; omit it, or use a CPU with native kernels"
-        )
     if config.vision is not None:
         raise ValueError(f"{name}: steps with images run a program of their own; pass images=False")
     if config.budget_ladder:

@@ -227,4 +227,10 @@ def _shared_expert(
     y = linear(hidden, w["shared_down"], num_rows=num_tokens, out_dtype=jnp.float32)
     if not config.shared_gate:
         return y
-    return y * jax.nn.sigmoid(linear(x, w["shared_gate"], num_rows=num_tokens, out_dtype=jnp.float32))
+    gate = w["shared_gate"]
+    if isinstance(gate, jax.Array):
+        # Not as a product: one of a single column may sum each row in an order that depends on its place among the rows.
+        opened = jnp.sum(x.astype(jnp.float32) * gate.astype(jnp.float32).T, axis=-1, keepdims=True)
+    else:
+        opened = linear(x, gate, num_rows=num_tokens, out_dtype=jnp.float32)
+    return y * jax.nn.sigmoid(opened)

@@ -44,11 +44,25 @@ def test_other_requests_preemption_and_cached_prefixes_change_no_bit_without_nat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [("mixtral",), ("gemma3",), ("gpt_oss",), ("deepseek_v3",), *(("tiny", x) for x in ("kv_dtype=int8", "dtype=bfloat16"))],
+    [
+        ("qwen2_moe",),
+        ("mixtral",),
+        ("gemma3",),
+        ("gpt_oss",),
+        ("deepseek_v3",),
+        *(("tiny", x) for x in ("kv_dtype=int8", "dtype=bfloat16")),
+    ],
     ids=" ".join,
 )
 def test_the_same_holds_for_experts_windows_latents_and_narrow_numbers(arguments: tuple[str, ...]) -> None:
     run(arguments[0], "12", *arguments[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granitemoehybrid", "qwen3_next"])
+def test_the_same_holds_for_layers_with_a_state(family: str) -> None:
+    run(family, "8")
+    run(family, "8", "together=8")  # sequences whose pieces are computed at the same time, as on an accelerator
 
 
 @pytest.mark.skipif(not native.available(), reason="needs native kernels")
@@ -88,10 +102,9 @@ def test_what_would_make_answers_depend_on_others_is_refused(options: dict[str, 
         resolved(**options)
 
 
-def test_images_and_states_are_refused() -> None:
+def test_images_are_refused_and_states_are_not() -> None:
     vision = ImagesConfig.__new__(ImagesConfig)
     with pytest.raises(ValueError, match="pass images=False"):
         resolved(vision=vision)
     _, model = load("lfm2", "default")
-    with pytest.raises(ValueError, match="layers with a state"):
-        resolve(EngineConfig(deterministic=True), model, machine=GPU)
+    assert resolve(EngineConfig(deterministic=True), model, machine=GPU).fixed_chunks

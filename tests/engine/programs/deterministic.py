@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from fastgen_jax import Engine, EngineConfig
+from fastgen_jax.models import state_scan
 from pallas_kernels import native
 from tests.engine.same_tokens import answers
 from tests.models.parity import load
@@ -41,6 +42,9 @@ def main() -> None:
     assert not native.available(), "set PALLAS_KERNELS_NATIVE=0"
     family, num_seeds = sys.argv[1], int(sys.argv[2])
     options = dict(argument.split("=") for argument in sys.argv[3:])
+    if (together := options.pop("together", None)) is not None:  # as on an accelerator
+        run = state_scan._run
+        state_scan._run = lambda *arguments, form, group: run(*arguments, form=form, group=int(together))
     found = differences(family, num_seeds, deterministic=True, token_budget=23, budget_ladder=(), **options)
     print(found)
     assert not any(found.values()), found
