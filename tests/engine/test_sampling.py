@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgen_jax.engine.sampling import raw_logprobs
 from fastgen_jax.engine.sampling import sampler as sampling
 from fastgen_jax.engine.sampling.random_bits import random_bits
 from fastgen_jax.engine.sampling.rows import row_argmax
@@ -313,8 +314,8 @@ def test_other_tokens_are_compared_only_for_requests_that_want_them() -> None:
 
 def test_a_vocabulary_smaller_than_the_number_of_logprobs_fills_up_with_tokens_that_do_not_exist() -> None:
     logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
-    logprobs, ranks, scale = sampling._logprobs(logits, jnp.array([2]))
-    top_ids, top_logprobs = sampling._top_logprobs(logits, scale, max_logprobs=5)
+    logprobs, ranks, scale = raw_logprobs.raw_logprobs(logits, jnp.array([2]))
+    top_ids, top_logprobs = raw_logprobs.likeliest(logits, scale, max_logprobs=5)
     assert top_ids.tolist() == [[1, 2, 0, 3, 3]]
     assert ranks.tolist() == [2]
     np.testing.assert_allclose(np.exp(np.r_[logprobs, top_logprobs[0]]), [0.3, 0.6, 0.3, 0.1, 0, 0], atol=1e-6)

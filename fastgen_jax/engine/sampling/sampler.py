@@ -23,7 +23,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
+from fastgen_jax.engine.sampling.adjustments import adjusted, has_penalties, masked
 from fastgen_jax.engine.sampling.random_bits import bits_of, random_bits, row_keys
+from fastgen_jax.engine.sampling.raw_logprobs import (
+    RawLogprobs,
+    Scale,
+    below_largest,
+    has_kernels,
+    likeliest,
+    no_likeliest,
+    no_logprobs,
+    raw_logprobs,
+)
 from fastgen_jax.engine.sampling.rows import (
     find_threshold,
     reaches,
@@ -40,7 +51,7 @@ from pallas_kernels import draw, gpu_target
 from pallas_kernels.pytree import pytree
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float32, Int16, Int32, UInt32
+    from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
@@ -108,23 +119,23 @@ def sample(
         is_raw &= process is None
     else:  # without log-probabilities
         if work == "masked":
-            processed = _masked(processed, state, batch)
+            processed = masked(processed, state, batch)
         chosen = _certain(row_argmax(processed) if work == "greedy" else _drawn(processed, batch, has_branches=False)[0])
-        raw, is_raw = _zeros(len(logits)), True
+        raw, is_raw = no_logprobs(len(logits)), True
     tokens = jnp.where(batch.targets < vocab_size, batch.targets, chosen.tokens)
     logprobs, ranks, scale = raw
-    top_ids, top_logprobs = _no_top(logits, scale, max_logprobs=max_logprobs)
+    top_ids, top_logprobs = no_likeliest(logits, scale, max_logprobs=max_logprobs)
     if work == "any":
         wants, wants_top = batch.any_logprobs > 0, (batch.any_logprobs > 0) & (batch.any_top_logprobs > 0)
         logprobs, ranks, scale = lax.cond(
             wants & ~is_raw,
-            lambda logits, tokens, _: _logprobs(logits, tokens),
+            lambda logits, tokens, _: raw_logprobs(logits, tokens),
             lambda _logits, _tokens, raw: raw,
             logits,
             tokens,
             raw,
         )
-        some, none = (partial(of, max_logprobs=max_logprobs) for of in (_top_logprobs, _no_top))
+        some, none = (partial(of, max_logprobs=max_logprobs) for of in (likeliest, no_likeliest))
         top_ids, top_logprobs = lax.cond(wants_top, some, none, logits, scale)
     output = SampleOutput(
         tokens=tokens,
@@ -146,34 +157,16 @@ class _Chosen(NamedTuple):
     log_kept_masses: Float32[Array, " R"]
 
 
-class _Scale(NamedTuple):
-    """What turns a logit into a log-probability: subtract both."""
-
-    largest: Float32[Array, " R"]
-    log_total: Float32[Array, " R"]
-
-    def logprobs(self, logits: Float32[Array, "R n"]) -> Float32[Array, "R n"]:
-        return _below(logits, self.largest) - self.log_total[:, None]
-
-
-class _Raw(NamedTuple):
-    """The log-probabilities and ranks of tokens without the draw's parameters."""
-
-    logprobs: Float32[Array, " R"]
-    ranks: Int32[Array, " R"]
-    scale: _Scale
-
-
 def _branch(
     logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
-) -> tuple[_Chosen, _Raw, Bool[Array, ""]]:
-    """What the flags of the batch ask for; and whether `_Raw` is that of the chosen tokens, as far as it is wanted."""
+) -> tuple[_Chosen, RawLogprobs, Bool[Array, ""]]:
+    """What the flags of the batch ask for; and whether `RawLogprobs` are those of the chosen tokens, as far as wanted."""
     # One switch whose branches have loops that may make zero passes, instead of nested conditionals: on a CPU with two
     # cores, jax 0.10.2 takes twice as long for passes over the vocabulary inside nested conditionals.
     adjusts = (batch.any_penalties | batch.any_bias | batch.any_bans | batch.any_masks) > 0
     is_sampled = batch.any_sampling > 0
-    if not _has_kernels():
-        branches = (lambda logits, *_: (_certain(row_argmax(logits)), _zeros(len(logits))), _adjusted_argmax, _sampled)
+    if not has_kernels():
+        branches = (lambda logits, *_: (_certain(row_argmax(logits)), no_logprobs(len(logits))), _adjusted_argmax, _sampled)
         branch = jnp.where(is_sampled, 2, adjusts.astype(jnp.int32))
         return *lax.switch(branch, branches, logits, state, batch), batch.any_logprobs == 0
     limits = jnp.any((batch.temperature > 0) & (_uses_top_k(logits, batch) | (batch.top_p < 1) | (batch.min_p > 0)))
@@ -182,21 +175,17 @@ def _branch(
     return *lax.switch(branch, branches, logits, state, batch), (branch == 0) | (batch.any_logprobs == 0)
 
 
-def _has_kernels() -> bool:
-    return gpu_target.platform() == "cpu" and draw.is_available()
-
-
-def _in_one_pass(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
-    """Rows that only a temperature changes. The results are those of `_sampled` and `_logprobs`, to the last bit."""
+def _in_one_pass(logits: Float32[Array, "R V"], batch: SamplingBatch) -> tuple[_Chosen, RawLogprobs]:
+    """Rows that only a temperature changes. The results are those of `_sampled` and `raw_logprobs`, to the last bit."""
     found = draw.in_one_pass(logits, batch.seeds, batch.positions, batch.temperature, batch.targets, batch.any_logprobs)
     fastest = _fastest(found.weights, found.bits)
     tokens, ranks = (jnp.take_along_axis(x, fastest, axis=1, mode="clip")[:, 0] for x in (found.ids, found.ranks))
     logit = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    exponent = _below(logit, found.largest) / _divisor(batch)
+    exponent = below_largest(logit, found.largest) / _divisor(batch)
     logprobs = exponent[:, 0] - jnp.log1p(found.totals - 1)
     wants, zeros = batch.any_logprobs > 0, jnp.zeros(logprobs.shape, jnp.float32)
-    scale = _Scale(found.largest, jnp.log1p(found.raw_totals - 1))
-    raw = _Raw(jnp.where(wants, scale.logprobs(logit)[:, 0], 0.0), ranks, scale)
+    scale = Scale(found.largest, jnp.log1p(found.raw_totals - 1))
+    raw = RawLogprobs(jnp.where(wants, scale.logprobs(logit)[:, 0], 0.0), ranks, scale)
     return _Chosen(tokens, jnp.where((batch.temperature > 0) & wants, logprobs, 0.0), zeros), raw
 
 
@@ -209,7 +198,7 @@ def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " 
     # R elements each: not worth a conditional, and without one the compiler sees that the tables are updated in place.
     max_num_seqs = state.last_tokens.shape[0]
     slots = jnp.where(batch.writes_token > 0, batch.slots, max_num_seqs)
-    counted = jnp.where(_has_penalties(batch), slots, max_num_seqs)
+    counted = jnp.where(has_penalties(batch), slots, max_num_seqs)
     count = state.token_counts.at[counted, tokens].get(mode="fill", fill_value=0)
     more = jnp.where(count < 2 * MAX_TIMES, jnp.int16(2), jnp.int16(0))
     return replace(
@@ -217,10 +206,6 @@ def _remember(state: SamplerState, batch: SamplingBatch, tokens: Int32[Array, " 
         last_tokens=state.last_tokens.at[slots].set(tokens, mode="drop"),
         token_counts=state.token_counts.at[counted, tokens].add(more, mode="drop"),
     )
-
-
-def _has_penalties(batch: SamplingBatch) -> Bool[Array, " R"]:
-    return (batch.presence_penalty != 0) | (batch.frequency_penalty != 0) | (batch.repetition_penalty != 1)
 
 
 class _Weights(NamedTuple):
@@ -244,18 +229,20 @@ def _certain(tokens: Int32[Array, " R"]) -> _Chosen:
     return _Chosen(tokens, zeros, zeros)
 
 
-def _adjusted_argmax(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
-    return _certain(row_argmax(_adjusted(logits, state, batch))), _zeros(len(logits))
+def _adjusted_argmax(
+    logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch
+) -> tuple[_Chosen, RawLogprobs]:
+    return _certain(row_argmax(adjusted(logits, state, batch))), no_logprobs(len(logits))
 
 
-def _sampled(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> tuple[_Chosen, _Raw]:
-    logits = _adjusted(logits, state, batch)
+def _sampled(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> tuple[_Chosen, RawLogprobs]:
+    logits = adjusted(logits, state, batch)
     tokens, weights = _drawn(logits, batch, has_branches=True)
     tokens = jnp.where(batch.targets < logits.shape[1], batch.targets, tokens)
     logprobs, log_kept_masses = _processed_logprobs(logits, tokens, weights, batch)
     is_wanted = (batch.temperature > 0) & (batch.any_logprobs > 0)
     chosen = _Chosen(tokens, jnp.where(is_wanted, logprobs, 0.0), jnp.where(is_wanted, log_kept_masses, 0.0))
-    return chosen, _zeros(len(logits))
+    return chosen, no_logprobs(len(logits))
 
 
 def _drawn(
@@ -263,7 +250,7 @@ def _drawn(
 ) -> tuple[Int32[Array, " R"], _Weights]:
     weights = _weights(logits, batch, has_branches=has_branches)
     is_drawn = batch.temperature > 0
-    if _has_kernels():
+    if has_kernels():
         keys = row_keys(batch.seeds, batch.positions)
         ids = draw.front_runners(logits, weights.values, keys, is_drawn)
         few = jnp.take_along_axis(weights.values, ids, axis=1, mode="clip")
@@ -278,12 +265,12 @@ def _processed_logprobs(
 ) -> tuple[Float32[Array, " R"], Float32[Array, " R"]]:
     """The log-probabilities of `tokens` among what is kept of adjusted logits, and that of what is kept among all.
 
-    Without limits, and at temperature 1, the first is computed as `_logprobs` does, to the last bit. Sums over the
+    Without limits, and at temperature 1, the first is computed as `raw_logprobs` does, to the last bit. Sums over the
     vocabulary are those that the draw needs too; only what top-k excluded takes another pass.
     """
     index = tokens[:, None]
     logit, weight = (jnp.take_along_axis(x, index, axis=1, mode="clip") for x in (logits, weights.values))
-    exponent = _below(logit, weights.largest) / _divisor(batch)
+    exponent = below_largest(logit, weights.largest) / _divisor(batch)
     unlimited = reaches(sortable(logit), weights.top_k, ids=index) & ((batch.top_p >= 1) & (batch.min_p <= 0))[:, None]
     # Least likely tokens have a weight of 0 although they are kept. One that was drawn has not.
     is_kept = ((weight > 0) | unlimited)[:, 0]
@@ -299,51 +286,6 @@ def _processed_logprobs(
     log_kept = of_kept - of_top_k
     logprobs = exponent[:, 0] - log_in_top_k - log_kept
     return jnp.where(is_kept, logprobs, -jnp.inf), log_kept + (log_in_top_k - log_all)
-
-
-def _adjusted(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
-    def unchanged(logits: Float32[Array, "R V"], *_: object) -> Float32[Array, "R V"]:
-        return logits
-
-    logits = lax.cond(batch.any_penalties > 0, _penalized, unchanged, logits, state.token_counts, batch)
-    logits = lax.cond(batch.any_bias > 0, _biased, unchanged, logits, state, batch)
-    logits = lax.cond(batch.any_bans > 0, lambda x, _, b: _banned(x, b), unchanged, logits, state, batch)
-    return lax.cond(batch.any_masks > 0, _masked, unchanged, logits, state, batch)
-
-
-def _penalized(
-    logits: Float32[Array, "R V"], token_counts: Int16[Array, "S V"], batch: SamplingBatch
-) -> Float32[Array, "R V"]:
-    """Sources: CTRL (arXiv:1909.05858) for repetition, OpenAI's API for the other two."""
-    counts = token_counts.at[batch.slots].get(mode="fill", fill_value=0)  # [R, V]
-    penalty = batch.repetition_penalty[:, None]
-    repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(counts > 0, repeated, logits)
-    times = (counts >> 1).astype(jnp.float32)
-    minus = batch.frequency_penalty[:, None] * times + batch.presence_penalty[:, None]
-    return jnp.where(times > 0, logits - minus, logits)
-
-
-def _biased(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
-    slots = jnp.where(batch.has_bias > 0, batch.slots, state.bias_ids.shape[0])
-    ids = state.bias_ids.at[slots].get(mode="fill", fill_value=logits.shape[1])
-    values = state.bias_values.at[slots].get(mode="fill", fill_value=0)
-    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return logits.at[rows, ids].add(values, mode="drop")
-
-
-def _banned(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Float32[Array, "R V"]:
-    early = (batch.positions < batch.ban_before)[:, None]
-    ids = jnp.where(early, batch.stop_ids, logits.shape[1])
-    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return logits.at[rows, ids].set(-jnp.inf, mode="drop")
-
-
-def _masked(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBatch) -> Float32[Array, "R V"]:
-    slots = jnp.where(batch.has_mask > 0, batch.slots, state.token_masks.shape[0])
-    words = state.token_masks.at[slots].get(mode="fill", fill_value=-1)  # [R, ceil(V / 32)]; all ones without a mask
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1  # [R, words, 32]
-    return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _speeds(weights: Int32[Array, "R V"], bits: UInt32[Array, "R V"]) -> Float32[Array, "R V"]:
@@ -362,21 +304,15 @@ def _uses_top_k(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Bool[Arr
     return (batch.top_k > 0) & (batch.top_k < logits.shape[1])
 
 
-def _below(logits: Float32[Array, "R n"], largest: Float32[Array, " R"]) -> Float32[Array, "R n"]:
-    """How far logits are below the largest, for which it is set and not computed, because inf - inf is NaN."""
-    largest = largest[:, None]
-    return jnp.where(logits == largest, 0, logits - largest)
-
-
 def _divisor(batch: SamplingBatch) -> Float32[Array, "R 1"]:
     return jnp.maximum(batch.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
 
 
 def _ratios(logits: Float32[Array, "R V"], largest: Float32[Array, " R"], batch: SamplingBatch) -> Float32[Array, "R V"]:
     """Each probability as a fraction of the row's largest."""
-    if _has_kernels():
+    if has_kernels():
         return draw.exponentials(logits, largest, _divisor(batch)[:, 0])
-    return jnp.exp(_below(logits, largest) / _divisor(batch))
+    return jnp.exp(below_largest(logits, largest) / _divisor(batch))
 
 
 def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branches: bool) -> _Weights:
@@ -405,42 +341,3 @@ def _weights(logits: Float32[Array, "R V"], batch: SamplingBatch, *, has_branche
     )
     keep = reaches(masses, top_p) & (ratios >= batch.min_p[:, None])
     return _Weights(jnp.where(keep, masses, 0), largest, sum_of_ratios, total, top_k)
-
-
-def _logprobs(logits: Float32[Array, "R V"], tokens: Int32[Array, " R"]) -> _Raw:
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")
-    if _has_kernels():
-        found = draw.given(logits, tokens, temperature=None)
-        largest, total, ranks = found.largest, found.raw_totals, found.ranks[:, 0]
-    else:
-        largest = row_max(logits)
-        total, ranks = sum_in_any_order(jnp.exp(_below(logits, largest))), 1 + row_sum(logits > chosen)
-    # The sum is at least 1. XLA's log, unlike its log1p, rounds differently in full vectors and in the remainder.
-    scale = _Scale(largest, jnp.log1p(total - 1))
-    return _Raw(scale.logprobs(chosen)[:, 0], ranks, scale)
-
-
-def _zeros(num_rows: int) -> _Raw:
-    zeros = jnp.zeros(num_rows, jnp.float32)
-    return _Raw(zeros, jnp.zeros(num_rows, jnp.int32), _Scale(zeros, zeros))
-
-
-def _top_logprobs(
-    logits: Float32[Array, "R V"], scale: _Scale, *, max_logprobs: int
-) -> tuple[Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
-    """The most likely tokens and their log-probabilities."""
-    vocab_size = logits.shape[1]
-    num_top = min(max_logprobs, vocab_size)
-    values, top_ids = lax.top_k(logits, num_top)
-    fill = ((0, 0), (0, max_logprobs - num_top))
-    return (
-        jnp.pad(top_ids.astype(jnp.int32), fill, constant_values=vocab_size),
-        jnp.pad(scale.logprobs(values), fill, constant_values=-jnp.inf),
-    )
-
-
-def _no_top(
-    logits: Float32[Array, "R V"], scale: _Scale, *, max_logprobs: int
-) -> tuple[Int32[Array, "R max_logprobs"], Float32[Array, "R max_logprobs"]]:
-    shape = (logits.shape[0], max_logprobs)
-    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
