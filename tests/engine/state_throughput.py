@@ -28,7 +28,7 @@ from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.params import init_params
 from fastgen_jax.models.state_config import Mamba2
-from tests.gate.shapes import GRANITE_4_H_MICRO, LLAMA_3_8B
+from tests.gate.models import GRANITE_4_H_MICRO, LLAMA_3_8B
 
 VOCAB = 8192
 

@@ -18,7 +18,7 @@ from fastgen_jax.models.families import family_of
 from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.plan.ahead import resolve_for
 from pallas_kernels import native
-from tests.gate.shapes import LLAMA_3_8B
+from tests.gate.models import LLAMA_3_8B
 from tests.models.parity import load
 from tests.tiny import tiny_engine, tiny_model
 

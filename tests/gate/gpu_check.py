@@ -41,7 +41,7 @@ from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from tests.gate.shapes import Call
+from tests.gate.calls import Call
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
 SINGLE_STREAM_MS = 6.44  # a token of Llama-3.1-8B in bfloat16 on one H100, as published for vLLM 0.19

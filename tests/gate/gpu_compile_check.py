@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gate.shapes import (
-    CALLS,
+from tests.gate.calls import CALLS, Call, lower_attention
+from tests.gate.models import (
     IMAGE_MODELS,
     LLAMA_3_8B,
     LLAMA_3_70B,
@@ -31,8 +31,6 @@ from tests.gate.shapes import (
     SMALL_GPU_MODELS,
     SPARSE_MODELS,
     STATE_MODELS,
-    Call,
-    lower_attention,
     released,
     tower_of,
 )

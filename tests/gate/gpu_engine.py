@@ -28,7 +28,7 @@ from fastgen_jax.models.families import family_of
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, Params, WeightSpec
 from fastgen_jax.plan.roofline import StepShape, step_shape
-from tests.gate.shapes import LLAMA_3_8B
+from tests.gate.models import LLAMA_3_8B
 
 GAP = 2e-6  # seconds: kernels that follow one another closer than this are not apart
 

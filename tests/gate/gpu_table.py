@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.gate.shapes import GPU_MODELS, SMALL_GPU_MODELS
+from tests.gate.models import GPU_MODELS, SMALL_GPU_MODELS
 
 MIB = 2**20
 MODELS = GPU_MODELS | SMALL_GPU_MODELS

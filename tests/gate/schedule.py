@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gate import tpu_inference_v3 as v3
-from tests.gate.shapes import Call, lower_attention
+from tests.gate.calls import Call, lower_attention
 
 MIB = 2**20
 SHAPES = {

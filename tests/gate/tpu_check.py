@@ -57,7 +57,7 @@ def check_kernel(call: Any, mesh: Any, *, tiles: Any = None) -> tuple[int, str]:
 
     from fastgen_jax.plan.program import compile_lowered, lowering_for
     from pallas_kernels.ragged_attention.tpu.call import ragged_attention_tpu
-    from tests.gate.shapes import lower_attention
+    from tests.gate.calls import lower_attention
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -172,7 +172,7 @@ def check_refusal(mesh: Any) -> tuple[int, str]:
     """Tests the gate itself: the compiler must refuse a tile that exceeds VMEM."""
     from fastgen_jax.plan.program import DoesNotCompile
     from pallas_kernels.ragged_attention.tpu.tile_sizes import Tiles
-    from tests.gate.shapes import Call
+    from tests.gate.calls import Call
 
     call = Call(name="too large", num_tokens=64, num_kv_heads=32)
     try:
@@ -188,35 +188,35 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
     Each model's step is compiled over a cache of each of the `kv_dtypes`.
     """
     from fastgen_jax.models.sharding import tensor_mesh
-    from tests.gate import shapes
+    from tests.gate import calls, models
 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     checks["a copied stack of experts is found"] = functools.partial(check_copies_are_found, small)
-    for call in shapes.CALLS:
+    for call in calls.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
     for kv_dtype in kv_dtypes:
-        for model, hf in shapes.MODELS.items():
+        for model, hf in models.MODELS.items():
             name = f"step: {model}" + ("" if kv_dtype == "bfloat16" else f", {kv_dtype} KV")
             if (kind, model) == ("v5e", "Llama-3-70B"):  # 141 GB of weights on eight devices of 16 GiB
                 checks[f"{name} is refused"] = functools.partial(check_step_refused, hf, mesh)
             else:
                 checks[name] = functools.partial(check_step, hf, mesh, kv_dtype=kv_dtype)
     if kind in EXPERT_KINDS:
-        for model, (hf, num_devices) in shapes.EXPERT_MODELS.items():
+        for model, (hf, num_devices) in models.EXPERT_MODELS.items():
             some = tensor_mesh(mesh.devices.flat[:num_devices])
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
-        for model, (hf, num_devices) in shapes.STATE_MODELS.items():
+        for model, (hf, num_devices) in models.STATE_MODELS.items():
             some = tensor_mesh(mesh.devices.flat[:num_devices])
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
-        for model, (name, changes, num_devices) in shapes.SPARSE_MODELS.items():
-            some, hf = tensor_mesh(mesh.devices.flat[:num_devices]), shapes.released(name) | changes
+        for model, (name, changes, num_devices) in models.SPARSE_MODELS.items():
+            some, hf = tensor_mesh(mesh.devices.flat[:num_devices]), models.released(name) | changes
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
-        for model, (name, num_devices) in shapes.IMAGE_MODELS.items():
-            some, images = tensor_mesh(mesh.devices.flat[:num_devices]), shapes.tower_of(model)
+        for model, (name, num_devices) in models.IMAGE_MODELS.items():
+            some, images = tensor_mesh(mesh.devices.flat[:num_devices]), models.tower_of(model)
             checks[f"tower: {model}"] = functools.partial(check_tower, images, small)
             checks[f"step with images: {model} on {num_devices}"] = functools.partial(
-                check_step, shapes.released(name), some, images=images
+                check_step, models.released(name), some, images=images
             )
     return checks
 

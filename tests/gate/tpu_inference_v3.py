@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.gate.shapes import Call
+from tests.gate.calls import Call
 
 SCHEDULES = {"DECODE": "RPAd-", "MIXED": "RPAm-"}  # prefixes of the names of its two kernels
 VERSIONS = {"v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}  # the kernel's generation numbers; it has no tiles for v4

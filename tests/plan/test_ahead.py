@@ -15,7 +15,7 @@ from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
 from fastgen_jax.plan.ahead import resolve_for
 from fastgen_jax.text.grammar import Grammar
-from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B
+from tests.gate.models import LLAMA_3_8B, LLAMA_3_70B
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_of_i
 from fastgen_jax.plan.program import matrix_shapes
 from fastgen_jax.plan.report import Plan, make_plan, table
 from tests.checkpoint.tiny_files import write_gguf
-from tests.gate.shapes import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
+from tests.gate.models import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
 
 VOCAB_OF_EIGHT = 16_064  # rows of Llama 3's embedding on each of eight devices: a multiple of 64
 REFERENCE = Path(__file__).parents[1] / "reference"
