@@ -38,7 +38,7 @@ def shared() -> Iterator[Pipeline]:
         yield pipe
 
 
-@pytest.fixture(params=["greedy", "sampled"])
+@pytest.fixture(params=["greedy", pytest.param("sampled", marks=pytest.mark.slow)])
 def stress(shared, request) -> PipelineStress:
     return PipelineStress(shared, sampled=request.param == "sampled")
 

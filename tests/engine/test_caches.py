@@ -214,6 +214,7 @@ def test_a_disk_that_is_full_in_the_background_causes_the_same_warning(fresh, ca
     assert answer(engine) == expected
 
 
+@pytest.mark.slow
 def test_a_file_in_place_of_the_folder_causes_a_warning(fresh, caplog) -> None:
     (fresh / "file").write_text("")
     expected = answer(start(fresh / "file" / "cache", num_blocks=None))

@@ -220,7 +220,7 @@ MODELS: dict[str, tuple[ModelConfig, int, str | None]] = {
         None,
     ),
 }
-QUICK = ["uneven experts", "Mamba 2"]
+QUICK = ["uneven experts"]
 
 
 @pytest.mark.parametrize(

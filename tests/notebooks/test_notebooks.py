@@ -1,8 +1,8 @@
 """The notebooks run from top to bottom in their own kernel, as they do for a reader.
 
-Four run in the fast suite: the one that needs no model as it is, the others with a tiny checkpoint in place of the
-built-in models. With the real models they take minutes of CPU time, so that is a slow test, and so is the fifth, which
-trains.
+Three run in the fast suite: the one that needs no model as it is, the others with a tiny checkpoint in place of the
+built-in models. With the real models they take minutes of CPU time, so that is a slow test, and so are the other two, of
+which one trains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.serving.checkpoint import write_checkpoint
 
 HOME = Path(__file__).parents[2] / "notebooks"
 WITHOUT_MODEL = HOME / "a_model_family_in_an_hour.ipynb"
-TRAINS = HOME / "rollouts.ipynb"
+SLOW = (HOME / "rollouts.ipynb", HOME / "how_splitfuse_fills_steps.ipynb")
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
 EXECUTE = "tests.notebooks.execute"  # writes the outputs
 OWNER = re.compile(r"(?:github\.com|colab\.research\.google\.com/github)/([\w-]+)/fastgen_jax")
@@ -93,7 +93,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] if path == TRAINS else [], id=path.stem)
+        pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else [], id=path.stem)
         for path in NOTEBOOKS
         if path != WITHOUT_MODEL
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastgen_jax.scheduling import POLICIES, BlockGroups, Request, Scheduler
 from tests.scheduling.fake_device import EOS, VOCAB, drive, make_request, naive_tokens, with_promise
 
-ANY_WORKLOAD = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ANY_WORKLOAD = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 WINDOWS = st.sampled_from([(None,), (None,), (None, 3), (None, 16, 16), (5,), (None, 1, 7), (9, 2)])
 """Sliding windows of cache groups; most models have a single group."""
 

@@ -54,7 +54,7 @@ def worlds(draw: st.DrawFn) -> tuple[Load, ReplicaConfig, int]:
 
 
 @given(world=worlds())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_fast_forward_gives_the_result_of_single_steps_to_the_last_bit(world: tuple[Load, ReplicaConfig, int]) -> None:
     load, config, num_replicas = world
     fast = simulate(load, config, cost, num_replicas=num_replicas)

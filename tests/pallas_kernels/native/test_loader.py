@@ -119,6 +119,7 @@ def test_importing_the_kernels_compiles_nothing_and_starts_no_backend(tmp_path: 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_prefetched_kernels_are_compiled_once_and_load_waits_for_them(tmp_path: Path):
     variables = {"XDG_CACHE_HOME": str(tmp_path), "PALLAS_KERNELS_ISA": "native"}
     assert run("prefetch", **variables) == "['norm', 'rotary'] ['norm', 'rotary'] ()"
@@ -126,6 +127,7 @@ def test_prefetched_kernels_are_compiled_once_and_load_waits_for_them(tmp_path: 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_process_that_ends_leaves_neither_compilers_nor_incomplete_libraries(tmp_path: Path):
     assert run("prefetch", "exit", XDG_CACHE_HOME=str(tmp_path), PALLAS_KERNELS_ISA="native") == ""
     left = {path.suffix for path in (tmp_path / "pallas_kernels" / "native").iterdir()}

@@ -138,6 +138,7 @@ def test_a_library_that_cannot_be_opened_is_replaced_by_a_compiled_one_with_a_wa
     assert origin.startswith("compiled by")
 
 
+@pytest.mark.slow
 def test_without_a_fitting_library_and_a_compiler_xla_is_used(folder: Path):
     change(folder, ffi=[99, 0])
     warning, origin = run("norm_origin", str(folder), "no-compiler").splitlines()
@@ -145,6 +146,7 @@ def test_without_a_fitting_library_and_a_compiler_xla_is_used(folder: Path):
     assert origin.startswith("none: no C++ compiler works")
 
 
+@pytest.mark.slow
 def test_a_kernel_that_xla_refuses_is_replaced_by_a_compiled_one_with_a_warning(folder: Path):
     library = folder / f"{BEST}.so"
     compiler.find_compiler().compile(Path(__file__).with_name("refused.cc"), library, include=(INCLUDE,))

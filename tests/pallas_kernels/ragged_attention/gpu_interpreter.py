@@ -82,10 +82,10 @@ class Case:
 
 QUICK = [
     Case(soft_cap=5.0, sinks=True, pairs=32),
-    Case(generation="ampere", num_kv_heads=1, window=False, sinks=True, stages=3, blocks=2),
 ]
 ALL = [
     *QUICK,
+    Case(generation="ampere", num_kv_heads=1, window=False, sinks=True, stages=3, blocks=2),
     Case(window=False, chunk_keys=128),
     Case(num_kv_heads=1, group=4, head_dim=128, block_size=32, alibi=True, chunk_keys=128, single_keys=128),
     Case(num_kv_heads=3, group=1, block_size=128, dtype="float16", stages=3),

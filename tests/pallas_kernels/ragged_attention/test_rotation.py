@@ -70,7 +70,12 @@ def test_a_rotation_that_does_not_fit_is_refused(rotation: Any, message: str) ->
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_kv_heads", "group", "head_dim", "pairs", "block_size"),
-    [(5, 2, 3, 64, 32, 16), (7, 1, 20, 80, 20, 8), (3, 3, 1, 16, 8, 8), (1, 2, 4, 128, 64, 32)],
+    [
+        (5, 2, 3, 64, 32, 16),
+        (7, 1, 20, 80, 20, 8),
+        pytest.param(3, 3, 1, 16, 8, 8, marks=pytest.mark.slow),
+        pytest.param(1, 2, 4, 128, 64, 32, marks=pytest.mark.slow),
+    ],
 )
 def test_queries_and_keys_are_rotated_and_written_in_the_interpreter(
     num_tokens: int, num_kv_heads: int, group: int, head_dim: int, pairs: int, block_size: int
