@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu_target
-from pallas_kernels.matmul import Float8Weight, Int8Weight, ampere, ampere_support, hopper, hopper_support
+from pallas_kernels.matmul import Float8Weight, ScaledWeight, ampere, ampere_support, hopper, hopper_support
 from pallas_kernels.matmul.hopper_support import GRANULE, sum_of_splits
 from pallas_kernels.matmul.narrow import float8_rows
 
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 def grouped_matmul_gpu(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
@@ -52,7 +52,7 @@ def grouped_matmul_gpu(
     `interpret` is passed to it. Raises ValueError if it does not support `w`.
     """
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
-    stored = w.values.dtype if isinstance(w, Int8Weight | Float8Weight) else w.dtype
+    stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
     is_ampere = gpu_target.generation() == "ampere" if tiles is None else isinstance(tiles, ampere_support.Tiles)
     support = ampere_support if is_ampere else hopper_support
     if not support.fits(w.shape, stored, x.dtype):

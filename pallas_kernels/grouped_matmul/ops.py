@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul.paired import PairedGroups
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
-from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.ops import gated, has_kernel
 
@@ -139,7 +139,7 @@ def _product(
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _plain_product(
     x: jax.Array,
-    w: jax.Array | Int8Weight | Float8Weight,
+    w: jax.Array | ScaledWeight,
     group_sizes: jax.Array,
     first: jax.Array,
     implementation: str | None,
@@ -149,7 +149,7 @@ def _plain_product(
     on_tpu = grouped_matmul_ragged_dot
     if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
         on_tpu = _grouped_matmul_tpu
-    stored = w.values.dtype if isinstance(w, Int8Weight | Float8Weight) else w.dtype
+    stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
     if is_narrowed(x.dtype, stored):
         rows, factors = float16_rows(x)
         return _plain_product(rows, w, group_sizes, first, implementation) * factors
@@ -161,11 +161,11 @@ def _plain_product(
 def _derivative(implementation: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """The derivative of XLA's own grouped product; the loops and kernels do not define one."""
 
-    def product(
-        x: jax.Array, w: jax.Array | Int8Weight | Float8Weight, group_sizes: jax.Array, first: jax.Array
-    ) -> jax.Array:
+    def product(x: jax.Array, w: jax.Array | ScaledWeight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
         if isinstance(w, Int8Weight):
             w = (w.values * w.scales[:, None, :]).astype(x.dtype)
+        elif isinstance(w, Int4Weight):
+            w = w.dequantize().astype(x.dtype)
         return grouped_matmul_ragged_dot(x, w, group_sizes, first)
 
     return jax.jvp(product, primals, tangents)

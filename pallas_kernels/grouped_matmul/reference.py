@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int4Weight, Int8Weight, ScaledWeight
 from pallas_kernels.matmul.weights import unscaled
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def grouped_matmul_reference(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
@@ -24,7 +24,8 @@ def grouped_matmul_reference(
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")  # X for rows past the last group
     # Rows past the last group are multiplied too, by the last weight; their results are replaced by zero.
     index = first_group + jnp.minimum(group, group_sizes.shape[0] - 1)
-    values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
+    w = w.dequantize() if isinstance(w, Int4Weight) else w
+    values = w.values if isinstance(w, ScaledWeight) else w
     values = unscaled(w, values, w.scales) if isinstance(w, Float8Weight) else values
     products = jnp.einsum("te,gef->tgf", x.astype(jnp.float32), values.astype(jnp.float32))
     y = jnp.take_along_axis(products, index[:, None, None], axis=1)[:, 0]

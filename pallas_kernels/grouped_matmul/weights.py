@@ -13,7 +13,15 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aligned import aligned_empty
 from pallas_kernels.grouped_matmul import cpu
-from pallas_kernels.matmul import BlockFormat, BlockWeight, Float8Weight, Int8Weight, quantize_int4, quantize_int8
+from pallas_kernels.matmul import (
+    BlockFormat,
+    BlockWeight,
+    Int8Weight,
+    ScaledWeight,
+    pack_int4,
+    quantize_int4,
+    quantize_int8,
+)
 from pallas_kernels.matmul.blocks import pack, rounds_to_bfloat16
 from pallas_kernels.pytree import pytree, static
 
@@ -69,7 +77,7 @@ class PackedGroups:
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
-GroupedWeight = jax.Array | Int8Weight | Float8Weight | PackedGroups
+GroupedWeight = jax.Array | ScaledWeight | PackedGroups
 
 
 def prepare(
@@ -84,7 +92,7 @@ def prepare(
 
     On a CPU with native kernels this is `PackedGroups`, in bfloat16 if `w` is bfloat16 and otherwise in float32.
     Elsewhere it is the unchanged array, or an `Int8Weight`. Int8 is rounded to nearest, with one scale per group and
-    output column. Int4 is `quantize_int4` of each group, for native CPU kernels only. `BlockGroups` keep their bits there,
+    output column. Int4 is `quantize_int4` of each group, elsewhere as an `Int4Weight`. `BlockGroups` keep their bits there,
     and elsewhere become an array of `dtype`.
 
     Args:
@@ -115,9 +123,10 @@ def prepare(
     packed = platform == "cpu" and cpu.available()
     whole = jnp.float32 if dtype is None else dtype
     if quantize == "int4":
-        if not packed:
-            raise ValueError("quantize='int4' needs the native kernels of a CPU, which are not available; use 'int8'")
         w = _quantized(np.asarray(w))
+        if not packed:
+            each = [pack_int4(w.read(group)) for group in range(w.shape[0])]
+            return jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *each)
     if isinstance(w, BlockGroups):
         return _packed_blocks(w, gated=gated, dtype=whole) if packed else _dequantized(w, whole)
     if isinstance(w, Int8Weight):

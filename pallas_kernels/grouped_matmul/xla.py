@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import Float8Weight, Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int4Weight, Int8Weight, ScaledWeight
 from pallas_kernels.matmul.weights import unscaled
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
 def grouped_matmul_ragged_dot(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
@@ -28,7 +29,10 @@ def grouped_matmul_ragged_dot(
     are copied out first.
     """
     count = group_sizes.shape[0]
-    values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
+    if isinstance(w, Int4Weight):
+        parts = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, first_group, count), w)
+        return grouped_matmul_ragged_dot(x, parts.dequantize().astype(x.dtype), group_sizes, jnp.int32(0))
+    values = w.values if isinstance(w, ScaledWeight) else w
     if values.shape[0] != count:
         values = jax.lax.dynamic_slice_in_dim(values, first_group, count)
     if isinstance(w, Float8Weight):
@@ -40,7 +44,7 @@ def grouped_matmul_ragged_dot(
 
 def grouped_matmul_tiles(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:
@@ -56,7 +60,6 @@ def grouped_matmul_tiles(
     group_ends = jnp.cumsum(group_sizes)
     tiles = (group_sizes + tile - 1) // tile  # of each group
     tile_ends = jnp.cumsum(tiles)
-    values = w.values if isinstance(w, Int8Weight | Float8Weight) else w
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         group = jnp.searchsorted(tile_ends, i, side="right")
@@ -64,9 +67,13 @@ def grouped_matmul_tiles(
         first = end - group_sizes[group] + (i - (tile_ends[group] - tiles[group])) * tile
         start = jnp.minimum(first, num_rows - tile)  # the last tile is shifted back to end with the rows
         rows = jax.lax.dynamic_slice_in_dim(x, start, tile)
-        weight = jax.lax.dynamic_index_in_dim(values, first_group + group, keepdims=False)
-        if isinstance(w, Float8Weight):
-            weight = unscaled(w, weight, jax.lax.dynamic_index_in_dim(w.scales, first_group + group, keepdims=False))
+        weight = jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=first_group + group, keepdims=False), w)
+        if isinstance(weight, Int4Weight):
+            weight = weight.dequantize()
+        elif isinstance(weight, Float8Weight):
+            weight = unscaled(weight, weight.values, weight.scales)
+        elif isinstance(weight, Int8Weight):
+            weight = weight.values
         y = jax.lax.dot(rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
         if has_scales(w):
             y = y * jax.lax.dynamic_index_in_dim(w.scales, first_group + group)
@@ -86,7 +93,7 @@ def has_scales(w: object) -> TypeGuard[Int8Weight | Float8Weight]:
 
 def scaled_rows(
     y: Float[Array, "T F"],
-    w: Float[Array, "G E F"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
 ) -> Float[Array, "T F"]:

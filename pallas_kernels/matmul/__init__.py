@@ -6,14 +6,16 @@ scale for every few inputs. A `PairedWeight` is differentiable and has the produ
 """
 
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
+from pallas_kernels.matmul.division import Division
+from pallas_kernels.matmul.int4 import INT4_ROWS, Int4Weight, pack_int4
 from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import (
     FLOAT8_BLOCK,
-    Division,
     Float8Weight,
     Int8Weight,
     PackedWeight,
+    ScaledWeight,
     Weight,
     prepare,
     quantize_float8,
@@ -24,17 +26,21 @@ __all__ = [
     "BLOCK_SIZES",
     "FLOAT8_BLOCK",
     "INT4_BLOCK",
+    "INT4_ROWS",
     "BlockFormat",
     "BlockWeight",
     "Division",
     "Float8Weight",
+    "Int4Weight",
     "Int8Weight",
     "PackedWeight",
     "PairedWeight",
+    "ScaledWeight",
     "Weight",
     "concatenate",
     "gated",
     "linear",
+    "pack_int4",
     "pair",
     "prepare",
     "quantize_float8",

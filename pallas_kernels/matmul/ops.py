@@ -12,9 +12,11 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
 from pallas_kernels.matmul import ampere_support, cpu, hopper_support
+from pallas_kernels.matmul.division import Division
+from pallas_kernels.matmul.int4 import Int4Weight
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Division, Float8Weight, Int8Weight, PackedWeight, Weight, unscaled
+from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -52,12 +54,7 @@ def linear(
         return _packed(x, w, residual, num_rows).astype(out_dtype)
     if isinstance(w, PairedWeight):
         return _paired(x, w, residual, num_rows).astype(out_dtype)
-    if (
-        gpu_target.is_gpu()
-        and not isinstance(w, Int8Weight | Float8Weight)
-        and x.dtype == out_dtype
-        and x.dtype.itemsize == 2
-    ):
+    if gpu_target.is_gpu() and not isinstance(w, ScaledWeight) and x.dtype == out_dtype and x.dtype.itemsize == 2:
         # A GPU's library sums in float32, adds the residual, and rounds once. XLA would have it write float32, and launch
         # kernels that convert the residual before and the result after it. Without the barrier XLA would also have it add a
         # bias and apply an activation, and then copy the layer's weight out of the stack for it.
@@ -90,13 +87,13 @@ def swiglu(
     return gated(_product(x, w), shards).astype(x.dtype)
 
 
-def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[Int8Weight | Float8Weight]:
+def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None) -> TypeGuard[ScaledWeight]:
     """Whether `linear` reads this weight [K, N], or one layer of this stack [L, K, N], where it is; see `at_layer`.
 
     If not, a slice of the layer is the better operand: XLA may fuse it. `dtype` is that of the activations; `division` is
     how the weight is divided, if the program is one of several devices.
     """
-    if not isinstance(w, Int8Weight | Float8Weight):
+    if not isinstance(w, ScaledWeight):
         return False
     if division is None:
         return has_kernel(w.shape, w.values.dtype, dtype)
@@ -127,9 +124,9 @@ def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
         raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]")
 
 
-def _product(x: jax.Array, w: jax.Array | Int8Weight | Float8Weight) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array | ScaledWeight) -> jax.Array:
     """float32[..., N]"""
-    if not isinstance(w, Int8Weight | Float8Weight):
+    if not isinstance(w, ScaledWeight):
         if is_narrowed(x.dtype, w.dtype):
             rows, factors = float16_rows(x)
             return _dot(rows, w) * factors
@@ -146,11 +143,13 @@ def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Arra
     return jax.lax.dot_general(x, w, contract_last_with_first, preferred_element_type=dtype)
 
 
-def _scaled_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+def _scaled_product(x: jax.Array, w: ScaledWeight) -> jax.Array:
     """With a `Float8Weight`, activations are not rounded."""
-    values, scales = w.values, w.scales
     if w.layer is not None:
-        values, scales = (jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False) for part in (values, scales))
+        w = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False), replace(w, layer=None))
+    if isinstance(w, Int4Weight):
+        return _dot(x, w.dequantize().astype(x.dtype))
+    values, scales = w.values, w.scales
     if isinstance(w, Float8Weight):
         values = unscaled(w, values, scales)
         if w.in_blocks:
@@ -158,19 +157,20 @@ def _scaled_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
     return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
 
 
-def _divided_product(x: jax.Array, w: Int8Weight | Float8Weight, division: Division) -> jax.Array:
+def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.Array:
     mesh, axis, of_inputs = division
     lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
-    of_values = (axis, None) if of_inputs != isinstance(w, Float8Weight) else (None, axis)
+    of_matrix = (axis, None) if of_inputs else (None, axis)
+    of_values = of_matrix[::-1] if isinstance(w, Float8Weight) else of_matrix
+    # Scales of blocks of inputs are divided like the inputs.
+    of_scales = of_matrix if w.scales.ndim == w.values.ndim else of_matrix[1:]
     parts = replace(
-        w,
+        jax.tree.map(lambda _: PartitionSpec(*layers, *of_scales), replace(w, division=None)),
         values=PartitionSpec(*layers, *of_values),  # pyright: ignore[reportArgumentType]
-        scales=PartitionSpec(*layers, None if of_inputs else axis),  # pyright: ignore[reportArgumentType]
         layer=None if w.layer is None else PartitionSpec(),  # pyright: ignore[reportArgumentType]
-        division=None,
     )
 
-    def local(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+    def local(x: jax.Array, w: ScaledWeight) -> jax.Array:
         y = _product(x, w)
         return jax.lax.psum(y, axis) if of_inputs else y
 
@@ -184,7 +184,7 @@ def _divided_product(x: jax.Array, w: Int8Weight | Float8Weight, division: Divis
     return run(x, replace(w, division=None))
 
 
-def _product_in_place(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+def _product_in_place(x: jax.Array, w: ScaledWeight) -> jax.Array:
     """On a GPU, by a kernel that is imported on first use: it loads Pallas."""
     if w.layer is None:
         w = replace(w, values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
@@ -194,6 +194,7 @@ def _product_in_place(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
 
         y = ampere.multiply(rows, w)
     else:
+        assert not isinstance(w, Int4Weight), "it has no kernel"
         from pallas_kernels.matmul import hopper
 
         y = hopper.multiply(rows, w)

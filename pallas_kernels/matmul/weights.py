@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_dtypes import float8_e4m3fn
 
 from pallas_kernels.matmul import blocks, cpu
 from pallas_kernels.matmul.blocks import BlockFormat, BlockWeight
+from pallas_kernels.matmul.division import Division
+from pallas_kernels.matmul.int4 import Int4Weight, pack_int4
 from pallas_kernels.matmul.narrow import LARGEST_FLOAT8
 from pallas_kernels.pytree import pytree, static
 
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 _LARGEST = 127
 FLOAT8_BLOCK = 128
 """Inputs of a `Float8Weight` that have a scale of their own, if it is in blocks."""
-
-
-class Division(NamedTuple):
-    """How a weight is divided over the devices of a mesh: each has a share of its inputs or of its outputs."""
-
-    mesh: Mesh
-    axis: str
-    of_inputs: bool
 
 
 @pytree
@@ -144,7 +137,9 @@ class PackedWeight:
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
 
-Weight = jax.Array | Int8Weight | Float8Weight | PackedWeight
+ScaledWeight = Int8Weight | Int4Weight | Float8Weight
+"""Weights of 8 or 4 bits with scales, for accelerators."""
+Weight = jax.Array | ScaledWeight | PackedWeight
 
 
 def prepare(
@@ -160,8 +155,8 @@ def prepare(
     On a CPU with native kernels this is a `PackedWeight`, in bfloat16 if `w` is bfloat16 and otherwise in float32. If the
     CPU multiplies bfloat16 (AVX512_BF16), activations are rounded to bfloat16 before they are multiplied by a bfloat16
     or int8 weight. Elsewhere it is the unchanged array, or an `Int8Weight`. Int8 is rounded to nearest, with one scale per
-    output column; the error of a weight is at most half a scale, max|column| / 254. Int4 is `quantize_int4`, for native CPU
-    kernels only. A `BlockWeight` keeps its bits there, and elsewhere becomes an array of `dtype`.
+    output column; the error of a weight is at most half a scale, max|column| / 254. Int4 is `quantize_int4`, elsewhere
+    as an `Int4Weight`. A `BlockWeight` keeps its bits there, and elsewhere becomes an array of `dtype`.
 
     Args:
       w: [K, N], floating point or already quantized; when `gated`, [K, 2F] with gate columns before up columns.
@@ -188,9 +183,10 @@ def prepare(
 
     packed = platform == "cpu" and cpu.ensure_loaded()
     if quantize == "int4":
+        small = blocks.quantize_int4(np.asarray(w))
         if not packed:
-            raise ValueError("quantize='int4' needs the native kernels of a CPU, which are not available; use 'int8'")
-        return _packed_blocks(blocks.quantize_int4(np.asarray(w)), gated=gated, dtype=dtype or jnp.float32)
+            return jax.tree.map(jnp.asarray, pack_int4(small))
+        return _packed_blocks(small, gated=gated, dtype=dtype or jnp.float32)
     if isinstance(w, BlockWeight):
         whole = jnp.float32 if dtype is None else dtype
         return _packed_blocks(w, gated=gated, dtype=whole) if packed else jnp.asarray(w.dequantize(), whole)

@@ -122,8 +122,6 @@ def test_blocks_that_one_call_cannot_read_are_refused():
     groups = _groups(64, 6, 32, *FORMATS[0])
     with pytest.raises(ValueError, match=r"in blocks already, so quantize must be None, not 'int8'"):
         prepare(groups, quantize="int8", platform="cpu")
-    with pytest.raises(ValueError, match="native kernels of a CPU"):
-        prepare(np.ones((2, 32, 4), np.float32), quantize="int4", platform="tpu")
 
 
 @needs_native
@@ -131,3 +129,14 @@ def test_groups_of_different_formats_are_refused():
     weights = [random_blocks(64, 6, 32, *form) for form in (FORMATS[0], FORMATS[3])]
     with pytest.raises(ValueError, match=r"group 1 is .*int8.*, but that of group 0 is .*uint4.*one kernel call"):
         prepare(BlockGroups(shape=(2, 64, 6), read=lambda group: weights[group]), platform="cpu")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiles", "ragged_dot"])
+def test_int4_of_other_platforms_is_the_product_with_its_matrices(implementation):
+    w = np.random.default_rng(0).standard_normal((2 * GROUPS, 64, 96), np.float32)
+    plain = np.stack([quantize_int4(each).dequantize() for each in w])
+    got, wanted = (
+        grouped_matmul(_x(64), weight, SIZES, first_group=GROUPS, implementation=implementation)
+        for weight in (prepare(w, quantize="int4", platform="gpu"), jnp.asarray(plain))
+    )
+    np.testing.assert_array_equal(got, wanted)
