@@ -119,14 +119,14 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         num_devices=target.num_devices,
     )
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
-    bytes_per_weight = jnp.dtype(formats.dtype).itemsize
-    weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize, platform=platform)
+    itemsize = jnp.dtype(formats.dtype).itemsize
+    weights = footprint.weight_bytes(model, num_devices, itemsize, quantize=formats.quantize, platform=platform)
     config = resolve(replace(choices, formats=formats), model, machine=machine, weights=weights)
     budgets = config.budget_ladder
     if choices.token_budget is None:
         cost = ladder.cost_model(
             model,
-            bytes_per_weight=1 if formats.quantize else bytes_per_weight,
+            bytes_per_weight=footprint.bytes_of_most(formats.dtype, formats.quantize, platform),
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
@@ -208,7 +208,7 @@ def _compile(
         attention=config.choices.attention,
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
-        has_int8_weights=config.quantize == "int8",
+        has_int8_weights=config.quantize in ("int8", "int4"),
         work=work,
         device=devices[0],
     )
