@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from fastgen_jax.checkpoint.quantized import split_settings
 from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
@@ -72,6 +73,11 @@ def compile_ahead(
     target = parse_topology(topology)
     if described.quantize is not None:
         choices = replace(choices, quantize="int8")
+    if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
+        raise ValueError(
+            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and their form, on which programs depend, "
+            "is known when its files are read; start the engine on the device itself, or use quantize='int8'"
+        )
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
     shown = images_from_hf(described.config, {}) if choices.images else None
     if shown is not None:
