@@ -29,21 +29,26 @@ class Tiles:
     depth: int = DEPTH
 
 
-def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+def supported(
+    shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None, divided: bool = False
+) -> bool:
     """Whether the program is for Amperes, and the kernel supports activations of `dtype` and weights [G, K, N].
 
-    `divided` as for `hopper_support.supported`.
+    `size` and `divided` as for `hopper_support.supported`.
     """
     if gpu_target.generation() != "ampere" or jax_versions.too_old(jax_versions.AMPERE_PRODUCT):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if not divided and not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
         return False
-    return fits(shape, stored, dtype)
+    return fits(shape, stored, dtype, size=size)
 
 
-def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
-    """Whether weights [G, K, N] have whole steps and aligned rows, in dtypes that the kernel multiplies."""
+def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None) -> bool:
+    """Whether weights [G, K, N] have whole steps and aligned rows, in dtypes that the kernel multiplies.
+
+    `size` as for `hopper_support.fits`.
+    """
     if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8):
         return False
     return shape[-2] % DEPTH == 0 and shape[-1] % 16 == 0
