@@ -123,7 +123,7 @@ def modeled(
       blocks: how many thread blocks the device runs at the same time; None: the multiprocessors of the target.
     """
     depth, num_columns = shape[-2:]
-    bits = _bits(stored)
+    bits = bits_of(stored)
     blocks = blocks or gpu_target.multiprocessors() or MULTIPROCESSORS
     step = depth_of(stored, depth)
     steps = depth // step
@@ -150,10 +150,10 @@ def _stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
         return 2 * DEPTH * (rows + 2 * columns)
     # Of int4 at most two scales and two offsets of an output, in float32.
     factors = 2 * columns * 2 * 2 * 4 if stored == INT4 else 0
-    return 2 * DEPTH * rows + 2 * DEPTH * columns * _bits(stored) // 8 + factors
+    return 2 * DEPTH * rows + 2 * DEPTH * columns * bits_of(stored) // 8 + factors
 
 
-def _bits(stored: DTypeLike) -> int:
+def bits_of(stored: DTypeLike) -> int:
     """Of a weight."""
     return 4 if stored == INT4 else 8 * jnp.dtype(stored).itemsize
 

@@ -192,7 +192,7 @@ def _product_in_place(x: jax.Array, w: ScaledWeight) -> jax.Array:
     if w.layer is None:
         w = replace(jax.tree.map(lambda part: part[None], w), layer=jnp.int32(0))
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, Int8Weight) and gpu_target.generation() == "ampere":
+    if isinstance(w, Int8Weight | Int4Weight) and gpu_target.generation() == "ampere":
         from pallas_kernels.matmul import ampere
 
         y = ampere.multiply(rows, w)
