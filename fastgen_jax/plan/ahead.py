@@ -75,7 +75,7 @@ def compile_ahead(
         choices = replace(choices, quantize="int8")
     if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
         raise ValueError(
-            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and their form, on which programs depend, "
+            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and programs depend on their form, which "
             "is known when its files are read; start the engine on the device itself, or use quantize='int8'"
         )
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
