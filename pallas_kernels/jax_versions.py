@@ -29,6 +29,9 @@ AMPERE_KERNEL = (0, 12)
 MERGE_KERNEL = (0, 12)
 """As the kernel for Ampere, the one that merges the results of attention stores from registers to memory."""
 
+WIDE_KERNEL = (0, 12)
+"""The same for the attention kernel for heads wider than 256."""
+
 WRITE_KERNEL = (0, 12)
 """The kernel that rotates and writes keys has been compiled and tested from here on."""
 

@@ -17,7 +17,7 @@ from fastgen_jax.models.heads import heads_of, latent_heads_of, layer_rotates, q
 from fastgen_jax.models.kept_keys import keep, kept
 from fastgen_jax.models.layer_kinds import NO_WINDOW
 from fastgen_jax.models.layers import project
-from fastgen_jax.models.mla import expand_values
+from fastgen_jax.models.mla import expand_values, latents_of
 from fastgen_jax.models.sparse import attend_to_chosen
 from fastgen_jax.models.step import LayerCall, Step, take_rows
 from fastgen_jax.models.weight_spec import LayerWeights
@@ -116,6 +116,7 @@ def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) ->
         soft_cap=config.attention_soft_cap,
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
+        latents=latents_of(config.mla),
     )
 
 

@@ -18,7 +18,7 @@ from fastgen_jax.models.cache_groups import CacheGroups
 from fastgen_jax.models.cache_rows import for_share
 from fastgen_jax.models.chunks import in_chunks, num_chunk_rows
 from fastgen_jax.models.config import ModelConfig
-from pallas_kernels.ragged_attention import RaggedIndex, plan_layers
+from pallas_kernels.ragged_attention import Latents, RaggedIndex, plan_layers
 from pallas_kernels.ragged_attention.quantized import Cache
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -108,6 +108,7 @@ def planned(
     num_heads: int,
     num_blocks: int,
     num_devices: int,
+    latents: Latents | None,
     implementation: str | None,
     independent_pieces: bool,
 ) -> LayerKinds:
@@ -123,6 +124,7 @@ def planned(
             num_heads=num_heads,
             num_blocks=num_blocks * sharing,
             packed=kv_cache.v is None,
+            latents=latents,
             implementation=implementation,
             independent_pieces=independent_pieces,
         )

@@ -8,7 +8,7 @@ value that begins with c:
     queries  [k_up' q | q_rot]   of H heads     cached  [c | r], one head     result  v_up (sum of p c)
 
 The cache keeps [c | r] as key and as value: twice what MLA needs, but far less than the expanded heads would. In models with
-an indexer the value is [c | index key] instead; see `sparse`.
+an indexer the value is [c | index key] instead; see `sparse`. Kernels that know of latents read one of the two.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, PairedGroups, grouped_matmul
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.pytree import pytree
+from pallas_kernels.ragged_attention import Latents
 from pallas_kernels.rotary import rotate
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 _NORM_EPS = 1e-6  # for the norms of latents, regardless of the model's other norms
+
+
+def latents_of(config: MLAConfig | None) -> Latents | None:
+    """What attention is told of keys and values that are parts of the same rows."""
+    return None if config is None else Latents(key_dim=config.kv_rank + config.rope_dim, value_dim=config.kv_rank)
 
 
 def latent_heads(

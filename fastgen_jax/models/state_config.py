@@ -71,7 +71,7 @@ class DeltaNet:
     value_dim: int
     width: int  # of the convolution, in tokens
     activation: Activation = "silu"  # after the convolution
-    tile: int = 1  # columns of kept inputs are filled up with zeros to a multiple of it; see `divided_state`
+    tile: int = 1  # mix_gates and kept inputs are filled up with columns of zeros to a multiple of it; see `divided_state`
 
 
 StateConfig = ShortConv | Mamba2 | DeltaNet

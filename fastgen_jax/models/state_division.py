@@ -81,8 +81,9 @@ def state_sources(name: str, size: int, state: StateConfig, num_devices: int, pl
         found.append(columns)
         start += width
     wide = divided_state(state, num_devices, platform)
-    if isinstance(wide, Mamba2) and name == "mix_in" and wide.in_dim % wide.tile:
-        found.append(np.full(-wide.in_dim % wide.tile, size))
+    if not isinstance(wide, ShortConv) and name == ("mix_in" if isinstance(wide, Mamba2) else "mix_gates"):
+        fill = -sum(map(len, found)) % wide.tile
+        found += [np.full(fill, size)] if fill else []
     return found
 
 

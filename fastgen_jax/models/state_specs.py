@@ -39,7 +39,9 @@ def state_specs(embed_dim: int, state: StateConfig) -> Iterator[WeightSpec]:
         h, values = state.num_heads, state.num_heads * state.value_dim
         channels = 2 * state.num_key_heads * state.key_dim + values
         yield matrix("mix_in", (e, channels + values), ("E", "inner"), parts=(channels, values))
-        yield matrix("mix_gates", (e, 2 * h), ("E", "heads"), parts=(h, h), never_quantized=_GATES)
+        fill = -2 * h % state.tile
+        gates = (h, h, fill) if fill else (h, h)
+        yield matrix("mix_gates", (e, sum(gates)), ("E", "heads"), parts=gates, never_quantized=_GATES)
         yield conv("conv", (state.width, channels))
         yield _out(values, e)
         yield from _decays(h)

@@ -179,7 +179,7 @@ def _delta_net(
     assert gates is not None
     h, k, dk, dv = state.num_heads, state.num_key_heads, state.key_dim, state.value_dim
     num_tokens, dtype, channels = y.shape[0], y.dtype, 2 * state.num_key_heads * state.key_dim + h * dv
-    b, a = jnp.split(gates, 2, axis=-1)
+    b, a = gates[:, :h], gates[:, h : 2 * h]
     mixed, states = _conv(y, 0, w, states, layer, state.activation)
     q, key, value = jnp.split(mixed, (k * dk, 2 * k * dk), axis=-1)
     q, key = (part.reshape(num_tokens, k, dk) for part in (q, key))

@@ -25,6 +25,7 @@ from fastgen_jax.models.layer_kinds import (
     with_readers,
     within_chunks,
 )
+from fastgen_jax.models.mla import latents_of
 from fastgen_jax.models.rope import Rotation, rotation
 from fastgen_jax.models.sharding import divide_heads
 from fastgen_jax.models.sparse import attended_in_full, check_kv_dtype, indexer_of
@@ -141,7 +142,8 @@ def prepare_step(
     attend_rotates = False
     if has_blocks:
         num_heads, of_device = local.num_heads // num_devices, cache_of_device(kv_cache, num_devices)
-        attend_rotates = rotates_while_writing(of_device, num_heads, packed=kv_cache.v is None, implementation=kernel)
+        if config.mla is None:
+            attend_rotates = rotates_while_writing(of_device, num_heads, packed=kv_cache.v is None, implementation=kernel)
         kinds = planned(
             kinds,
             kv_cache,
@@ -149,6 +151,7 @@ def prepare_step(
             num_heads=num_heads,
             num_blocks=num_blocks,
             num_devices=num_devices,
+            latents=latents_of(config.mla),
             implementation=kernel,
             independent_pieces=independent_pieces,
         )

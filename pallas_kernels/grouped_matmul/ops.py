@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.grouped_matmul import cpu, tpu_support
+from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.grouped_matmul.paired import PairedGroups
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
-from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight
+from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight, tpu_support
 from pallas_kernels.matmul.int4 import size_of
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.ops import gated, has_kernel
@@ -70,9 +70,10 @@ def grouped_matmul(
         all layers' weights.
       out_dtype: dtype of the result; None means the dtype of x.
       implementation: a key of `IMPLEMENTATIONS`. None picks the fastest for the platform that the program is lowered
-        for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles and the program is for
-        one device or inside a shard_map; on GPUs of compute capability 8.x and 9.0 it is ours if w consists of whole tiles;
-        elsewhere it is a loop over tiles of rows. `PackedGroups` have a single implementation.
+        for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles, or an `Int4Weight` in
+        whole tiles, and the program is for one device or inside a shard_map; on GPUs of compute capability 8.x and 9.0 it
+        is ours if w consists of whole tiles; elsewhere it is a loop over tiles of rows. `PackedGroups` have a single
+        implementation.
 
     Raises:
       ValueError: a shape or dtype is invalid, or the implementation is unknown.
@@ -147,9 +148,12 @@ def _plain_product(
 ) -> jax.Array:
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
-    on_tpu = grouped_matmul_ragged_dot
-    if w.shape[0] != group_sizes.shape[0] and tpu_support.supports(w.shape) and tpu_support.may_be_lowered():
-        on_tpu = _grouped_matmul_tpu
+    if isinstance(w, Int4Weight):
+        ours = tpu_support.multiplies(w, w.shape)
+    else:
+        is_stack = w.shape[0] != group_sizes.shape[0]
+        ours = is_stack and tpu_support.supports(w.shape) and tpu_support.may_be_lowered()
+    on_tpu = _grouped_matmul_tpu if ours else grouped_matmul_ragged_dot
     stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
     if is_narrowed(x.dtype, stored):
         rows, factors = float16_rows(x)

@@ -14,7 +14,6 @@ Source: MegaBlocks (arXiv:2211.15841).
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,77 +21,44 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.tpu_support import LANES
 from pallas_kernels.grouped_matmul.xla import scaled_rows
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Int4Weight, Int8Weight
+from pallas_kernels.matmul.tpu import Work, multiply_items, tiles_of
+from pallas_kernels.matmul.tpu_support import LANES, fits_int4
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_WEIGHT_TILE_BYTES = 2 << 20  # two are in flight: copies of a few MiB come close to the full memory bandwidth
-_SUBLANES = 16  # rows of a bfloat16 tile; a float32 tile has 8
-
 
 def grouped_matmul_tpu(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight,
+    w: Float[Array, "G E F"] | Int8Weight | Int4Weight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
     tile_rows: int | None = None,
+    narrow: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T F"]:
     """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
 
-    If `tile_rows` is None, it is chosen from the number of rows. `interpret` is passed to `pl.pallas_call`.
+    If `tile_rows` is None, it is chosen from the number of rows. `narrow` and `interpret` as for `multiply_items`. Raises
+    ValueError if the kernel does not support an `Int4Weight`.
     """
-    values = w.values if isinstance(w, Int8Weight) else w
-    num_rows, depth = x.shape
-    num_columns = values.shape[2]
-    rows = tile_rows or _tile_rows(num_rows, group_sizes.shape[0])
-    tile_depth, tile_columns = _weight_tile(depth, num_columns, values.dtype.itemsize)
-    row_tiles = pl.cdiv(num_rows, rows)
-    work, num_work = _plan(group_sizes, rows=rows, row_tiles=row_tiles)
-
-    def x_block(column, item, k, group, tile, *_):
-        return tile[item], k
-
-    def w_block(column, item, k, group, tile, starts, ends, first):
-        return first[0] + group[item], k, column
-
-    def out_block(column, item, k, group, tile, *_):
-        return tile[item], column
-
-    out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, num_parts=depth // tile_depth),
-        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(work) + 1,
-            grid=(pl.cdiv(num_columns, tile_columns), num_work, depth // tile_depth),
-            in_specs=[
-                pl.BlockSpec((rows, tile_depth), x_block),
-                pl.BlockSpec((pl.squeezed, tile_depth, tile_columns), w_block),
-            ],
-            out_specs=pl.BlockSpec((rows, tile_columns), out_block),
-            scratch_shapes=[pltpu.VMEM((rows, tile_columns), jnp.float32)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * num_rows * depth * num_columns,
-            bytes_accessed=group_sizes.shape[0] * depth * num_columns * values.dtype.itemsize
-            + num_rows * (depth * x.dtype.itemsize + 4 * num_columns),
-            transcendentals=0,
-        ),
-        interpret=interpret,
-        name="grouped_matmul",
-    )(*work, jnp.reshape(first_group, (1,)), x, values)
-    return scaled_rows(out, w, group_sizes, first_group)  # tiles without a row of any group were not written
+    if isinstance(w, Int4Weight) and not fits_int4(w, w.shape):
+        raise ValueError(
+            f"implementation='tpu' multiplies with int4 weights [G, E, F] if E is a multiple of 64, F of {LANES}, and 32, "
+            f"64, 128 or 256 inputs share a float32 scale, but w is {list(w.shape)} and {w.size} share one of "
+            f"{w.scales.dtype}; pass implementation='tiles'"
+        )
+    num_rows, num_groups = x.shape[0], group_sizes.shape[0]
+    tiles = tiles_of(w, num_rows=num_rows, num_groups=num_groups, itemsize=x.dtype.itemsize, tile_rows=tile_rows)
+    work = _plan(group_sizes, rows=tiles.rows, row_tiles=pl.cdiv(num_rows, tiles.rows))
+    y = multiply_items(x, w, work, first_group, tiles=tiles, narrow=narrow, interpret=interpret)
+    return scaled_rows(y, w, group_sizes, first_group)  # tiles without a row of any group were not written
 
 
-def _plan(
-    group_sizes: jax.Array, *, rows: int, row_tiles: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(group and row tile of each work item; first row and end of each group), and the number of work items."""
+def _plan(group_sizes: jax.Array, *, rows: int, row_tiles: int) -> Work:
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
@@ -102,49 +68,4 @@ def _plan(
     item = jnp.arange(row_tiles + num_groups - 1)
     group = jnp.minimum(jnp.searchsorted(work_ends, item, side="right"), num_groups - 1).astype(jnp.int32)
     tile = first_tile[group] + item - (work_ends[group] - tiles[group])
-    return (group, jnp.minimum(tile, row_tiles - 1), starts, ends), work_ends[-1]
-
-
-def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num_parts: int) -> None:
-    del first  # x [rows, depth], w [depth, columns], out and sums [rows, columns]
-    item, part = pl.program_id(1), pl.program_id(2)
-
-    @pl.when(part == 0)
-    def _() -> None:
-        sums[...] = jnp.zeros_like(sums)
-
-    exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
-    sums[...] += jax.lax.dot(
-        x[...],
-        w[...].astype(x.dtype),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-    )
-
-    @pl.when(part == num_parts - 1)
-    def _() -> None:
-        row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
-        mine = (row >= starts[group[item]]) & (row < ends[group[item]])
-        first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
-        # Before the first group writes to the tile, its memory is uninitialized.
-        out[...] = jnp.where(mine, sums[...], jnp.where(first_of_tile, 0.0, out[...]))
-
-
-def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows per tile: about one group's share, so that few rows are wasted; in [16, 512]."""
-    share = -(-num_rows // num_groups)
-    wanted = min(max(1 << (share - 1).bit_length(), _SUBLANES), 512)
-    return min(wanted, -(-num_rows // _SUBLANES) * _SUBLANES)
-
-
-def _weight_tile(depth: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """(depth, columns) of a tile of the weights: a divisor of the depth, and as many columns as the size allows."""
-    widths = [width for width in (512, 256, LANES) if width <= columns] or [columns]
-    for width in widths:
-        if depth * width * itemsize <= _WEIGHT_TILE_BYTES:  # the whole depth: tiles of one group share the weights
-            return depth, width
-    width = widths[0]
-    fitting = [
-        part for part in range(LANES, depth, LANES) if depth % part == 0 and part * width * itemsize <= _WEIGHT_TILE_BYTES
-    ]
-    return (fitting[-1] if fitting else depth), width
+    return Work(group=group, tile=jnp.minimum(tile, row_tiles - 1), starts=starts, ends=ends, num_items=work_ends[-1])

@@ -125,7 +125,8 @@ def prepare(
     if quantize == "int4":
         w = _quantized(np.asarray(w))
         if not packed:
-            each = [pack_int4(w.read(group)) for group in range(w.shape[0])]
+            kind = np.float32 if platform == "tpu" else None
+            each = [pack_int4(w.read(group), scale_dtype=kind) for group in range(w.shape[0])]
             return jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *each)
     if isinstance(w, BlockGroups):
         return _packed_blocks(w, gated=gated, dtype=whole) if packed else _dequantized(w, whole)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target
-from pallas_kernels.matmul import ampere_support, cpu, hopper_support
+from pallas_kernels.matmul import ampere_support, cpu, hopper_support, tpu_support
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import Int4Weight, size_of
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
@@ -96,11 +96,12 @@ def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None
     if not isinstance(w, ScaledWeight):
         return False
     if division is None:
-        return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w))
+        return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w)) or tpu_support.multiplies(w, w.shape)
     *layers, inputs, outputs = w.shape
     share = division.mesh.size
     shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
-    return has_kernel(shape, w.values.dtype, dtype, size=size_of(w), divided=True)
+    of_gpu = has_kernel(shape, w.values.dtype, dtype, size=size_of(w), divided=True)
+    return of_gpu or tpu_support.multiplies(w, shape, divided=True)
 
 
 def has_kernel(
@@ -136,6 +137,8 @@ def _product(x: jax.Array, w: jax.Array | ScaledWeight) -> jax.Array:
         return _dot(x, w)
     if w.division is not None:
         return _divided_product(x, w, w.division)
+    if tpu_support.multiplies(w, w.shape):
+        return jax.lax.platform_dependent(x, w, tpu=_product_on_tpu, default=_scaled_product)
     if not has_kernel(w.shape, w.values.dtype, x.dtype, size=size_of(w)):
         return _scaled_product(x, w)
     return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_scaled_product)
@@ -200,6 +203,16 @@ def _product_in_place(x: jax.Array, w: ScaledWeight) -> jax.Array:
         from pallas_kernels.matmul import hopper
 
         y = hopper.multiply(rows, w)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _product_on_tpu(x: jax.Array, w: Int4Weight) -> jax.Array:
+    """By a kernel that is imported on first use: it loads Pallas."""
+    from pallas_kernels.matmul import tpu
+
+    if w.layer is None:
+        w = replace(jax.tree.map(lambda part: part[None], w), layer=jnp.int32(0))
+    y = tpu.multiply(x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], -1)
 
 

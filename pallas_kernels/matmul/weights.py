@@ -185,7 +185,9 @@ def prepare(
     if quantize == "int4":
         small = blocks.quantize_int4(np.asarray(w))
         if not packed:
-            return jax.tree.map(jnp.asarray, pack_int4(small))
+            # float16 is not a dtype of TPUs.
+            kind = np.float32 if platform == "tpu" else None
+            return jax.tree.map(jnp.asarray, pack_int4(small, scale_dtype=kind))
         return _packed_blocks(small, gated=gated, dtype=dtype or jnp.float32)
     if isinstance(w, BlockWeight):
         whole = jnp.float32 if dtype is None else dtype

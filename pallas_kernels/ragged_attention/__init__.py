@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.ragged_attention import contract
-from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, Plans, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.arguments import Attention, CacheLayer, Latents, Plans, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.cpu.call import ragged_attention_cpu
 from pallas_kernels.ragged_attention.derivative import with_derivative
@@ -39,6 +39,7 @@ __all__ = [
     "SPAN_QUERIES",
     "Attention",
     "CacheLayer",
+    "Latents",
     "QuantizedCache",
     "RaggedIndex",
     "Scoring",
@@ -108,7 +109,8 @@ def ragged_attention(
         supports the cache (float32, bfloat16 or 8 bits, rows of a multiple of 128, B a power of two of at least 8, 16 or
         128);
         "gpu" on a GPU of compute capability 9.0 or 8.x (bfloat16, float16 or 8 bits, D a multiple of 16 up to 256, B a
-        power of two); both with a new enough jax; otherwise "xla". If "xla" is chosen on such a device, the log says why.
+        power of two; on 9.0 also some larger D, see `gpu.support`); both with a new enough jax; otherwise "xla". If "xla" is
+        chosen on such a device, the log says why.
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in
@@ -141,7 +143,7 @@ def ragged_attention(
         kernels["cpu"] = IMPLEMENTATIONS["cpu"]
     if _runs_on_tpu(k_cache, index):
         kernels["tpu"] = IMPLEMENTATIONS["tpu"]
-    if v_cache is not None and _runs_on_gpu(k_cache, q.shape[1]):
+    if v_cache is not None and _runs_on_gpu(k_cache, q.shape[1], scoring.latents):
         kernels["cuda"] = _ragged_attention_gpu
     best = partial(jax.lax.platform_dependent, **kernels, default=IMPLEMENTATIONS["xla"])
     return with_derivative(best)(*operands)
@@ -156,6 +158,7 @@ def plan_layers(
     num_heads: int,
     num_blocks: int,
     packed: bool = False,
+    latents: Latents | None = None,
     implementation: str | None = None,
     independent_pieces: bool = False,
 ) -> list[RaggedIndex]:
@@ -168,6 +171,7 @@ def plan_layers(
       windows: the sliding window of each kind of layer.
       num_tokens, num_heads, num_blocks: T, H and N of later calls.
       packed: whether later calls have no v_cache.
+      latents: `Scoring.latents` of later calls.
       implementation: as for `ragged_attention`.
       independent_pieces: whether a GPU's kernel divides a long context by its own length alone. Else the number of pieces,
         and with it the rounding, depends on the other sequences, so that there are always about enough for the device.
@@ -179,7 +183,7 @@ def plan_layers(
     index = indices[0]
     if implementation == "tpu" or (implementation is None and _runs_on_tpu(k_cache, index)):
         from pallas_kernels.ragged_attention.tpu.call import plan_tpu
-    if implementation == "gpu" or (implementation is None and not packed and _runs_on_gpu(k_cache, num_heads)):
+    if implementation == "gpu" or (implementation is None and not packed and _runs_on_gpu(k_cache, num_heads, latents)):
         from pallas_kernels.ragged_attention.gpu.call import plan_gpu
     if plan_tpu is None and plan_gpu is None:
         return list(indices)
@@ -189,7 +193,7 @@ def plan_layers(
     if plan_tpu is not None and not same:
         tpu += [plan_tpu(k_cache, other, tpu[0], packed=packed, **shape) for other in indices[1:]]
     gpu = [
-        None if plan_gpu is None else plan_gpu(k_cache, i, window, independent=independent_pieces, **shape)
+        None if plan_gpu is None else plan_gpu(k_cache, i, window, independent=independent_pieces, latents=latents, **shape)
         for i, window in zip(indices, windows, strict=True)
     ]
     # Without the barrier XLA moves parts of a plan into every layer.
@@ -225,12 +229,12 @@ def _runs_on_tpu(k_cache: Cache, index: RaggedIndex) -> bool:
     return reason is None
 
 
-def _runs_on_gpu(k_cache: Cache, num_heads: int) -> bool:
+def _runs_on_gpu(k_cache: Cache, num_heads: int, latents: Latents | None = None) -> bool:
     """Whether the program may be lowered for a GPU, and its kernel supports the cache; the log says why not."""
     generation = gpu_target.generation()
     if generation is None:
         return False
-    reason = gpu_support.unsupported(k_cache, num_heads, generation)
+    reason = gpu_support.unsupported(k_cache, num_heads, generation, latents=latents)
     if reason is not None:
         _warn_once("GPU", reason)
     return reason is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -62,6 +63,20 @@ class CacheLayer:
         return jnp.asarray(self.number, jnp.int32) * self.num_blocks
 
 
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Keys and values that are parts of the same rows, as in multi-head latent attention.
+
+    The caller is responsible for it: implementations may read values from either cache.
+    """
+
+    key_dim: int
+    """From this number on, q, k and the cache of keys are zero."""
+    value_dim: int
+    """Values are the first so many numbers of their keys. Only so many numbers of a result count, the others are any finite
+    ones."""
+
+
 @pytree
 class Scoring:
     """How the dot product of a query and a key becomes a score."""
@@ -78,6 +93,8 @@ class Scoring:
     """float32; one additional logit per head that receives probability but has no value."""
     rotation: tuple[Float[Array, "T P"], Float[Array, "T P"]] | None = None
     """Cosines and sines, float32, with which q and k are rotated first, as by `rotary.rotate`; None: no rotation."""
+    latents: Latents | None = static(default=None)
+    """None: keys and values are of their own."""
 
 
 Results: TypeAlias = tuple[jax.Array, Cache, Cache | None]

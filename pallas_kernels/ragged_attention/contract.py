@@ -142,6 +142,12 @@ def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
         _require_int32("sliding_window", sliding_window)
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap is {soft_cap} but must be positive and finite; None leaves the scores uncapped")
+    latents = scoring.latents
+    if latents is not None and not 1 <= latents.value_dim <= latents.key_dim <= head_dim:
+        raise ValueError(
+            f"latents have key_dim={latents.key_dim} and value_dim={latents.value_dim}, but must have "
+            f"1 <= value_dim <= key_dim <= D = {head_dim}: values are the first numbers of their keys"
+        )
     for name, array in {"alibi_slopes": scoring.alibi_slopes, "sinks": scoring.sinks}.items():
         if array is not None:
             _require_shape(name, array, (num_heads,), "[H]")

@@ -24,6 +24,7 @@ class Call:
     extras: bool = False  # ALiBi slopes and sinks
     dtype: str = "bfloat16"
     kv_dtype: str | None = None  # None: dtype
+    latents: tuple[int, int] | None = None  # key_dim and value_dim, if values are parts of their keys
     packed: bool = False  # keys and values share rows of the cache, as with heads of 64 on a TPU
 
 
@@ -70,7 +71,7 @@ def lower_attention(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring
+    from pallas_kernels.ragged_attention import CacheLayer, Latents, QuantizedCache, RaggedIndex, Scoring
     from pallas_kernels.ragged_attention.quantized import is_quantized
 
     dtype, kv_dtype, i32, f32 = jnp.dtype(call.dtype), jnp.dtype(call.kv_dtype or call.dtype), jnp.int32, jnp.float32
@@ -90,7 +91,8 @@ def lower_attention(
     extras = {name: array((call.num_heads,), f32) for name in ("alibi_slopes", "sinks") if call.extras}
 
     def program(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, index: Any, extras: dict[str, Any]) -> Any:
-        scoring = Scoring(scale=0.1, sliding_window=call.window, soft_cap=call.soft_cap, **extras)
+        latents = None if call.latents is None else Latents(key_dim=call.latents[0], value_dim=call.latents[1])
+        scoring = Scoring(scale=0.1, sliding_window=call.window, soft_cap=call.soft_cap, latents=latents, **extras)
         return attention(q, k, v, k_cache, v_cache, index, CacheLayer(number=0, num_blocks=num_blocks), scoring)
 
     lowered = jax.jit(program, donate_argnums=(3, 4)).lower(q, new, new, *caches, index, extras)

@@ -70,6 +70,16 @@ GPU_CALLS = (
     Call(name="window alone", num_tokens=512, window=1024),
     Call(name="int8 KV, D=64, B=64", num_tokens=512, head_dim=64, block_size=64, kv_dtype="int8"),
 )
+WIDE_CALLS = (
+    Call(name="latents, 16 query heads", num_tokens=512, num_heads=16, num_kv_heads=1, head_dim=576, latents=(576, 512)),
+    Call(name="latents, 128 query heads", num_tokens=128, num_heads=128, num_kv_heads=1, head_dim=576, latents=(576, 512)),
+    Call(name="latents of 640", num_tokens=64, num_heads=128, num_kv_heads=1, head_dim=640, latents=(576, 512)),
+    Call(name="latents of 288", num_tokens=512, num_heads=40, num_kv_heads=1, head_dim=288, latents=(288, 256)),
+    Call(name="heads of 512", num_tokens=512, num_heads=32, num_kv_heads=4, head_dim=512),
+    Call(name="heads of 512, window, B=128", num_tokens=512, num_kv_heads=8, head_dim=512, block_size=128, window=1024),
+    Call(name="heads of 512, cap, ALiBi, sinks", num_tokens=512, head_dim=512, window=1024, soft_cap=50.0, extras=True),
+    Call(name="heads of 384, 3 query heads", num_tokens=512, num_heads=24, num_kv_heads=8, head_dim=384),
+)
 AMPERE_CALLS = [call for call in GPU_CALLS if call.kv_dtype != "float8_e4m3fn"]
 MIXED = next(call for call in CALLS if call.name == "mixed 2k, 64 sequences")
 
@@ -328,7 +338,7 @@ def main() -> int:
         print(f"gpu-compile-check SKIPPED: {error}")
         return 0
     checks: dict[str, Callable[[], tuple[int, list[Kernel], str]]] = {
-        f"H100 attention: {call.name}": functools.partial(check_kernel, call, h100) for call in GPU_CALLS
+        f"H100 attention: {call.name}": functools.partial(check_kernel, call, h100) for call in (*GPU_CALLS, *WIDE_CALLS)
     }
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
     checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)

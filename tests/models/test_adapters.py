@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,15 @@ def test_each_row_has_the_change_of_its_adapter(packed: bool):
                 [a["x"][row] @ a["down"][:, i, adapter] @ a[f"up{i}"][adapter] for i in range(len(WIDTHS))]
             )
         np.testing.assert_allclose(got[row], want, atol=2e-4)
+
+
+def test_columns_that_fill_a_weight_up_are_not_changed():
+    a = arrays()
+    adapted = weight(a, packed=False)
+    wide = dataclasses.replace(adapted, weight=jnp.pad(jnp.asarray(a["w"]), ((0, 0), (0, 5))))
+    got, want = (adapted_linear(jnp.asarray(a["x"]), w) for w in (wide, adapted))
+    np.testing.assert_allclose(got[:, : sum(WIDTHS)], want, atol=1e-5)  # float32 sums, in an order that the width may change
+    assert not got[:, sum(WIDTHS) :].any()
 
 
 def test_unused_rows_of_the_sampled_ones_have_no_adapter():

@@ -20,10 +20,11 @@ FAMILIES = ("granitemoehybrid", "qwen3_next")
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_what_states_keep_on_a_tpu_fills_whole_rows_of_each_device(num_devices: int) -> None:
-    mamba = open_checkpoint(folder("granitemoehybrid", "default")).config
-    assert isinstance(mamba.state, Mamba2)
-    config = dataclasses.replace(mamba, state=dataclasses.replace(mamba.state, num_heads=mamba.state.num_heads * 2))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_states_keep_on_a_tpu_fills_whole_rows_of_each_device(family: str, num_devices: int) -> None:
+    config = open_checkpoint(folder(family, "default")).config
+    assert isinstance(config.state, Mamba2 | DeltaNet)
+    config = dataclasses.replace(config, state=dataclasses.replace(config.state, num_heads=config.state.num_heads * 2))
     wide = divided(config, num_devices, "tpu")
     assert divided(config, num_devices).state == divided(config, num_devices, "gpu").state
     assert state_shapes(wide, "tpu").of_layer["recent"][1] % (128 * num_devices) == 0
@@ -37,7 +38,7 @@ def test_what_states_keep_on_a_tpu_fills_whole_rows_of_each_device(num_devices: 
         axes = range(-len(spec.shape), 0)
         filled = divided_array(spec, np.ones(spec.shape), config, num_devices, axes=axes, fill=0, platform="tpu")
         assert filled.shape == shape
-        if name == "mix_in":
+        if name == ("mix_in" if isinstance(config.state, Mamba2) else "mix_gates"):
             assert shape[-1] % (128 * num_devices) == 0
             assert shape[-1] > spec.shape[-1]
             assert (filled[:, spec.shape[-1] :] == 0).all()
@@ -58,7 +59,7 @@ def test_states_that_are_filled_up_for_a_tpu_compute_the_same(family: str) -> No
     for name, spec in param_specs(config)["layers"].items():
         axes = range(-len(spec.shape), 0)
         leaf = np.asarray(params["layers"][name])
-        if name == "mix_in":
+        if name in ("mix_in", "mix_gates"):
             leaf = divided_array(spec, leaf, config, 1, axes=axes, fill=0, platform="tpu")
         layers[name] = jnp.asarray(leaf)
     tokens, logits, prompt = expected(family, "default")

@@ -167,7 +167,7 @@ class _Block:
         rows = min(spec.keys, spec.block_size)
         for j, (block, offset) in enumerate(blocks_of(tile, i, refs, spec)):
             for kind in ("k", "v"):
-                source = refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)]
+                source = refs[f"{kind}_cache"].at[block, tile.kv_head, pl.ds(offset, rows)]
                 self.copy(source, refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)], "full", slot)
 
     def copy(self, source: Ref, target: Ref, barrier: str, slot: jax.Array | None = None) -> None:
@@ -195,7 +195,7 @@ class _Block:
         ((block, offset),) = blocks_of(tile, i, refs, spec)  # all keys of a step are in one block
         for part in range(0, spec.keys, DEQUANTIZED_ROWS):
             rows = pl.ds(part, DEQUANTIZED_ROWS)
-            scales = refs[f"{kind}_scales"].at[block, tile.head, pl.ds(offset + part, DEQUANTIZED_ROWS)]
+            scales = refs[f"{kind}_scales"].at[block, tile.kv_head, pl.ds(offset + part, DEQUANTIZED_ROWS)]
             dequantize(numbers.at[rows], scales, refs[f"{kind}_operand"].at[rows], spec, by_way_of=jnp.float32)
         return refs[f"{kind}_operand"]
 

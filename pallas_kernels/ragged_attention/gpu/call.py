@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.pallas_types import Ref
-from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.gpu import ampere, hopper, merge, support, write
+from pallas_kernels.ragged_attention.arguments import CacheLayer, Latents, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, hopper_wide, merge, support, write
 from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
@@ -55,7 +55,6 @@ def ragged_attention_gpu(
     used. `interpret` is passed to `plgpu.kernel`. Raises ValueError if `support.unsupported` returns a reason.
     """
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, _, _ = k_cache.shape
     call = _Call.of(
         k_cache,
         index,
@@ -70,13 +69,13 @@ def ragged_attention_gpu(
     plan = index.plans.gpu if index.plans is not None else None
     if plan is None:
         plan = call.plan(index, scoring)
-    group, dtype = call.group, call.pieces.dtype
+    group, num_kv_heads, dtype = call.group, call.num_kv_heads, call.pieces.dtype
     # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
     num_rows = num_tokens * group + max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
     assert v_cache is not None, "packed caches are refused before"
     number = jnp.asarray(layer.number, jnp.int32).reshape(1)
     can_rotate = bool(interpret) or jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
-    if scoring.rotation is not None and can_rotate and not isinstance(k_cache, QuantizedCache):
+    if scoring.rotation is not None and can_rotate and call.pieces.parts == 1 and not isinstance(k_cache, QuantizedCache):
         assert not isinstance(v_cache, QuantizedCache), "both caches have one dtype"
         queries, k_cache, v_cache = write.rotate_and_write(
             q,
@@ -99,9 +98,10 @@ def ragged_attention_gpu(
         queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
         queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
         queries = jnp.pad(queries, ((0, 0), (0, num_rows - num_tokens * group), (0, 0)))
+    queries = queries[..., : call.pieces.head_dim]
 
     operands = {"tables": index.block_tables, "layer": number}
-    for name, cache in (("k", k_cache), ("v", v_cache)):
+    for name, cache in (("k", k_cache), *([] if call.pieces.values_in_keys else [("v", v_cache)])):
         if isinstance(cache, QuantizedCache):
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
         else:
@@ -115,10 +115,15 @@ def ragged_attention_gpu(
 
     partial, lse = launch_tiles(plan.pieces, queries, call.pieces)
     rows = None if plan.chunks is None else launch_tiles(plan.chunks, queries, call.chunks)[0]  # [tiles, K, R, D]
-    if merge.supports(group, head_dim, interpreted=bool(interpret)):
+
+    def of_heads_of(out: jax.Array) -> jax.Array:
+        out = out.reshape(*q.shape[:2], call.pieces.value_dim)
+        return jnp.pad(out, ((0, 0), (0, 0), (0, head_dim - call.pieces.value_dim)))
+
+    if merge.supports(group, call.pieces.value_dim, interpreted=bool(interpret)):
         blocks = call.tiles.blocks * merge.BLOCKS
         out = merge.merge(partial, lse, rows, plan.merge, group=group, dtype=q.dtype, blocks=blocks, interpret=interpret)
-        return out.reshape(q.shape), k_cache, v_cache
+        return of_heads_of(out), k_cache, v_cache
     most = most_pieces(index.block_tables.shape[0], num_kv_heads, call.tiles)
     first_row = index.query_starts[:-1] * group % GRANULE
     single = combine(partial, lse, plan.first_piece, plan.num_pieces, first_row, group=group, most=most)
@@ -127,10 +132,10 @@ def ragged_attention_gpu(
         head = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :]
         first = (plan.tile[:, None] * num_kv_heads + head) * call.chunks.rows + plan.row[:, None]
         at = first[:, :, None] + jnp.arange(group, dtype=jnp.int32)[None, None, :]  # [T, K, G]
-        chunk = rows.reshape(-1, head_dim)[at].astype(q.dtype)
+        chunk = rows.reshape(-1, call.pieces.value_dim)[at].astype(q.dtype)
         out = jnp.where(plan.is_single[:, None, None, None], out, chunk)
     out = jnp.where(plan.is_used[:, None, None, None], out, jnp.zeros((), q.dtype))
-    return out.reshape(q.shape), k_cache, v_cache
+    return of_heads_of(out), k_cache, v_cache
 
 
 def plan_gpu(
@@ -142,12 +147,13 @@ def plan_gpu(
     num_heads: int,
     num_blocks: int,
     independent: bool = False,
+    latents: Latents | None = None,
 ) -> GpuPlan:
     """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read.
 
     `independent` as for `plan_pieces`.
     """
-    scoring = Scoring(scale=1.0, sliding_window=window)
+    scoring = Scoring(scale=1.0, sliding_window=window, latents=latents)
     call = _Call.of(k_cache, index, scoring, num_tokens=num_tokens, num_heads=num_heads, num_blocks=num_blocks)
     return call.plan(index, scoring, independent=independent)
 
@@ -161,7 +167,7 @@ class _Call:
     pieces: Spec
     chunks: Spec
     num_tokens: int
-    num_kv_heads: int
+    num_kv_heads: int  # as the kernels see them: with the `parts` of each
 
     @property
     def group(self) -> int:
@@ -182,11 +188,16 @@ class _Call:
     ) -> _Call:
         """Raises ValueError if `support.unsupported` returns a reason."""
         _, num_kv_heads, block_size, head_dim = k_cache.shape
+        latents = scoring.latents if head_dim > support.MAX_HEAD_DIM else None
         generation = generation or gpu_target.generation() or "hopper"
-        reason = support.unsupported(k_cache, num_heads, generation, interpreted=interpreted)
+        reason = support.unsupported(k_cache, num_heads, generation, latents=scoring.latents, interpreted=interpreted)
         if reason:
             raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
-        body, group = BODIES[generation], num_heads // num_kv_heads
+        group, parts = num_heads // num_kv_heads, 1
+        is_wide = head_dim > support.MAX_HEAD_DIM
+        body = hopper_wide if is_wide else BODIES[generation]
+        if is_wide and (divided := support.parts_of(group)):
+            group, parts = group // divided, divided
         if tiles is None:
             shape = Shape(
                 num_heads=num_heads,
@@ -197,7 +208,7 @@ class _Call:
                 num_sequences=index.block_tables.shape[0],
                 dtype=jnp.dtype(k_cache.dtype).name,
             )
-            tiles = choose(shape, generation)
+            tiles = choose(shape, generation, latents=latents)
         # 8-bit numbers are multiplied as bfloat16.
         dtype = jnp.dtype(jnp.bfloat16) if isinstance(k_cache, QuantizedCache) else k_cache.dtype
 
@@ -205,7 +216,10 @@ class _Call:
             rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
             return Spec(
                 group=group,
-                head_dim=head_dim,
+                head_dim=head_dim if latents is None else latents.key_dim,
+                value_dim=head_dim if latents is None else latents.value_dim,
+                parts=parts,
+                values_in_keys=latents is not None,
                 block_size=block_size,
                 rows=rows,
                 rows_in=rows_in,
@@ -229,7 +243,7 @@ class _Call:
             pieces=spec_for(partial=True, keys=tiles.single_keys, stages=tiles.single_stages),
             chunks=spec_for(partial=False, keys=tiles.chunk_keys, stages=tiles.chunk_stages),
             num_tokens=num_tokens,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=num_kv_heads * parts,
         )
 
     def plan(self, index: RaggedIndex, scoring: Scoring, *, independent: bool = False) -> GpuPlan:
@@ -254,11 +268,11 @@ def launch(
     body: ModuleType, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: object
 ) -> Sequence[jax.Array]:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
-    num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1]
+    num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1] * spec.parts
     spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
     names = ["work", *operands, "out"]
     shape = (num_tiles, num_kv_heads, spec.rows_out)
-    results = [jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.float32 if spec.partial else spec.dtype)]
+    results = [jax.ShapeDtypeStruct((*shape, spec.value_dim), jnp.float32 if spec.partial else spec.dtype)]
     if spec.partial:
         names.append("lse")
         results.append(jax.ShapeDtypeStruct(shape, jnp.float32))

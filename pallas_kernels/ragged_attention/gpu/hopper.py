@@ -54,10 +54,15 @@ def _warpgroups(spec: Spec) -> int:
 STAGED = 2  # 8-bit steps in shared memory that have not been dequantized yet
 
 
-def _tiled(spec: Spec, itemsize: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def tiled_rows(spec: Spec, itemsize: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The shared-memory layout of rows [D], with the widest swizzle that divides a row."""
-    swizzle = next(width for width in (128, 64, 32) if (itemsize * spec.head_dim) % width == 0)
+    swizzle = swizzle_of(itemsize * spec.head_dim)
     return plgpu.TilingTransform((GRANULE, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def swizzle_of(row_bytes: int) -> int:
+    """The widest swizzle that divides a row."""
+    return next(width for width in (128, 64, 32) if row_bytes % width == 0)
 
 
 def shared_bytes(spec: Spec) -> int:
@@ -69,7 +74,7 @@ def shared_bytes(spec: Spec) -> int:
 
 def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in every warpgroup of the block; `refs` holds the operands and results by name (see `gpu.launch`)."""
-    tiled, warpgroups = _tiled(spec, 2), _warpgroups(spec)
+    tiled, warpgroups = tiled_rows(spec, 2), _warpgroups(spec)
     q_shape = (warpgroups, WARPGROUP_ROWS, spec.head_dim)
     ring = (spec.stages, spec.keys, spec.head_dim)
     arrivals = 1 if spec.quantized else spec.copies  # the dequantizing warpgroup arrives once, or each copy does
@@ -85,29 +90,30 @@ def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
     }
     if spec.quantized:
         for kind in ("k", "v"):
-            values = plgpu.SMEM((STAGED, *ring[1:]), spec.cache_dtype, transforms=_tiled(spec, 1))
+            values = plgpu.SMEM((STAGED, *ring[1:]), spec.cache_dtype, transforms=tiled_rows(spec, 1))
             scratch |= {f"{kind}_staged": values, f"{kind}_factors": plgpu.SMEM((STAGED, spec.keys), jnp.float32)}
         scratch["staged"] = plgpu.Barrier(num_arrivals=4 * spec.copies, num_barriers=STAGED)
     if warpgroups > 1:
         scratch["turn"] = plgpu.Barrier(num_arrivals=warpgroups)
     if spec.partial:
         scratch |= {
-            "out_buffer": plgpu.SMEM(q_shape, jnp.float32, transforms=_tiled(spec, 4)),
+            "out_buffer": plgpu.SMEM(q_shape, jnp.float32, transforms=tiled_rows(spec, 4)),
             "lse_buffer": plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         }
 
     def body(*allocated: Ref) -> None:
-        _Block(refs | dict(zip(scratch, allocated, strict=True)), spec).run()
+        Block(refs | dict(zip(scratch, allocated, strict=True)), spec, warpgroups=warpgroups).run()
 
     pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
 
 
-class _Block:
+class Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Ref], spec: Spec) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec, *, warpgroups: int) -> None:
         self.refs, self.spec = refs, spec
-        self.warpgroup, self.warpgroups = lax.axis_index("warpgroup"), _warpgroups(spec)
+        self.warpgroup, self.warpgroups = lax.axis_index("warpgroup"), warpgroups
+        self.kinds = ("k",) if spec.values_in_keys else ("k", "v")
 
     def run(self) -> None:
         @pl.when(self.warpgroup < self.warpgroups)
@@ -143,7 +149,7 @@ class _Block:
                 self.stage(tile, n, blocks)
                 pl.when(n > 0)(lambda: self.dequantize(n - 1))
                 return
-            for kind in ("k", "v"):
+            for kind in self.kinds:
                 pl.when(n >= self.spec.stages)(lambda kind=kind: self.await_free(n, kind))
                 self.fetch(tile, n, kind, blocks)
 
@@ -151,8 +157,8 @@ class _Block:
 
     def await_last_reads(self, num_steps: jax.Array) -> None:
         def step(n: jax.Array, _: None) -> None:
-            self.await_free(n, "k")
-            self.await_free(n, "v")
+            for kind in self.kinds:
+                self.await_free(n, kind)
 
         lax.fori_loop(jnp.maximum(num_steps - self.spec.stages, 0), num_steps, step, None)
 
@@ -160,9 +166,11 @@ class _Block:
         slot = lax.rem(n, jnp.int32(self.spec.stages))
         rows = min(self.spec.keys, self.spec.block_size)
         for j, (block, offset) in enumerate(blocks):
+            cache, buffer = self.refs[f"{kind}_cache"], self.refs[f"{kind}_buffer"]
+            columns = [pl.ds(0, buffer.shape[-1])] if buffer.shape[-1] < cache.shape[-1] else []
             plgpu.copy_gmem_to_smem(
-                self.refs[f"{kind}_cache"].at[block, tile.head, pl.ds(offset, rows)],
-                self.refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)],
+                cache.at[block, tile.kv_head, pl.ds(offset, rows), *columns],
+                buffer.at[slot, pl.ds(j * rows, rows)],
                 self.refs[f"{kind}_full"].at[slot],
             )
 
@@ -174,7 +182,7 @@ class _Block:
             for kind in ("k", "v"):
                 for source, target in (("cache", "staged"), ("scales", "factors")):
                     plgpu.copy_gmem_to_smem(
-                        refs[f"{kind}_{source}"].at[block, tile.head, pl.ds(offset, rows)],
+                        refs[f"{kind}_{source}"].at[block, tile.kv_head, pl.ds(offset, rows)],
                         refs[f"{kind}_{target}"].at[slot, pl.ds(j * rows, rows)],
                         refs["staged"].at[slot],
                     )

@@ -47,8 +47,11 @@ def rows_of_query(group: int) -> int:
 class Spec:
     """The static properties of a kernel."""
 
-    group: int  # G
-    head_dim: int  # D
+    group: int  # G, or a part of it; see `parts`
+    head_dim: int  # D, without what is zero in all keys
+    value_dim: int  # numbers of a value and of a result
+    parts: int = 1  # into which the query heads of a KV head are divided; each is computed as if it had its own KV head
+    values_in_keys: bool = False  # values are the first numbers of their keys
     block_size: int  # B, a power of two
     rows: int  # rows of a tile
     rows_in: int  # rows of queries that are read, at least `rows` or `rows_out`
@@ -84,10 +87,11 @@ class Tile:
     """A tile and a head, with the tile's entry in the work list."""
 
     def __init__(self, refs: dict[str, Ref], spec: Spec, ordinal: jax.Array) -> None:
-        num_kv_heads = refs["k_cache"].shape[1]
+        num_kv_heads = refs["k_cache"].shape[1] * spec.parts
         # The heads of a tile, whose keys are adjacent, are processed at the same time.
         self.index = lax.div(ordinal, jnp.int32(num_kv_heads))
         self.head = ordinal - self.index * num_kv_heads
+        self.kv_head = self.head if spec.parts == 1 else lax.div(self.head, jnp.int32(spec.parts))  # of the cache
         self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
         self.first_block = refs["layer"][0] * spec.num_blocks
         self.first, self.end = self.columns[FIRST], self.columns[END]
@@ -103,7 +107,7 @@ def for_each_tile(refs: dict[str, Ref], spec: Spec, work: Callable[[Tile, jax.Ar
     """
     block, blocks = lax.axis_index("block"), spec.blocks
     num_tiles = refs["work"][refs["work"].shape[0] - 1, 0]
-    num_pairs = num_tiles * refs["k_cache"].shape[1]
+    num_pairs = num_tiles * refs["k_cache"].shape[1] * spec.parts
 
     def tile(i: jax.Array, steps_before: jax.Array) -> jax.Array:
         tile = Tile(refs, spec, block + i * blocks)

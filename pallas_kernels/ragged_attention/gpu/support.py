@@ -5,44 +5,55 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels import jax_versions
+from pallas_kernels.ragged_attention.arguments import Latents
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
 CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn)
 QUANTIZED_BLOCK = 64  # minimum tokens per block of an 8-bit cache: the number of rows that are dequantized together
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of kernels whose warpgroups have all columns of a row
+MAX_KEY_DIM, MAX_VALUE_DIM = 576, 512  # of those for wider heads: what fits into Hopper's shared memory and registers
 MAX_GROUP = 120  # a tile has up to 128 rows, and begins at a multiple of 8
 AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads per KV head, otherwise 128
 # If D is above 128, the float32 results of 128 rows exceed Hopper's shared memory and Ampere's registers.
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
 
 
-def unsupported(k_cache: Cache, num_heads: int, generation: str, *, interpreted: bool = False) -> str | None:
+WIDE_ROWS = 64  # query heads that a tile has room for if D exceeds MAX_HEAD_DIM
+MAX_PARTS = 4  # of the query heads of a KV head, each of which reads all keys
+
+
+def unsupported(
+    k_cache: Cache, num_heads: int, generation: str, *, latents: Latents | None = None, interpreted: bool = False
+) -> str | None:
     """Why the kernel of a generation does not support this jax or this cache, with the remedy; None if it does.
 
     The Pallas interpreter can run both kernels with every jax that can compile one of them.
     """
-    if reason := beyond_limits(k_cache, num_heads, generation) or jax_versions.too_old(jax_versions.GPU_KERNELS):
+    reason = beyond_limits(k_cache, num_heads, generation, latents=latents)
+    if reason := reason or jax_versions.too_old(jax_versions.GPU_KERNELS):
         return reason
+    is_wide = k_cache.shape[-1] > MAX_HEAD_DIM
+    if is_wide and not interpreted and (reason := jax_versions.too_old(jax_versions.WIDE_KERNEL)):
+        return f"of heads wider than {MAX_HEAD_DIM} {reason}"
     if generation == "ampere" and not interpreted and (reason := jax_versions.too_old(jax_versions.AMPERE_KERNEL)):
         return f"of GPUs of compute capability 8 {reason}"
     return None
 
 
-def beyond_limits(k_cache: Cache, num_heads: int, generation: str) -> str | None:
+def beyond_limits(k_cache: Cache, num_heads: int, generation: str, *, latents: Latents | None = None) -> str | None:
     """Why the kernel of a generation does not support this cache, with the remedy; None if it does."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     if k_cache.dtype not in CACHE_DTYPES:
         names = "bfloat16, float16, int8 and float8_e4m3fn"
         return f"supports {names} caches but k_cache has dtype {k_cache.dtype}; store bfloat16"
-    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
-        return (
-            f"supports head dimensions that are multiples of 16 up to {MAX_HEAD_DIM} but D is {head_dim}; "
-            "pad q, k, v and the cache with zeros"
-        )
+    if head_dim % 16:
+        return f"supports head dimensions that are multiples of 16 but D is {head_dim}; pad q, k, v and the cache with zeros"
     if block_size < 8 or block_size & (block_size - 1):
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
     if isinstance(k_cache, QuantizedCache):
         return _quantized_unsupported(k_cache, num_heads // num_kv_heads, generation)
+    if head_dim > MAX_HEAD_DIM:
+        return _wide_unsupported(head_dim, num_heads // num_kv_heads, generation, latents)
     if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
         needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
@@ -50,6 +61,39 @@ def beyond_limits(k_cache: Cache, num_heads: int, generation: str) -> str | None
     most = _most_wide(group, generation) if head_dim > 128 else MAX_GROUP
     if group > most:
         return f"supports up to {most} query heads per KV head where D is {head_dim} but there are {group}"
+    return None
+
+
+def _wide_unsupported(head_dim: int, group: int, generation: str, latents: Latents | None) -> str | None:
+    if generation != "hopper":
+        return f"of GPUs of compute capability 8 supports D up to {MAX_HEAD_DIM} but D is {head_dim}"
+    if parts_of(group) is None:
+        return (
+            f"supports up to {WIDE_ROWS} query heads per KV head where D is {head_dim}, or a multiple of at most "
+            f"{MAX_PARTS} times such a number, but there are {group}"
+        )
+    if latents is None:
+        if head_dim % 128 or head_dim > MAX_VALUE_DIM:
+            return f"supports D up to {MAX_HEAD_DIM}, and multiples of 128 up to {MAX_VALUE_DIM}, but D is {head_dim}"
+        return None
+    key_dim, value_dim = latents.key_dim, latents.value_dim
+    columns = next((width for width in (64, 32, 16) if key_dim % width == 0), None)  # adjacent in shared memory
+    if columns is None or key_dim > MAX_KEY_DIM or value_dim % (2 * 64) or value_dim > min(key_dim, MAX_VALUE_DIM):
+        return (
+            f"supports latents with keys of a multiple of 16 up to {MAX_KEY_DIM} and values of a multiple of 128 up to "
+            f"{MAX_VALUE_DIM} numbers but they have {key_dim} and {value_dim}"
+        )
+    return None
+
+
+def parts_of(group: int) -> int | None:
+    """Into how many parts the query heads of a KV head are divided if D exceeds MAX_HEAD_DIM, so that a tile has room for
+    each; None if they cannot be."""
+    for parts in range(1, MAX_PARTS + 1):
+        # A tile begins at a granule, up to 7 rows before its first head.
+        most = WIDE_ROWS if group // parts % 8 == 0 or 8 % (group // parts or 1) == 0 else WIDE_ROWS - 7
+        if group % parts == 0 and group // parts <= most:
+            return parts
     return None
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 
 from pallas_kernels import gpu_target
-from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT
+from pallas_kernels.ragged_attention.arguments import Latents
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, MAX_HEAD_DIM
 from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
 from pallas_kernels.ragged_attention.quantized import is_quantized
 
@@ -40,7 +41,7 @@ GENERATIONS = {
 }
 
 
-def choose(shape: Shape, generation: str) -> GpuTiles:
+def choose(shape: Shape, generation: str, *, latents: Latents | None = None) -> GpuTiles:
     """The tiles measured for the target GPU and this class of shapes, or modeled tiles if there are none."""
     kind = gpu_target.device_kind()
     group = shape.num_heads // shape.num_kv_heads
@@ -51,11 +52,18 @@ def choose(shape: Shape, generation: str) -> GpuTiles:
         generation,
         quantized=is_quantized(shape.dtype),
         multiprocessors=gpu_target.multiprocessors(),
+        latents=latents,
     )
 
 
 def modeled(
-    head_dim: int, group: int, generation: str, *, quantized: bool = False, multiprocessors: int | None = None
+    head_dim: int,
+    group: int,
+    generation: str,
+    *,
+    quantized: bool = False,
+    multiprocessors: int | None = None,
+    latents: Latents | None = None,
 ) -> GpuTiles:
     """Tiles for a head size, query heads per KV head and caches of 16 or 8 bits: as many stages as fit in shared memory."""
     gpu = GENERATIONS[generation]
@@ -63,6 +71,13 @@ def modeled(
     blocks = gpu.resident * multiprocessors
     # Eight per multiprocessor, so that one with an additional piece runs at most an eighth longer than the others.
     common = {"pieces": 8 * multiprocessors, "min_piece": 256, "blocks": blocks}
+    if head_dim > MAX_HEAD_DIM:
+        keys = 64  # as many rows of queries, and of one stage
+        width, columns = (head_dim, 2 * head_dim) if latents is None else (latents.key_dim, latents.key_dim)
+        fitting = max(1, min(4, (gpu.shared_bytes - 2 * keys * width) // (2 * keys * columns)))
+        # A piece has 64 rows of float32 results, 128 KiB. Two per multiprocessor are more than the L2 cache holds of keys.
+        common |= {"pieces": 2 * multiprocessors}
+        return GpuTiles(chunk_keys=keys, chunk_stages=fitting, single_keys=keys, single_stages=fitting, **common)
     if generation == "ampere":
         # Two steps of 64 keys fit beside the queries up to D=128. If a thread holds twice the results (D of 256, or tiles
         # of 128 rows), there are registers for only 32 keys.

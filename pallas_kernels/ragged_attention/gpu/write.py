@@ -21,7 +21,7 @@ from pallas_kernels.pallas_types import Ref
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_MOST_HEADS = 16  # query heads of one program: 16 x 128 numbers are 32 in a thread of two warps
+_MOST_HEADS, _MOST_NUMBERS = 16, 4096  # query heads of one program, and their numbers: 64 in a thread of two warps
 _WARPS = 2
 
 
@@ -57,7 +57,7 @@ def rotate_and_write(
     columns = jnp.concatenate([x.reshape(num_tokens, 1, -1) for x in (q, k, v)], axis=2)
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    heads = min(_MOST_HEADS, pl.next_power_of_2(group))
+    heads = min(_MOST_HEADS, pl.next_power_of_2(group), max(1, _MOST_NUMBERS // pl.next_power_of_2(head_dim)))
     qkv = columns.reshape(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     shapes = [jax.ShapeDtypeStruct((num_kv_heads, num_rows, head_dim), dtype)]
     shapes += [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (k_cache, v_cache)]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
-
-MIB = 2**20
+from pallas_kernels.tpu_target import DEVICES, device_kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,41 +24,6 @@ class Tiles:
     """TensorCores that share the work: 2 if a device has two of them."""
     vmem_limit: int
     """Bytes of VMEM that the kernel may use."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Device:
-    """What the model needs to know about a kind of TPU."""
-
-    vmem_limit: int  # bytes
-    cores: int  # TensorCores per JAX device
-
-
-# VMEM per core: 16 MiB on v4, 64 on TPU7x, 128 and about 96 on the others. XLA needs part of it.
-DEVICES = {
-    "v4": Device(vmem_limit=15 * MIB, cores=2),
-    "v5e": Device(vmem_limit=48 * MIB, cores=1),
-    "v5p": Device(vmem_limit=48 * MIB, cores=2),
-    "v6e": Device(vmem_limit=48 * MIB, cores=1),
-    "tpu7x": Device(vmem_limit=40 * MIB, cores=1),
-}
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-}
-
-
-def device_kind() -> str | None:
-    """The key in `DEVICES` of the TPU that the program is lowered for; None if it is unknown."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-    return _KINDS.get(kind)
 
 
 def choose(shape: Shape, kind: str | None = None) -> Tiles:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul import grouped_matmul, prepare
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
+from pallas_kernels.matmul import tpu_support
 from tests.pallas_kernels.races import races_found
 
 _SIZES = [[3, 0, 20, 1], [0, 0, 0, 0], [0, 40, 0, 0], [10, 6, 16, 8]]
@@ -59,11 +60,10 @@ def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: 
 
 @pytest.mark.usefixtures("fast_compilation")
 def test_a_weight_that_is_wider_than_a_tile_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch):
-    from pallas_kernels.grouped_matmul import tpu
-
-    monkeypatch.setattr(tpu, "_WEIGHT_TILE_BYTES", 128 * 256 * 4)
+    monkeypatch.setattr(tpu_support, "_WEIGHT_TILE_BYTES", 128 * 256 * 4)
     x, w = jnp.asarray(_normal(24, 384, seed=0)), jnp.asarray(_normal(2, 384, 256, seed=1))
-    assert tpu._weight_tile(384, 256, 4) == (128, 256)
+    tiles = tpu_support.modeled((2, 384, 256), 4, num_rows=24, num_groups=2)
+    assert (tiles.depth, tiles.columns) == (128, 256)
     sizes, first = jnp.asarray([11, 9], jnp.int32), jnp.int32(0)
     got = jax.jit(partial(grouped_matmul_tpu, interpret=pltpu.InterpretParams()))(x, w, sizes, first)
     np.testing.assert_allclose(got, jax.jit(grouped_matmul_reference)(x, w, sizes, first), atol=2e-4)

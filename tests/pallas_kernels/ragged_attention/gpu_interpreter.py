@@ -24,6 +24,7 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from pallas_kernels.ragged_attention import Latents
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 from pallas_kernels.ragged_attention.quantized import is_quantized
@@ -48,6 +49,7 @@ class Case:
     sinks: bool = False
     window: bool = True
     pairs: int = 0  # of a head that are rotated
+    latents: Latents | None = None
     dtype: str = "bfloat16"
     chunk_keys: int = 64
     single_keys: int = 64
@@ -69,7 +71,7 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         heads = self.num_kv_heads * self.group
-        options: dict[str, Any] = {"soft_cap": self.soft_cap}
+        options: dict[str, Any] = {"soft_cap": self.soft_cap, "latents": self.latents}
         if self.alibi:
             options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
         if self.sinks:
@@ -80,8 +82,11 @@ class Case:
         return options
 
 
+LATENTS = Latents(key_dim=576, value_dim=512)  # of DeepSeek V2 and V3
+NARROW = Latents(key_dim=288, value_dim=256)  # of MiniCPM3
 QUICK = [
     Case(soft_cap=5.0, sinks=True, pairs=32),
+    Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS),
 ]
 ALL = [
     *QUICK,
@@ -93,6 +98,12 @@ ALL = [
     Case(num_kv_heads=1, group=71, block_size=64, pieces=5),
     Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
     Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
+    Case(num_kv_heads=1, group=128, head_dim=288, block_size=64, latents=NARROW, window=False, blocks=2, pieces=6),
+    Case(num_kv_heads=1, group=40, head_dim=288, block_size=16, latents=NARROW, stages=3),
+    Case(num_kv_heads=1, group=20, head_dim=576, block_size=128, latents=LATENTS, dtype="float16", sinks=True),
+    Case(num_kv_heads=2, group=8, head_dim=512, block_size=32, soft_cap=5.0, stages=1),
+    Case(num_kv_heads=1, group=2, head_dim=512, block_size=8, alibi=True, sinks=True, pairs=64, stages=1),
+    Case(num_kv_heads=1, group=3, head_dim=384, block_size=128, blocks=5),
     Case(dtype="int8", block_size=64, window=False),
     Case(dtype="float8_e4m3fn", num_kv_heads=1, group=4, head_dim=128, block_size=128, sinks=True, stages=3, chunk_keys=128),
     Case(generation="ampere", dtype="int8", block_size=64, soft_cap=5.0),
@@ -115,6 +126,16 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
         chunks.append((query, query + old if query else 0))
         room -= query
     return chunks
+
+
+def make_latent(batch: Batch, latents: Latents) -> None:
+    """Makes values of `batch` the first numbers of their keys, whose last numbers are zero where there is a key."""
+    arrays, first = batch.arrays, latents.value_dim
+    for name in ("q", "k", "k_cache"):
+        rest = arrays[name][..., latents.key_dim :]
+        rest[~np.isnan(rest)] = 0
+    for values, keys in (("v", "k"), ("v_cache", "k_cache")):
+        arrays[values][..., :first] = arrays[keys][..., :first]
 
 
 @functools.cache
@@ -155,12 +176,16 @@ def check_case(case: Case, *, examples: int) -> None:
         )
         for name in ("q", "k", "v"):
             batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
+        if case.latents is not None:
+            make_latent(batch, case.latents)
         options = {} if window is None else {"sliding_window": jnp.asarray(window, jnp.int32)}
         expected = run("reference", batch, case, **options)
         interpret_pallas_call.reset_gpu_interpret_mode_state()
         out, *caches = run("gpu", batch, case, **options)
         assert not interpret_pallas_call.get_races().races_found
-        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[case.dtype], rtol=0)
+        width = case.head_dim if case.latents is None else case.latents.value_dim
+        np.testing.assert_allclose(out[..., :width], expected[0][..., :width], atol=TOLERANCE[case.dtype], rtol=0)
+        assert np.isfinite(out).all()
         for cache, expected_cache in zip(caches, expected[1:], strict=True):
             np.testing.assert_array_equal(cache, expected_cache)
 

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels import ragged_attention as ragged_attention_room
 from pallas_kernels.jax_versions import AbstractGpu
-from pallas_kernels.ragged_attention import QuantizedCache, contract, ragged_attention
+from pallas_kernels.ragged_attention import Latents, QuantizedCache, contract, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, time_call
 from pallas_kernels.ragged_attention.autotune import main as autotune_command
-from pallas_kernels.ragged_attention.gpu import ampere, hopper
+from pallas_kernels.ragged_attention.gpu import ampere, hopper, hopper_wide
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
 from pallas_kernels.ragged_attention.gpu.call import BODIES, ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.plan import combine, most_pieces, plan_chunks, plan_pieces
@@ -46,7 +46,7 @@ from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates,
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-NUM_CASES = 19  # in `gpu_interpreter.ALL`
+NUM_CASES = 26  # in `gpu_interpreter.ALL`
 TOO_OLD = jax_versions.too_old(jax_versions.GPU_KERNELS)
 NEEDS_KERNELS = pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel {TOO_OLD}")
 
@@ -76,13 +76,22 @@ def test_the_gpu_kernel_equals_the_reference_in_all_shapes(case: int) -> None:
 
 
 def spec(
-    *, group: int, partial: bool, generation: str = "hopper", head_dim: int = 128, cache_dtype: Any = jnp.bfloat16
+    *,
+    group: int,
+    partial: bool,
+    generation: str = "hopper",
+    head_dim: int = 128,
+    cache_dtype: Any = jnp.bfloat16,
+    latents: Latents | None = None,
 ) -> Spec:
-    tiles = modeled(head_dim, group, generation, quantized=cache_dtype == jnp.int8)
-    rows_in, rows, rows_out = BODIES[generation].tile_rows(group, head_dim, partial=partial)
+    tiles = modeled(head_dim, group, generation, quantized=cache_dtype == jnp.int8, latents=latents)
+    body = hopper_wide if head_dim > 256 else BODIES[generation]
+    rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
     return Spec(
         group=group,
-        head_dim=head_dim,
+        head_dim=head_dim if latents is None else latents.key_dim,
+        value_dim=head_dim if latents is None else latents.value_dim,
+        values_in_keys=latents is not None,
         block_size=32,
         rows=rows,
         rows_in=rows_in,
@@ -233,8 +242,10 @@ def test_pieces_are_combined_exactly_and_unused_memory_is_not_read() -> None:
     ("changes", "message"),
     [
         ({"dtype": np.float32, "head_dim": 128}, "float16, int8 and float8_e4m3fn caches but k_cache has dtype float32"),
-        ({"head_dim": 72}, "multiples of 16 up to 256 but D is 72"),
-        ({"head_dim": 512}, "up to 256 but D is 512"),
+        ({"head_dim": 72}, "multiples of 16 but D is 72"),
+        ({"head_dim": 320}, "D up to 256, and multiples of 128 up to 512, but D is 320"),
+        ({"head_dim": 576}, "D up to 256, and multiples of 128 up to 512, but D is 576"),
+        ({"head_dim": 512, "dtype": jnp.int8}, "8-bit caches if D is a multiple of 32 up to 128 but D is 512"),
         ({"block_size": 24}, "power of two of at least 8, but it is 24"),
         ({"block_size": 4}, "power of two of at least 8, but it is 4"),
         ({"group": 121}, "up to 120 query heads per KV head where D is 16 but there are 121"),
@@ -299,6 +310,55 @@ def test_modeled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
         assert taken <= 99 * 1024  # of compute capability 8.6 and 8.9
         if head_dim <= 128:
             assert 2 * (taken + 1024) <= 164 * 1024  # two thread blocks on a multiprocessor of an A100
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "latents", "stages"),
+    [
+        (640, Latents(key_dim=576, value_dim=512), 2),
+        (288, Latents(key_dim=288, value_dim=256), 4),
+        (512, None, 1),
+        (384, None, 1),
+    ],
+)
+def test_modeled_tiles_of_wide_heads_fit_in_shared_memory(head_dim: int, latents: Latents | None, stages: int) -> None:
+    for partial in (False, True):
+        made = spec(group=16, partial=partial, head_dim=head_dim, latents=latents)
+        assert made.stages == stages
+        assert hopper_wide.shared_bytes(made) <= 227 * 1024 - 1024
+
+
+@pytest.mark.parametrize(
+    ("group", "parts"),
+    [(1, 1), (16, 1), (57, 1), (58, 2), (64, 1), (71, None), (96, 2), (128, 2), (120, 3), (256, 4), (512, None)],
+)
+def test_many_query_heads_of_a_wide_head_are_divided(group: int, parts: int | None) -> None:
+    assert gpu_support.parts_of(group) == parts
+    cache = jax.ShapeDtypeStruct((4, 1, 32, 576), jnp.bfloat16)
+    reason = gpu_support.beyond_limits(cache, group, "hopper", latents=Latents(key_dim=576, value_dim=512))
+    assert (reason is None) == (parts is not None)
+    if reason is not None:
+        assert "up to 64 query heads per KV head where D is 576" in reason
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "words"),
+    [
+        (640, 512, "keys of a multiple of 16 up to 576"),
+        (576, 448, "values of a multiple of 128 up to 512 numbers but they have 576 and 448"),
+        (584, 512, "they have 584 and 512"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(key_dim: int, value_dim: int, words: str) -> None:
+    cache = jax.ShapeDtypeStruct((4, 1, 32, 640), jnp.bfloat16)
+    latents = Latents(key_dim=key_dim, value_dim=value_dim)
+    assert words in (gpu_support.beyond_limits(cache, 16, "hopper", latents=latents) or "")
+    assert "of compute capability 8 supports D up to 256" in (gpu_support.beyond_limits(cache, 16, "ampere") or "")
+
+
+def test_latents_of_a_narrow_head_need_no_kernel_of_their_own() -> None:
+    cache = jax.ShapeDtypeStruct((4, 1, 32, 96), jnp.bfloat16)
+    assert gpu_support.beyond_limits(cache, 16, "hopper", latents=Latents(key_dim=96, value_dim=64)) is None
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -401,6 +461,25 @@ def test_an_old_jax_uses_xla_on_a_gpu_and_logs_it(
     assert f"runs in plain XLA: the GPU kernel {words}" in caplog.text
     with pytest.raises(ValueError, match=re.escape(words)):
         ragged_attention_gpu(**arguments, generation=generation)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("shape", [(64, 256), (64, 128), (64,)])
+def test_the_registers_of_a_thread_are_where_they_are_stored(shape: tuple[int, ...]) -> None:
+    from jax.experimental.mosaic import gpu as mgpu
+
+    layout = mgpu.WGMMA_LAYOUT if len(shape) == 2 else mgpu.WGMMA_ROW_LAYOUT
+    offsets = np.array(hopper_wide.register_offsets(layout, shape))
+    # PTX: thread t of warp w has rows 16 w + t / 4 and 8 more, and of each 8 columns those from 2 (t % 4) on.
+    rows = 16 * np.arange(4)[:, None] + np.arange(8)[None, :]
+    places = [rows] if len(shape) == 1 else [rows[..., None], 2 * np.arange(4)]
+    stored = np.zeros(shape, int)
+    for offset in offsets:
+        at = [place + by for place, by in zip(places, offset, strict=True)]
+        for vector in range(2 if len(shape) == 2 else 1):
+            np.add.at(stored, (*at[:-1], at[-1] + vector) if len(shape) == 2 else tuple(at), 1)
+    np.testing.assert_array_equal(stored, 1)  # each number once
+    assert {int(offset[0]) for offset in offsets} == {0, 8}
 
 
 @pytest.mark.skipif(jax.__version_info__ < jax_versions.AMPERE_KERNEL, reason="this jax has no layouts for mma")

@@ -1,0 +1,50 @@
+"""The TPU that a program is lowered for, which may be one that is not present."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What kernels need to know about a kind of TPU."""
+
+    vmem_limit: int  # bytes
+    cores: int  # TensorCores per JAX device
+    computes_bfloat16: bool  # in the vector unit; the others convert to float32 and back
+
+
+# VMEM per core: 16 MiB on v4, 64 on TPU7x, 128 and about 96 on the others. XLA needs part of it.
+DEVICES = {
+    "v4": Device(vmem_limit=15 * MIB, cores=2, computes_bfloat16=False),
+    "v5e": Device(vmem_limit=48 * MIB, cores=1, computes_bfloat16=False),
+    "v5p": Device(vmem_limit=48 * MIB, cores=2, computes_bfloat16=False),
+    "v6e": Device(vmem_limit=48 * MIB, cores=1, computes_bfloat16=True),
+    "tpu7x": Device(vmem_limit=40 * MIB, cores=1, computes_bfloat16=True),
+}
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def device_kind() -> str | None:
+    """The key in `DEVICES` of the TPU that the program is lowered for; None if it is unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+    return _KINDS.get(kind)
+
+
+def device() -> Device:
+    """That TPU; the smallest if it is unknown."""
+    return DEVICES[device_kind() or "v4"]
