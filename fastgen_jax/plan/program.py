@@ -37,7 +37,7 @@ from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo, thunks
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMMAND_BUFFERS, COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, Float8Weight, Int4Weight, Int8Weight
+from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS, Float8Weight, Int4Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -230,17 +230,26 @@ def compile_step(
 def matrix_shapes(params: Params, num_tokens: int) -> set[tuple[int, ...]]:
     """The shapes on one device of the large weights, of one layer and of all; without those that activations may have.
 
-    Experts of all layers are also one stack, as grouped products read them.
+    Experts of all layers are also one stack, as grouped products read them. Of int4 also the shapes of the numbers: of
+    matrices, and of the halves of bytes.
     """
     shapes = set()
-    for leaf in jax.tree.leaves(params):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        while math.prod(shape) * leaf.dtype.itemsize >= LARGE and len(shape) >= 2:
-            if not any(num_tokens in form for form in hlo.forms(tuple(shape))):
-                shapes.add(tuple(shape))
+
+    def add(shape: tuple[int, ...], itemsize: int) -> None:
+        while math.prod(shape) * itemsize >= LARGE and len(shape) >= 2:
+            if not any(num_tokens in form for form in hlo.forms(shape)):
+                shapes.add(shape)
                 if len(shape) == 4:
                     shapes.add((shape[0] * shape[1], *shape[2:]))
             shape = shape[1:]
+
+    for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int4Weight)):
+        for part in jax.tree.leaves(leaf):
+            add(tuple(part.sharding.shard_shape(part.shape)), part.dtype.itemsize)
+        if isinstance(leaf, Int4Weight):
+            *stack, num_bytes, columns = leaf.values.sharding.shard_shape(leaf.values.shape)
+            for inputs in ((2 * num_bytes,), (num_bytes // INT4_ROWS, 2, INT4_ROWS)):
+                add((*stack, *inputs, columns), 1)
     return shapes
 
 

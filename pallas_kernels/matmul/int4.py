@@ -82,16 +82,15 @@ def unpack_int4(values: UInt8[Array, "*layers bytes N"]) -> Int8[Array, "*layers
 
 
 def float_halves(values: UInt8[Array, "bytes N"]) -> list[tuple[int, Float32[Array, "bytes N"]]]:
-    """Of the lower halves, then of the upper ones: (u, the float32 u q), for kernels: integers are converted slowly.
+    """Of the lower halves, then of the upper ones: (u, the float32 u q), for kernels.
 
-    The bits of a half, its sign inverted, become the last ones of a float32 between 2^23 and 2^24, whose unit is 1.
+    GPUs convert integers slowly. A byte becomes the last bits of a float32 between 2^23 and 2^24, whose unit is 1. With
+    the signs of both halves inverted it is (q of the upper one + 8) 16 + (q of the lower one + 8), without its last four
+    bits the upper half alone. One constant for each operation on bits: an instruction holds no two.
     """
-    wide = values.astype(jnp.int32)
-    halves = []
-    for unit in (1, 16):
-        bits = (wide & 15 * unit) ^ jnp.int32(0x4B000000 + 8 * unit)
-        halves.append((unit, jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.float32(2**23 + 8 * unit)))
-    return halves
+    bits = (values ^ jnp.uint8(0x88)).astype(jnp.int32) | jnp.int32(0x4B000000)
+    both, upper = (jax.lax.bitcast_convert_type(part, jnp.float32) for part in (bits, bits & jnp.int32(-16)))
+    return [(1, both - (upper + jnp.float32(8))), (16, upper - jnp.float32(2**23 + 128))]
 
 
 def pack_int4(w: BlockWeight, *, scale_dtype: DTypeLike | None = None) -> Int4Weight:

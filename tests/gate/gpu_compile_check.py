@@ -41,7 +41,7 @@ KERNEL_TEMPORARIES = 96 * MIB  # results per tile; the cache has 500 MiB or more
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 # Of kernels in a layer of a Llama, which has four products, two norms and four kernels of attention.
 LAUNCHES_PER_LAYER = 14
-LAUNCHES_PER_LAYER_IN_INT8 = 16  # parts of products are added up
+LAUNCHES_PER_LAYER_IN_INT8 = 16  # parts of products are added up, as in int4
 LAUNCHES_ON_SEVERAL = 20  # with two sums over devices
 LAUNCHES_PER_LAYER_IN_FP8 = 20  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
@@ -360,6 +360,18 @@ def main() -> int:
     checks["H100 step of 64: Llama-3-8B, int8"] = functools.partial(
         step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_IN_INT8
     )
+    checks["H100 step of 64: Llama-3-8B, int4"] = functools.partial(
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
+    )
+    checks["H100 step of 64: Mixtral-8x7B on 8, int4"] = functools.partial(
+        step,
+        MIXTRAL_8X7B,
+        eight_h100,
+        tokens=64,
+        work="greedy",
+        quantize="int4",
+        launches=LAUNCHES_PER_LAYER_WITH_EXPERTS,
+    )
     checks["H100 step of 64: Llama-3-8B on 8, int8"] = functools.partial(
         step, LLAMA_3_8B, eight_h100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_ON_SEVERAL
     )
@@ -437,6 +449,9 @@ def main() -> int:
         checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
         checks["A100 step of 64: Llama-3-8B, int8"] = functools.partial(
             step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_IN_INT8
+        )
+        checks["A100 step of 64: Llama-3-8B, int4"] = functools.partial(
+            step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
         )
         checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
             step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS

@@ -17,6 +17,7 @@ from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_of_inner_loops, operations_per_layer, waits
 from fastgen_jax.plan.program import matrix_shapes
 from fastgen_jax.plan.report import Plan, make_plan, table
+from pallas_kernels.matmul import Int4Weight
 from tests.checkpoint.tiny_files import write_gguf
 from tests.gate.models import LLAMA_3_8B, LLAMA_3_70B, MIXTRAL_8X7B
 
@@ -189,6 +190,26 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {{
 """
     copies = copied_weights(hlo, matrix_shapes({"layers": {"expert_gate_up": stack}}, 512))
     assert [(copy.name, copy.times) for copy in copies] == [("copied", times)]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "u8[1,1440,5760]{2,1,0} dynamic-slice(%p, %i)",
+        "bf16[2880,5760]{1,0} fusion(%p)",
+        "s8[45,2,32,5760]{3,2,1,0} concatenate(%p, %q)",
+    ],
+)
+def test_copies_of_int4_are_detected_before_and_after_they_are_dequantized(result: str) -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values, scales = (
+        jax.ShapeDtypeStruct((2, rows, 5760), dtype, sharding=place)
+        for rows, dtype in ((1440, jnp.uint8), (90, jnp.float16))
+    )
+    stack = Int4Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
+    program = f"ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {{\n  %copied = {result}\n  ROOT %r = bf16[8,4] negate(%p)\n}}\n"
+    (copy,) = copied_weights(program, matrix_shapes({"layers": {"gate_up": stack}}, 512))
+    assert copy.name == "copied"
 
 
 def test_the_operations_of_a_layer_and_what_the_host_waits_for_are_counted() -> None:
