@@ -69,7 +69,7 @@ def load_params(
     stack_layers: bool = True,
     prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
-    keep_blocks: bool | Literal["fp8"] = False,
+    keep_blocks: bool | Literal["fp8", "int4"] = False,
     progress: bool | Phases = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
@@ -78,9 +78,10 @@ def load_params(
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
     receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` or `BlockGroups`
-    for each of `kept_in_blocks`, or with "fp8" for those of 8-bit floats. An int8 snapshot yields `Int8Weight`s instead of
-    matrices. Threads call `prepare` for a few weights at a time, so that the host never holds more in addition to what it
-    returned. `progress` shows a bar on stderr, or is the display of a start of which this is a phase.
+    for each of `kept_in_blocks`, or with "fp8" for those of 8-bit floats and with "int4" for those of integers of 4 bits. An
+    int8 snapshot yields `Int8Weight`s instead of matrices. Threads call `prepare` for a few weights at a time, so that the
+    host never holds more in addition to what it returned. `progress` shows a bar on stderr, or is the display of a start of
+    which this is a phase.
     """
     from fastgen_jax.core.progress import shown  # `core` imports JAX, which inspecting a checkpoint does not need
 
@@ -90,6 +91,8 @@ def load_params(
     kept = kept_in_blocks(checkpoint) if keep_blocks else {}
     if keep_blocks == "fp8":
         kept = {path: kind for path, kind in kept.items() if kind.is_float and kind.value_bits == 8}
+    elif keep_blocks == "int4":
+        kept = {path: kind for path, kind in kept.items() if not kind.is_float and kind.value_bits == 4}
     params: Params = {}
     layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
     having = layers_with(checkpoint.config)

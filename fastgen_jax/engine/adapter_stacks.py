@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.adapters import AdaptedWeight
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import divided
+from fastgen_jax.models.division import DIVIDED_AXES, divided
 from fastgen_jax.models.params import layers_with
-from fastgen_jax.models.sharding import DIVIDED_AXES, TENSOR, divide_leaf, tensor_mesh
+from fastgen_jax.models.sharding import TENSOR, divide_leaf, tensor_mesh
 from fastgen_jax.models.targets import STATE, Lora, adaptable
 from fastgen_jax.models.weight_spec import WeightSpec, matrix
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups

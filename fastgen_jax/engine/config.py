@@ -88,11 +88,11 @@ class EngineConfig:
     """Data type of the weights and activations; native CPU kernels use float32 activations with any type. None: float32
     on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
     quantize: Quantization | Literal["none"] | None = None
-    """Weight-only quantization: "int8" with one scale per output channel; "int4", on CPUs with native kernels, with one
-    per 32 inputs, and int8 for the head. "fp8", on H100 and H200, multiplies 8-bit floats: weights with one scale per output
-    channel, activations with one per token. None: as in the checkpoint where the kernels multiply its format (on CPUs most
-    types of GGUF, and 4 and 8 bits of most other formats), with exactly the values that it stands for, else `dtype`.
-    "none": `dtype` in any case."""
+    """Weight-only quantization: "int8" with one scale per output channel; "int4" with one per 32 inputs, and int8 for the
+    head, where integers of 4 bits of a checkpoint keep their values except on CPUs. "fp8", on H100 and H200, multiplies
+    8-bit floats: weights with one scale per output channel, activations with one per token. None: as in the checkpoint where
+    the kernels multiply its format (on CPUs most types of GGUF, and 4 and 8 bits of most other formats), with exactly the
+    values that it stands for, else `dtype`. "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None

@@ -13,28 +13,38 @@ from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import divided
+from fastgen_jax.models.division import DIVIDED_AXES, divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
-from fastgen_jax.models.sharding import DIVIDED_AXES
 from fastgen_jax.models.sparse import indexer_of
 from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.targets import adaptable
 from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
-from pallas_kernels.matmul import INT4_BLOCK
+from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS
 
-INT4_BITS = 4 + 16 / INT4_BLOCK  # of a value, with its share of the scale
 SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: logits, their order, probabilities, noise
 
 
-def quantization_of(spec: WeightSpec, quantize: str | None) -> str | None:
-    """The format of a weight in an engine with this `quantize`.
+def quantization_of(spec: WeightSpec, quantize: str | None, *, packed: bool, num_devices: int = 1) -> str | None:
+    """The format of a weight of a model that is divided over devices, in an engine with this `quantize`.
 
-    With "int4", the head, which is sensitive, and matrices that whole blocks do not fill have 8 bits.
+    With "int4", the head, which is sensitive, and matrices that whole blocks (on accelerators pairs of them) do not fill on
+    each device have 8 bits.
     """
-    if quantize is None or not spec.quantizable:
-        return None
-    narrow = spec.per_layer and spec.shape[-2] % INT4_BLOCK == 0
-    return "int8" if quantize == "int4" and not narrow else quantize
+    if quantize != "int4" or not spec.quantizable:
+        return quantize if spec.quantizable else None
+    share = num_devices if spec.axes[-2] in DIVIDED_AXES else 1
+    unit = INT4_BLOCK if packed else 2 * INT4_ROWS
+    return "int4" if spec.per_layer and spec.shape[-2] % (share * unit) == 0 else "int8"
+
+
+def int4_bits(platform: str) -> float:
+    """Bits of an int4 value with its share of the scale, which has 32 bits on a TPU and 16 elsewhere."""
+    return 4 + (32 if platform == "tpu" else 16) / INT4_BLOCK
+
+
+def bytes_of_most(dtype: DType, quantize: str | None, platform: str) -> float:
+    """Bytes of a value of most matrices in an engine with these formats."""
+    return jnp.dtype(dtype).itemsize if quantize is None else int4_bits(platform) / 8 if quantize == "int4" else 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,22 +57,27 @@ def weight_bytes(
     packed: bool = False,
     kept: tuple[tuple[str, float], ...] = (),
     platform: str = "cpu",
+    in_blocks: bool = False,
 ) -> int:
     """Bytes of the weights on one device: weights with a divided axis are divided, the others are on every device.
 
     `kept`: weights, by path, that have another number of bits per value, scales included. `packed`: matrices are stored for
-    the native CPU kernels, so that a tied head cannot share the embedding's memory.
+    the native CPU kernels, so that a tied head cannot share the embedding's memory. `in_blocks`: weights of "fp8" have a
+    scale for every 128 inputs.
     """
     model = divided(model, num_devices, platform)
     specs, having = param_specs(model), layers_with(model)
 
     def held(spec: WeightSpec, copies: int = 1) -> float:
         shares = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        bits = bits_per_value(spec, itemsize, quantize=quantize, kept=dict(kept))
-        # With 8 bits, each output has a scale, which is divided like the outputs.
-        has_scales = spec.path not in dict(kept) and quantization_of(spec, quantize) in ("int8", "fp8")
+        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices)
+        bits = bits_per_value(spec, itemsize, form=form, kept=dict(kept), platform=platform)
+        # With 8 bits, each output has a scale, which is divided like the outputs; or one for each block of its inputs.
+        has_scales = spec.path not in dict(kept) and form in ("int8", "fp8")
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] if has_scales else 0
         scales /= num_devices if spec.axes[-1] in DIVIDED_AXES else 1
+        if form == "fp8" and in_blocks and spec.shape[-2] % FLOAT8_BLOCK == 0:
+            scales = 4 * math.prod(spec.shape) / FLOAT8_BLOCK / shares
         return copies * (math.prod(spec.shape) * bits / 8 / shares + scales)
 
     layer = sum(held(spec, len(having[name])) for name, spec in specs["layers"].items())
@@ -84,12 +99,13 @@ def adapter_bytes(model: ModelConfig, count: int, rank: int, dtype: DType) -> in
     return 2 * count * each * jnp.dtype(dtype).itemsize
 
 
-def bits_per_value(spec: WeightSpec, itemsize: float, *, quantize: str | None, kept: Mapping[str, float]) -> float:
-    """Bits of memory per value of a weight, as for `weight_bytes`, without the scales of outputs."""
+def bits_per_value(
+    spec: WeightSpec, itemsize: float, *, form: str | None, kept: Mapping[str, float], platform: str
+) -> float:
+    """Bits of memory per value of a weight of this `quantization_of`, without the scales of outputs."""
     if spec.path in kept:
         return kept[spec.path]
-    form = quantization_of(spec, quantize)
-    return 8 * itemsize if form is None else INT4_BITS if form == "int4" else 8
+    return 8 * itemsize if form is None else int4_bits(platform) if form == "int4" else 8
 
 
 @functools.lru_cache(maxsize=64)

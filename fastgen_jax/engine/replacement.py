@@ -18,7 +18,7 @@ from fastgen_jax.models.mla import Expansions
 from fastgen_jax.models.params import head_spec, layer_specs, layers_with, param_specs
 from fastgen_jax.models.weight_spec import Params
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import Float8Weight, Int8Weight, PackedWeight
+from pallas_kernels.matmul import Float8Weight, PackedWeight, ScaledWeight
 
 _Shape = tuple[int, ...]
 
@@ -34,7 +34,7 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
         if old.get(path) != new.get(path):
-            if config.keeps_blocks and old.get(path, "").startswith("uint8"):
+            if (config.keeps_blocks and old.get(path, "").startswith("uint8")) or config.quantize == "int4":
                 raise ValueError(
                     "the engine computes with weights in the quantized blocks of its checkpoint, which only those of "
                     "another checkpoint in the same format can replace; load it with quantize='none'"
@@ -89,9 +89,7 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devic
     for name, leaf in given.items():
         if name not in wanted:
             raise ValueError(f"{name} is not a weight of this model; remove it")
-        if not isinstance(
-            leaf, jax.Array | np.ndarray | Float8Weight | Int8Weight | PackedWeight | PackedGroups | Expansions
-        ):
+        if not isinstance(leaf, jax.Array | np.ndarray | ScaledWeight | PackedWeight | PackedGroups | Expansions):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
         is_prepared = _is_on_a_mesh(leaf) or platform == "tpu"  # on a TPU experts are wider
         if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if is_prepared else None):

@@ -172,11 +172,6 @@ def resolve(
         check_processor(config.logits_processor, model.vocab_size)
     if config.quantize in get_args(Quantization) and platform not in ("cpu", "tpu", "gpu"):
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
-    if config.quantize == "int4" and not packs:
-        raise ValueError(
-            f"quantize='int4' needs the native kernels of a CPU and a single device, but this is {platform} "
-            f"{'without them' if config.tensor_parallel is None else 'with tensor_parallel'}; use quantize='int8'"
-        )
     if config.quantize == "fp8" and not machine.float8:
         raise ValueError(
             f"quantize='fp8' needs an H100 or H200 and jax {'.'.join(map(str, HOPPER_PRODUCT))} or newer, but this is "

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from fastgen_jax.checkpoint import (
     Checkpoint,
@@ -29,6 +29,7 @@ from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, determinism, executables, fit, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of
+from fastgen_jax.engine.footprint import bytes_of_most
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
@@ -131,6 +132,13 @@ def _kept_bits(checkpoint: Checkpoint) -> tuple[tuple[str, float], ...]:
     return tuple((path, kind.bits) for path, kind in kept_in_blocks(checkpoint).items())
 
 
+def _kept_forms(config: ResolvedConfig) -> bool | Literal["fp8", "int4"]:
+    """Which matrices in blocks stay as the checkpoint holds them."""
+    if config.quantize == "fp8" or (config.quantize == "int4" and not config.packed_weights):
+        return config.quantize
+    return config.keeps_blocks
+
+
 def _keeps_any(config: ResolvedConfig) -> bool:
     return config.choices.formats is not None and bool(config.choices.formats.kept)
 
@@ -141,7 +149,7 @@ def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: b
         dtype=config.dtype,
         stack_layers=config.stack_layers,
         prepare=lambda spec, array: prepare_leaf(spec, array, checkpoint.config, config),
-        keep_blocks="fp8" if config.quantize == "fp8" else config.keeps_blocks,
+        keep_blocks=_kept_forms(config),
         progress=progress,
     )
 
@@ -279,7 +287,7 @@ def _cost_model(config: ResolvedConfig, model: ModelConfig) -> ladder.CostModel:
     device = jax.devices()[0]
     return ladder.cost_model(
         model,
-        bytes_per_weight=1 if config.quantize or _keeps_any(config) else jnp.dtype(config.dtype).itemsize,
+        bytes_per_weight=1 if _keeps_any(config) else bytes_of_most(config.dtype, config.quantize, device.platform),
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,22 +17,27 @@ from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import divided_array, divided_shape
+from fastgen_jax.models.division import divided_array, divided_shape, keeps_blocks
 from fastgen_jax.models.mla import Expansions, split_by_head
 from fastgen_jax.models.params import all_specs, head_spec, plain_name, stack, unstack
-from fastgen_jax.models.sharding import divide_leaf, tensor_mesh
+from fastgen_jax.models.sharding import divide_array, divide_leaf, place_leaf, tensor_mesh
 from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import (
     FLOAT8_BLOCK,
+    INT4_ROWS,
     BlockWeight,
     Float8Weight,
+    Int4Weight,
     Int8Weight,
+    ScaledWeight,
     Weight,
+    pack_int4,
     prepare,
     quantize_float8,
+    quantize_int4,
     quantize_int8,
 )
 
@@ -52,7 +58,13 @@ def prepare_leaf(
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
     if config.tensor_parallel is not None:
         return _divided(spec, array, model, config, dtype)
-    quantize = quantization_of(spec, config.quantize)
+    platform = jax.default_backend()
+    quantize = _quantization(spec, model, config, platform)
+    if config.quantize == "int4" and not config.packed_weights and isinstance(array, BlockWeight | BlockGroups):
+        kept = _kept_int4(spec, array, model, 1, platform) if quantize == "int4" else None
+        if kept is not None:
+            return jax.tree.map(jnp.asarray, kept)
+        array = _dequantized(array)
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize is not None and not isinstance(array, Int8Weight))):
         return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=True))
@@ -61,10 +73,10 @@ def prepare_leaf(
     if isinstance(array, BlockGroups):
         return prepare_groups(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if not (config.packed_weights and spec.is_product):
-        array = _filled_up(spec, array, model, jax.default_backend())
+        array = _filled_up(spec, array, model, platform)
         if quantize is None and not isinstance(array, Int8Weight):
             return jnp.asarray(array, dtype)
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize))
+        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, platform=platform))
     if not isinstance(array, Int8Weight):
         array = np.asarray(array).astype(dtype, copy=False)
         if spec.kind is Kind.HEADS:
@@ -75,11 +87,17 @@ def prepare_leaf(
 
 
 def host_leaf(
-    spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None, blocks: bool = False
-) -> np.ndarray | Int8Weight | Float8Weight:
+    spec: WeightSpec,
+    array: HostWeight,
+    *,
+    dtype: DTypeLike,
+    quantize: str | None,
+    blocks: bool = False,
+    platform: str = "cpu",
+) -> np.ndarray | ScaledWeight:
     """One weight on the host, in `dtype` or, if it is quantized, with scales. Snapshots store the former and int8.
 
-    With `blocks`, 8-bit floats with scales of blocks keep them.
+    With `blocks`, 8-bit floats with scales of blocks keep them. `platform` is where int4 is multiplied.
     """
     if isinstance(array, Int8Weight):
         return array
@@ -89,8 +107,45 @@ def host_leaf(
     if quantize == "fp8":
         values, scales = _float8(array, blocks=blocks)
         return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+    if quantize == "int4":
+        return _int4(np.asarray(array), platform)
     values, scales = quantize_int8(np.asarray(array))
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
+
+
+def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, platform: str) -> str | None:
+    """The format of a weight in an engine with this config."""
+    num_devices, packed = config.tensor_parallel or 1, config.packed_weights
+    divided = spec if packed else replace(spec, shape=divided_shape(spec, model, num_devices, platform))
+    return quantization_of(divided, config.quantize, packed=packed, num_devices=num_devices)
+
+
+def _int4(array: np.ndarray | BlockWeight | BlockGroups, platform: str) -> Int4Weight:
+    """A matrix, or those of experts, on the host."""
+    if isinstance(array, BlockGroups) or (isinstance(array, np.ndarray) and array.ndim > 2):
+        read = array.read if isinstance(array, BlockGroups) else array.__getitem__
+        each = [_int4(read(group), platform) for group in range(array.shape[0])]
+        return jax.tree.map(lambda *parts: np.stack(parts), *each)
+    blocks = array if isinstance(array, BlockWeight) else quantize_int4(array)
+    return pack_int4(blocks, scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
+
+
+def _kept_int4(
+    spec: WeightSpec, array: BlockWeight | BlockGroups, model: ModelConfig, num_devices: int, platform: str
+) -> Int4Weight | None:
+    """The numbers of a checkpoint, if they are such as `Int4Weight` holds, and each device has whole blocks."""
+    first = array.read(0) if isinstance(array, BlockGroups) else array
+    if first.format.numbers != "uint4" or first.size % INT4_ROWS:
+        return None
+    if not keeps_blocks(spec, math.lcm(first.size, 2 * INT4_ROWS), model, num_devices, platform):
+        return None
+    return _int4(array, platform)
+
+
+def _dequantized(array: BlockWeight | BlockGroups) -> np.ndarray:
+    if isinstance(array, BlockWeight):
+        return array.dequantize()
+    return np.stack([array.read(group).dequantize() for group in range(array.shape[0])])
 
 
 def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups, *, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,15 +191,25 @@ def _filled_up(
 
 def _divided(
     spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig, dtype: DTypeLike
-) -> jax.Array | Int8Weight | Float8Weight:
+) -> jax.Array | ScaledWeight:
     """One weight sharded over the devices of `config`; one that is sharded already is returned as it is."""
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
         devices = sorted(array.sharding.device_set, key=lambda device: device.id)
         wanted = divided_shape(spec, model, len(devices), devices[0].platform)
         if array.shape[-len(wanted) :] == wanted:
             return array
-    host = host_leaf(spec, array, dtype=dtype, quantize=config.quantize)
-    return divide_leaf(spec, host, tensor_mesh(jax.local_devices()[: config.tensor_parallel]), model)
+    mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel])
+    num_devices, platform = mesh.size, mesh.devices.flat[0].platform
+    quantize = _quantization(spec, model, config, platform)
+    blocks = spec.quantizable and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
+    if config.quantize == "int4" and isinstance(array, BlockWeight | BlockGroups):
+        kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
+        if kept is not None:
+            return divide_leaf(spec, kept, mesh, model)
+        array = _dequantized(array)
+    if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
+        return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)
+    return divide_leaf(spec, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks), mesh, model)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

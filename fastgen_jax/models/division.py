@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
+DIVIDED_AXES = frozenset({"HD", "KD", "F", "V"}) | STATE_AXES
+"""Logical axes of `WeightSpec` that are divided over devices; all others are replicated."""
 _TILE = 64  # rows and columns of an expert's matrices that the kernels of accelerators multiply
 _LANES = 128  # of a TPU: arrays whose rows are no multiple of it are stored in another order of axes, and then copied
 
@@ -162,6 +164,14 @@ def divided_parts(spec: WeightSpec, config: ModelConfig, num_devices: int, platf
 def divided_shape(spec: WeightSpec, config: ModelConfig, num_devices: int, platform: str = "cpu") -> tuple[int, ...]:
     """`spec.shape` of the weight in the divided model."""
     return tuple(sum(map(len, _sources(spec, axis, config, num_devices, platform))) for axis in range(-len(spec.axes), 0))
+
+
+def keeps_blocks(spec: WeightSpec, size: int, config: ModelConfig, num_devices: int, platform: str = "cpu") -> bool:
+    """Whether the inputs of a weight stay as they are, and each device has whole blocks of `size` of them, or all."""
+    inputs = np.concatenate(_sources(spec, -2, config, num_devices, platform))
+    if len(inputs) != spec.shape[-2] or (inputs != np.arange(len(inputs))).any():
+        return False
+    return len(inputs) % (size * (num_devices if spec.axes[-2] in DIVIDED_AXES else 1)) == 0
 
 
 def divided_array(

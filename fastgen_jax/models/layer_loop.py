@@ -22,7 +22,7 @@ from fastgen_jax.models.step import LayerCall
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, WeightSpec
 from pallas_kernels import gpu_target
 from pallas_kernels.grouped_matmul import PackedGroups
-from pallas_kernels.matmul import Float8Weight, Int8Weight, PackedWeight
+from pallas_kernels.matmul import PackedWeight, ScaledWeight
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -120,7 +120,7 @@ def _call(config: ModelConfig, place: Place, *, rows: jax.Array | None = None, e
 class _HeldStacks:
     """Weights of all layers that a loop over layers does not slice one by one."""
 
-    in_place: Mapping[str, Int8Weight | Float8Weight]
+    in_place: Mapping[str, ScaledWeight]
     """Weights that products read where they are."""
     vectors: Sequence[tuple[jax.Array, Mapping[str, tuple[int, int]]]]
     """Norms and biases side by side [L, all of them], and where each begins and ends."""

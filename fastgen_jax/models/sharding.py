@@ -19,13 +19,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
-from fastgen_jax.models import state_division
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.division import divided_array, divided_parts
+from fastgen_jax.models.division import DIVIDED_AXES, divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.matmul import Division, Float8Weight, Int8Weight, reads_in_place
+from pallas_kernels.matmul import Division, Float8Weight, Int4Weight, ScaledWeight, reads_in_place
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
@@ -33,10 +32,6 @@ T = TypeVar("T")
 
 TENSOR = "tensor"
 """Name of the mesh axis."""
-
-DIVIDED_AXES = (
-    frozenset({"HD", "KD", "F", "V"}) | state_division.AXES
-)  # logical axes of `WeightSpec`; all others are replicated
 
 
 def tensor_mesh(devices: Sequence[object]) -> Mesh:
@@ -56,16 +51,17 @@ def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
     def partition(axes: tuple[str | None, ...], ndim: int) -> PartitionSpec:
         return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)  # a stack over layers has one more leading axis
 
-    if isinstance(leaf, Int8Weight | Float8Weight):
-        of_columns = partition((*axes[:-2], axes[-1]), leaf.scales.ndim)
-        selected = [] if leaf.layer is None else [PartitionSpec()]
+    if isinstance(leaf, ScaledWeight):
+        in_blocks = leaf.scales.ndim == leaf.values.ndim  # of inputs, and divided like them
+        of_scales = partition(axes if in_blocks else (*axes[:-2], axes[-1]), leaf.scales.ndim)
         if isinstance(leaf, Float8Weight):
             axes = (*axes[:-2], axes[-1], axes[-2])
-        return jax.tree.unflatten(jax.tree.structure(leaf), [partition(axes, leaf.values.ndim), of_columns, *selected])
+        parts = {"values": partition(axes, leaf.values.ndim)} | ({} if leaf.layer is None else {"layer": PartitionSpec()})
+        return dataclasses.replace(jax.tree.map(lambda _: of_scales, leaf), **parts)
     return partition(axes, leaf.ndim)
 
 
-def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> Int8Weight | Float8Weight | None:
+def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> ScaledWeight | None:
     """`leaf` in the form in which `linear` reads it where it is, for activations of `dtype`; None if it does not."""
     division = None
     if mesh is not None and mesh.size > 1 and spec.kind is Kind.MATRIX and not DIVIDED_AXES.isdisjoint(spec.axes):
@@ -76,27 +72,55 @@ def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) 
 def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -> Leaf:
     """A weight of a checkpoint, plain or with scales, sharded over `mesh`.
 
-    It has the sizes of the divided model (see `division`) and its columns are reordered (see `columns`).
+    It has the sizes of the divided model (see `division`) and its columns are reordered (see `columns`). Weights with scales
+    of blocks of inputs must be as `division.keeps_blocks` wants them.
     """
-    every_axis, platform = range(-len(spec.axes), 0), mesh.devices.flat[0].platform
-    parts = divided_parts(spec, config, mesh.size, platform)
+    if not isinstance(leaf, ScaledWeight):
+        return place_leaf(spec, divide_array(spec, leaf, mesh, config), mesh)
+    every_axis = range(-len(spec.axes), 0)
+    of_columns = [axis for axis in every_axis if axis != -2]
 
-    def sized(array: jax.Array | np.ndarray, axes: Sequence[int], fill: int = 0) -> np.ndarray:
-        array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill, platform=platform)
-        return deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
+    def columns(array: jax.Array | np.ndarray, fill: int) -> np.ndarray:
+        """With another axis in the place of the inputs."""
+        array = divide_array(spec, np.moveaxis(np.asarray(array), -2, 0), mesh, config, axes=of_columns, fill=fill)
+        return np.moveaxis(array, 0, -2)
 
-    def placed(array: np.ndarray, partition: PartitionSpec) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, partition))
-
-    partition = partition_leaf(spec, leaf)
-    if not isinstance(leaf, Int8Weight | Float8Weight):
-        return placed(sized(leaf, every_axis), partition)
-    scales = sized(leaf.scales, [axis for axis in every_axis if axis != -2], fill=1)
-    if isinstance(leaf, Float8Weight):
-        values = sized(np.asarray(leaf.values).swapaxes(-1, -2), every_axis).swapaxes(-1, -2)
+    in_blocks = leaf.scales.ndim == leaf.values.ndim
+    scales = columns(leaf.scales, 1) if in_blocks else divide_array(spec, leaf.scales, mesh, config, axes=of_columns, fill=1)
+    if isinstance(leaf, Int4Weight):
+        offsets = None if leaf.offsets is None else columns(leaf.offsets, 0)
+        leaf = dataclasses.replace(leaf, values=columns(leaf.values, 0), scales=scales, offsets=offsets)
+    elif isinstance(leaf, Float8Weight):
+        values = divide_array(spec, np.asarray(leaf.values).swapaxes(-1, -2), mesh, config).swapaxes(-1, -2)
+        leaf = dataclasses.replace(leaf, values=values, scales=scales)
     else:
-        values = sized(leaf.values, every_axis)
-    return dataclasses.replace(leaf, values=placed(values, partition.values), scales=placed(scales, partition.scales))
+        leaf = dataclasses.replace(leaf, values=divide_array(spec, leaf.values, mesh, config), scales=scales)
+    return place_leaf(spec, leaf, mesh)
+
+
+def divide_array(
+    spec: WeightSpec,
+    array: jax.Array | np.ndarray,
+    mesh: Mesh,
+    config: ModelConfig,
+    *,
+    axes: Sequence[int] | None = None,
+    fill: int = 0,
+) -> np.ndarray:
+    """`array` with the sizes and the order of columns that `mesh` divides, on the host.
+
+    `axes` and `fill` as for `divided_array` (default: all axes of the weight).
+    """
+    axes = range(-len(spec.axes), 0) if axes is None else axes
+    platform = mesh.devices.flat[0].platform
+    parts = divided_parts(spec, config, mesh.size, platform)
+    array = divided_array(spec, np.asarray(array), config, mesh.size, axes=axes, fill=fill, platform=platform)
+    return deal_columns(array, parts, mesh.size) if len(parts) > 1 else array
+
+
+def place_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh) -> Leaf:
+    """A weight of the divided model, with its parts on their devices."""
+    return jax.tree.map(jax.device_put, leaf, shardings(mesh, partition_leaf(spec, leaf)))
 
 
 def partition_kv_cache(cache: KVCache) -> KVCache:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from fastgen_jax.checkpoint.quantized import split_settings
 from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
@@ -72,6 +73,11 @@ def compile_ahead(
     target = parse_topology(topology)
     if described.quantize is not None:
         choices = replace(choices, quantize="int8")
+    if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
+        raise ValueError(
+            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and programs depend on their form, which "
+            "is known when its files are read; start the engine on the device itself, or use quantize='int8'"
+        )
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
     shown = images_from_hf(described.config, {}) if choices.images else None
     if shown is not None:
@@ -119,14 +125,14 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         num_devices=target.num_devices,
     )
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
-    bytes_per_weight = jnp.dtype(formats.dtype).itemsize
-    weights = footprint.weight_bytes(model, num_devices, bytes_per_weight, quantize=formats.quantize, platform=platform)
+    itemsize = jnp.dtype(formats.dtype).itemsize
+    weights = footprint.weight_bytes(model, num_devices, itemsize, quantize=formats.quantize, platform=platform)
     config = resolve(replace(choices, formats=formats), model, machine=machine, weights=weights)
     budgets = config.budget_ladder
     if choices.token_budget is None:
         cost = ladder.cost_model(
             model,
-            bytes_per_weight=1 if formats.quantize else bytes_per_weight,
+            bytes_per_weight=footprint.bytes_of_most(formats.dtype, formats.quantize, platform),
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
@@ -208,7 +214,7 @@ def _compile(
         attention=config.choices.attention,
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
-        has_int8_weights=config.quantize == "int8",
+        has_int8_weights=config.quantize in ("int8", "int4"),
         work=work,
         device=devices[0],
     )

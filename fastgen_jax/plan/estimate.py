@@ -7,13 +7,13 @@ import math
 
 from fastgen_jax.devices import Device, Topology
 from fastgen_jax.engine import footprint
-from fastgen_jax.engine.footprint import bits_per_value, temporary_bytes, weight_bytes
+from fastgen_jax.engine.footprint import bits_per_value, quantization_of, temporary_bytes, weight_bytes
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided
 from fastgen_jax.models.moe_config import IndexerConfig
 from fastgen_jax.models.params import expert_specs
 from fastgen_jax.models.sparse import indexer_of
-from fastgen_jax.models.weight_spec import DType, Kind
+from fastgen_jax.models.weight_spec import DType, Kind, WeightSpec
 from fastgen_jax.plan.roofline import StepShape, StepTime, Windows, decode_attended, roofline
 from fastgen_jax.scheduling import BlockGroups
 
@@ -79,8 +79,13 @@ def read_weight_bytes(
     moe = model.moe
     if moe is None:
         return weights
+
+    def bits(spec: WeightSpec) -> float:
+        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices)
+        return bits_per_value(spec, itemsize, form=form, kept=dict(kept), platform=platform)
+
     one = sum(  # expert of a layer
-        math.prod(spec.shape[1:]) * bits_per_value(spec, itemsize, quantize=quantize, kept=dict(kept)) / 8 / num_devices
+        math.prod(spec.shape[1:]) * bits(spec) / 8 / num_devices
         for spec in expert_specs(model.embed_dim, moe).values()
         if spec.kind is Kind.EXPERTS
     )

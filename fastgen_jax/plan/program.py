@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.config import wide_enough
+from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import further_arguments, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
@@ -35,7 +36,7 @@ from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int8Weight
+from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, Float8Weight, Int4Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -192,7 +193,7 @@ def compile_step(
         attention=attention,
         activation_dtype=wide_enough(jnp.dtype(dtype).name, exceeds_float16=model.exceeds_float16),  # pyright: ignore[reportArgumentType]
         mesh=mesh,
-        has_int8_weights=quantize == "int8",
+        has_int8_weights=quantize in ("int8", "int4"),
         work=work,
         deterministic=deterministic,
     )
@@ -258,7 +259,13 @@ def step_arguments(
     vocab_size = model.vocab_size
     model = divided(model, 1 if mesh is None else mesh.size, device.platform)
     params = jax.eval_shape(lambda key: init_params(model, key, dtype=dtype), jax.random.key(0))
-    as_stored = functools.partial(_as_stored, quantize=quantize, in_blocks=in_blocks)
+    as_stored = functools.partial(
+        _as_stored,
+        quantize=quantize,
+        in_blocks=in_blocks,
+        num_devices=1 if mesh is None else mesh.size,
+        platform=device.platform,
+    )
     params = jax.tree.map(as_stored, param_specs(model), params)
     if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately
         head = head_spec(model)
@@ -286,13 +293,28 @@ def step_arguments(
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, kinds)
 
 
-def _as_stored(spec: WeightSpec, weight: jax.ShapeDtypeStruct, *, quantize: str | None, in_blocks: bool) -> Leaf:
-    """The shapes of a weight in the form that the engine stores."""
-    if quantize is None or not spec.quantizable:
+def _as_stored(
+    spec: WeightSpec,
+    weight: jax.ShapeDtypeStruct,
+    *,
+    quantize: str | None,
+    in_blocks: bool,
+    num_devices: int,
+    platform: str,
+) -> Leaf:
+    """The shapes of a weight of the divided model in the form that the engine stores."""
+    form = quantization_of(spec, quantize, packed=False, num_devices=num_devices)
+    if form is None:
         return weight
     shape = weight.shape
+    if form == "int4":
+        kind = jnp.float32 if platform == "tpu" else jnp.float16
+        return Int4Weight(
+            values=jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.uint8),  # pyright: ignore[reportArgumentType] (shapes)
+            scales=jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // INT4_BLOCK, shape[-1]), kind),  # pyright: ignore[reportArgumentType]
+        )
     scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
-    if quantize == "fp8":
+    if form == "fp8":
         if in_blocks and shape[-2] % FLOAT8_BLOCK == 0:
             scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // FLOAT8_BLOCK, shape[-1]), jnp.float32)
         values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)

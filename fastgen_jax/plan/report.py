@@ -23,6 +23,7 @@ from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
 from fastgen_jax.plan import estimate, tower
 from fastgen_jax.plan.estimate import Memory, PlannedStep
 from fastgen_jax.scheduling import BlockGroups
+from pallas_kernels.matmul import FLOAT8_BLOCK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Plan:
     block_size: int
     windows: tuple[int | None, ...]  # of the cache groups; None: one whose layers attend to all tokens
     dtype: str
-    quantize: str | None  # "int8" or "fp8" if matrices are stored in 8 bits
+    quantize: str | None  # "int8", "int4" or "fp8" if matrices are stored in 8 or 4 bits
     stored_as: str  # how the weights are quantized on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
@@ -84,13 +85,14 @@ def make_plan(
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
     Weights that are quantized according to the config or `stored_as` are planned as they are loaded: dequantized, in
-    `dtype` or, with `quantize`, as int8. With `images` a vision tower is part of them. Raises ValueError for an unknown
+    `dtype` or quantized again. With `images` a vision tower is part of them. Raises ValueError for an unknown
     model, quantization or topology, a context beyond the model's limit, and if the model cannot be divided over the
     devices.
     """
     devices = parse_topology(topology)
     quantization, config = split_settings(config)
     stored_as = quantization_method(quantization) if quantization else stored_as
+    in_blocks = _has_blocks(quantization)
     model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
     check_num_devices(model, devices.num_devices)
     context = model.max_context_len if context is None else context
@@ -116,7 +118,12 @@ def make_plan(
         total=devices.device.memory_bytes,
         reserved=int(devices.device.memory_bytes * estimate.RESERVED_SHARE),
         weights=footprint.weight_bytes(
-            model, devices.num_devices, itemsize, quantize=quantize, platform=devices.device.platform
+            model,
+            devices.num_devices,
+            itemsize,
+            quantize=quantize,
+            platform=devices.device.platform,
+            in_blocks=in_blocks,
         )
         + vision,
         state=footprint.sampler_bytes(model, max_num_seqs)
@@ -147,6 +154,7 @@ def make_plan(
                     dtype=dtype,
                     kv_dtype=kv_dtype,
                     quantize=quantize,
+                    in_blocks=in_blocks,
                 )
                 for budget in budgets
             )
@@ -212,6 +220,12 @@ def make_plan(
     )
 
 
+def _has_blocks(quantization: JsonObject | None) -> bool:
+    """Whether weights of 8-bit floats have a scale for every 128 inputs."""
+    block = (quantization or {}).get("weight_block_size")  # rows and columns of the stored matrix [out, in]
+    return isinstance(block, list) and block[-1:] == [FLOAT8_BLOCK]
+
+
 def _check(
     model: ModelConfig,
     topology: Topology,
@@ -224,6 +238,7 @@ def _check(
     dtype: str,
     kv_dtype: str,
     quantize: str | None,
+    in_blocks: bool,
 ) -> CompileCheck:
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
@@ -239,6 +254,7 @@ def _check(
             dtype=jnp.dtype(dtype),
             kv_dtype=jnp.dtype(kv_dtype),
             quantize=quantize,
+            in_blocks=in_blocks,
         )
     except DoesNotCompile as error:
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, problem=str(error))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu_target
 from pallas_kernels.matmul import Float8Weight, ScaledWeight, ampere, ampere_support, hopper, hopper_support
 from pallas_kernels.matmul.hopper_support import GRANULE, sum_of_splits
+from pallas_kernels.matmul.int4 import size_of
 from pallas_kernels.matmul.narrow import float8_rows
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def grouped_matmul_gpu(
     stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
     is_ampere = gpu_target.generation() == "ampere" if tiles is None else isinstance(tiles, ampere_support.Tiles)
     support = ampere_support if is_ampere else hopper_support
-    if not support.fits(w.shape, stored, x.dtype):
+    if not support.fits(w.shape, stored, x.dtype, size=size_of(w)):
         raise ValueError(
-            f"implementation='gpu' multiplies bfloat16 or float16 by weights of that dtype or 8 bits, [G, E, F] with E and "
-            f"F multiples of 64 (F of 32 for 8 bits) and F at least 128, but x is {x.dtype} and w {stored}{list(w.shape)}; "
-            f"pad w with zeros, or pass implementation='tiles'"
+            f"implementation='gpu' multiplies bfloat16 or float16 by weights of that dtype, 8 or 4 bits, [G, E, F] with E "
+            f"and F multiples of 64 (F of 32 for 8 and 4 bits), F at least 128, and scales of int4 for 32 inputs or for a "
+            f"multiple of 64, but x is {x.dtype} and w {stored}{list(w.shape)}; pad w with zeros, or pass "
+            f"implementation='tiles'"
         )
     if tiles is None:
         rows = 64 if num_rows <= 96 * num_groups else 128  # tiles of 128 rows only if most of them are full

@@ -15,6 +15,7 @@ from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
 from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight, tpu_support
+from pallas_kernels.matmul.int4 import size_of
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.ops import gated, has_kernel
 
@@ -157,7 +158,7 @@ def _plain_product(
     if is_narrowed(x.dtype, stored):
         rows, factors = float16_rows(x)
         return _plain_product(rows, w, group_sizes, first, implementation) * factors
-    kernels = {"cuda": _grouped_matmul_gpu} if has_kernel(w.shape, stored, x.dtype) else {}
+    kernels = {"cuda": _grouped_matmul_gpu} if has_kernel(w.shape, stored, x.dtype, size=size_of(w)) else {}
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, **kernels, default=grouped_matmul_tiles)
 
 

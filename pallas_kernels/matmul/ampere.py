@@ -1,7 +1,8 @@
 """Products of tiles of rows with matrices of a stack, on GPUs of compute capability 8.x (Ampere, Ada Lovelace): Triton.
 
 As in `hopper.py`, the matrices are read where they are, and which of them a tile has is data. A program of the grid computes
-some columns of a tile for some of the inputs; int8 becomes the dtype of the activations in registers.
+some columns of a tile for some of the inputs; int8 and int4 become the dtype of the activations in registers. The bytes of
+int4 hold the first and the last inputs of a step, which are multiplied one after the other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.matmul.ampere_support import Tiles, modeled, tile_rows
 from pallas_kernels.matmul.hopper_support import GRANULE, GRANULES, MATRIX, ROW, one_matrix, sum_of_splits
+from pallas_kernels.matmul.int4 import INT4_ROWS, Int4Weight, float_halves, size_of
 from pallas_kernels.matmul.weights import Int8Weight
 from pallas_kernels.pallas_types import Ref
 
@@ -25,21 +27,21 @@ if TYPE_CHECKING:
 
 
 def multiply(
-    x: Float[Array, "T K"], w: Int8Weight, *, tiles: Tiles | None = None, interpret: bool = False
+    x: Float[Array, "T K"], w: Int8Weight | Int4Weight, *, tiles: Tiles | None = None, interpret: bool = False
 ) -> Float[Array, "T N"]:
     """float32[T, N]: x times the matrix of `w` that its layer selects. If `tiles` is None, they are modeled."""
     assert w.layer is not None, "a stack without a selected layer is no matrix"
     num_rows = x.shape[0]
     if tiles is None:
         rows = tile_rows(num_rows)
-        tiles = modeled(-(-num_rows // rows), w.values.shape, w.values.dtype, rows=rows)
+        tiles = modeled(-(-num_rows // rows), (1, *w.shape), w.values.dtype, rows=rows)
     x, work = one_matrix(x, tiles.rows)
     return sum_of_splits(multiply_tiles(x, w, work, w.layer, tiles=tiles, interpret=interpret))[:num_rows]
 
 
 def multiply_tiles(
     x: Float[Array, "P K"],
-    w: Float[Array, "G K N"] | Int8Weight,
+    w: Float[Array, "G K N"] | Int8Weight | Int4Weight,
     work: Int[Array, "tiles columns"],
     first: Int[Array, ""],
     *,
@@ -47,25 +49,27 @@ def multiply_tiles(
     interpret: bool = False,
 ) -> Float[Array, "splits P N"]:
     """float32; see `hopper.multiply_tiles`. `interpret` is passed to `pl.pallas_call`."""
-    values: jax.Array = w.values if isinstance(w, Int8Weight) else w
-    scales = [w.scales] if isinstance(w, Int8Weight) else []
-    num_columns = values.shape[2]
+    values: jax.Array = w.values if isinstance(w, Int8Weight | Int4Weight) else w
+    factors = [w.scales] if isinstance(w, Int8Weight | Int4Weight) else []
+    if isinstance(w, Int4Weight) and w.offsets is not None:
+        factors.append(w.offsets)
+    num_columns = w.shape[-1]
     return pl.pallas_call(
-        functools.partial(_multiply, tiles=tiles),
+        functools.partial(_multiply, tiles=tiles, size=size_of(w)),
         out_shape=jax.ShapeDtypeStruct((tiles.splits, x.shape[0], num_columns), jnp.float32),
         # Programs that run at the same time have the same columns and other rows, so that they read the same weights.
         grid=(work.shape[0] - 1, -(-num_columns // tiles.columns), tiles.splits),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="multiply_tiles",
-    )(work, first.reshape(1), x, values, *scales)
+    )(work, first.reshape(1), x, values, *factors)
 
 
-def _multiply(work: Ref, first: Ref, x: Ref, w: Ref, *rest: Ref, tiles: Tiles) -> None:
-    """One program of the grid."""
-    *scales, out = rest
+def _multiply(work: Ref, first: Ref, x: Ref, w: Ref, *rest: Ref, tiles: Tiles, size: int | None) -> None:
+    """One program of the grid. `size`: inputs of int4 that share a scale."""
+    *factors, out = rest
     tile, split = pl.program_id(0), pl.program_id(2)
-    num_rows, (num_inputs, num_columns) = x.shape[0], w.shape[1:]
+    (num_rows, num_inputs), num_columns = x.shape, w.shape[2]
     column = pl.program_id(1) * tiles.columns
     columns = pl.ds(column, tiles.columns)
     has_column = column + jnp.arange(tiles.columns) < num_columns
@@ -78,15 +82,33 @@ def _multiply(work: Ref, first: Ref, x: Ref, w: Ref, *rest: Ref, tiles: Tiles) -
         num_steps = num_inputs // tiles.depth
         steps = -(-num_steps // tiles.splits)
 
+        def load_left(first: jax.Array, depth: int) -> jax.Array:
+            return triton.load(x.at[rows, pl.ds(first, depth)], mask=has_row[:, None], other=0.0)
+
+        def load_right(first: jax.Array, depth: int) -> jax.Array:
+            return triton.load(w.at[matrix, pl.ds(first, depth), columns], mask=has_column[None, :], other=0)
+
+        def of_columns(factor: Ref, *block: jax.Array) -> jax.Array:
+            numbers = triton.load(factor.at[matrix, *block, columns], mask=has_column, other=0.0)
+            return numbers.astype(jnp.float32)[None, :]
+
         def step(i: jax.Array, acc: jax.Array) -> jax.Array:
-            inputs = pl.ds(i * tiles.depth, tiles.depth)
-            left = triton.load(x.at[rows, inputs], mask=has_row[:, None], other=0.0)
-            right = triton.load(w.at[matrix, inputs, columns], mask=has_column[None, :], other=0)
-            return acc + triton.dot(left, right.astype(left.dtype))
+            inputs = i * tiles.depth
+            if size is None:
+                left = load_left(inputs, tiles.depth)
+                return acc + triton.dot(left, load_right(inputs, tiles.depth).astype(left.dtype))
+            for half, (unit, right) in enumerate(float_halves(load_right(i * INT4_ROWS, INT4_ROWS))):
+                left = load_left(inputs + half * INT4_ROWS, INT4_ROWS)
+                block = lax.div(inputs + (half * INT4_ROWS if size == INT4_ROWS else 0), jnp.int32(size))
+                scales, *offsets = (of_columns(factor, block) for factor in factors)
+                right = right * (scales * (1 / unit))
+                right = right + offsets[0] if offsets else right
+                acc += triton.dot(left, right.astype(left.dtype))
+            return acc
 
         end = jnp.minimum((split + 1) * steps, num_steps)
         acc = lax.fori_loop(split * steps, end, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
-        if scales:
-            acc = acc * triton.load(scales[0].at[matrix, columns], mask=has_column, other=0.0)[None, :]
+        if factors and size is None:
+            acc = acc * of_columns(factors[0])
         is_own = (jnp.arange(tiles.rows) < GRANULE * work[tile, GRANULES]) & has_row
         triton.store(out.at[split, rows, columns], acc, mask=is_own[:, None] & has_column[None, :])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target, jax_versions
+from pallas_kernels.matmul.hopper_support import INT4, bits_of, whole_steps
 
 DEPTH = 64  # inputs per step
 MULTIPROCESSORS = 108  # of an A100, if the device does not report it
@@ -29,22 +30,29 @@ class Tiles:
     depth: int = DEPTH
 
 
-def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+def supported(
+    shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None, divided: bool = False
+) -> bool:
     """Whether the program is for Amperes, and the kernel supports activations of `dtype` and weights [G, K, N].
 
-    `divided` as for `hopper_support.supported`.
+    `size` and `divided` as for `hopper_support.supported`.
     """
     if gpu_target.generation() != "ampere" or jax_versions.too_old(jax_versions.AMPERE_PRODUCT):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if not divided and not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
         return False
-    return fits(shape, stored, dtype)
+    return fits(shape, stored, dtype, size=size)
 
 
-def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
-    """Whether weights [G, K, N] have whole steps and aligned rows, in dtypes that the kernel multiplies."""
-    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8):
+def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None) -> bool:
+    """Whether weights [G, K, N] have whole steps and aligned rows, in dtypes that the kernel multiplies.
+
+    `size` as for `hopper_support.fits`.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8, INT4):
+        return False
+    if size is not None and not whole_steps(shape[-2], size):
         return False
     return shape[-2] % DEPTH == 0 and shape[-1] % 16 == 0
 
@@ -76,4 +84,6 @@ def tile_rows(num_rows: int) -> int:
 
 def stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
     """Of shared memory, for the operands of a step."""
-    return DEPTH * (2 * rows + columns * jnp.dtype(stored).itemsize)
+    # Of int4 at most two scales and two offsets of an output, in float32.
+    factors = columns * 2 * 2 * 4 if stored == INT4 else 0
+    return DEPTH * (2 * rows + columns * bits_of(stored) // 8) + factors

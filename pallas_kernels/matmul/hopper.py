@@ -1,7 +1,7 @@
 """Products of tiles of rows with matrices of a stack, on GPUs of compute capability 9.0 (Hopper).
 
 The matrices are read where they are: a matrix of a layer, or of an expert of a layer, is one of the stack, and its number is
-data. Numbers of 8 bits are converted on their way from memory to the tensor cores.
+data. Integers are converted on their way from memory to the tensor cores.
 
 A thread block computes some columns of a tile for some of the inputs. One warpgroup copies (TMA), two compute (WGMMA), each
 its own columns, with a ring of buffers between them that is not drained between tiles:
@@ -9,16 +9,15 @@ its own columns, with a ring of buffers between them that is not drained between
   copy      | x0 w0 | x1 w1 | x2 w2 | x3 w3 | ...       waits until the buffer to overwrite has been read
   compute   |       | x0 w0 | x1 w1 | x2 w2 | ...       waits until the buffer is full
 
-WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of int8 into one
-of two further buffers while the tensor cores multiply those in the other. 8-bit floats are multiplied as they are, with rows
-that are rounded to them. The tensor cores keep fewer than 24 bits of their sums, so those of each step are added up in
-float32 registers, each times the scales of its inputs if there are such: the numbers of a checkpoint in blocks of 128 x 128
-are multiplied as they are.
+WGMMA reads both operands from shared memory, in one dtype: each computing warpgroup converts its columns of int8 or int4
+into one of two further buffers while the tensor cores multiply those in the other (`hopper_operands`). 8-bit floats are
+multiplied as they are, with rows that are rounded to them. The tensor cores keep fewer than 24 bits of their sums, so those
+of each step are added up in float32 registers, each times the scales of its inputs if there are such: the numbers of a
+checkpoint in blocks of 128 x 128 are multiplied as they are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.matmul.hopper_operands import in_every_row, write_int4, write_int8
+from pallas_kernels.matmul.hopper_spec import WARPGROUPS, Item, Spec
 from pallas_kernels.matmul.hopper_support import (
-    FLOAT8,
     GRANULE,
     GRANULES,
     MATRIX,
@@ -42,8 +42,9 @@ from pallas_kernels.matmul.hopper_support import (
     one_matrix,
     sum_of_splits,
 )
+from pallas_kernels.matmul.int4 import Int4Weight
 from pallas_kernels.matmul.narrow import float8_rows
-from pallas_kernels.matmul.weights import Float8Weight, Int8Weight
+from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, ScaledWeight
 from pallas_kernels.pallas_types import Ref, Scratch
 
 if TYPE_CHECKING:
@@ -51,16 +52,13 @@ if TYPE_CHECKING:
 
 plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
 
-WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64  # rows of one WGMMA
 # Registers per thread when two warpgroups compute and one copies, 504 in total.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 STORED = 64  # columns that a warpgroup writes to memory at a time
 
 
-def multiply(
-    x: Float[Array, "T K"], w: Int8Weight | Float8Weight, *, tiles: Tiles | None = None, interpret: object = False
-) -> jax.Array:
+def multiply(x: Float[Array, "T K"], w: ScaledWeight, *, tiles: Tiles | None = None, interpret: object = False) -> jax.Array:
     """float32[T, N]: x times the matrix of `w` that its layer selects. If `tiles` is None, they are modeled.
 
     With a `Float8Weight`, x is rounded to 8 bits, with a scale for each row.
@@ -80,7 +78,7 @@ def multiply(
 
 def multiply_tiles(
     x: Float[Array, "P K"],
-    w: Float[Array, "G K N"] | Int8Weight | Float8Weight,
+    w: Float[Array, "G K N"] | ScaledWeight,
     work: Int[Array, "tiles columns"],
     first: Int[Array, ""],
     *,
@@ -91,28 +89,30 @@ def multiply_tiles(
 
     Args:
       x: [P, K], P a multiple of 8; each tile has `min(tiles.rows, P)` rows of it.
-      w: [G, K, N] in the dtype of x, or int8.
+      w: [G, K, N] in the dtype of x, or with scales.
       work: see `hopper_support.NUM_COLUMNS`.
       first: i32, the matrix that `work` calls 0.
       tiles: how the work is divided. The results of its splits are to be added up.
       interpret: passed to `plgpu.kernel`.
     """
-    has_scales = isinstance(w, Int8Weight | Float8Weight)
-    in_blocks = isinstance(w, Float8Weight) and w.in_blocks
-    values: jax.Array = w.values if has_scales else w
-    operands = {"scales": w.scales} if has_scales else {}
+    scaled = isinstance(w, ScaledWeight)
+    values: jax.Array = w.values if scaled else w
+    operands = {"scales": w.scales} if scaled else {}
+    if isinstance(w, Int4Weight) and w.offsets is not None:
+        operands["offsets"] = w.offsets
     num_rows, num_inputs = x.shape
-    num_columns = values.shape[1 if isinstance(w, Float8Weight) else 2]
+    num_columns = w.shape[-1]
     most_items = (work.shape[0] - 1) * tiles.splits * -(-num_columns // (WARPGROUPS * tiles.columns))
-    spec = _Spec(
+    spec = Spec(
         tiles=tiles,
         rows_in=min(tiles.rows, num_rows),
         blocks=min(tiles.blocks, most_items),
         depth=depth_of(values.dtype, num_inputs),
         num_inputs=num_inputs,
         num_columns=num_columns,
-        has_scales=has_scales,
-        in_blocks=in_blocks,
+        of_outputs=isinstance(w, Int8Weight) or (isinstance(w, Float8Weight) and not w.in_blocks),
+        in_blocks=isinstance(w, Float8Weight) and w.in_blocks,
+        size=w.size if isinstance(w, Int4Weight) else None,
         dtype=np.dtype(x.dtype),
         stored=np.dtype(values.dtype),
         interpreted=bool(interpret),
@@ -137,74 +137,29 @@ def multiply_tiles(
     )(*operands.values())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Spec:
-    """The static properties of a kernel."""
-
-    tiles: Tiles
-    rows_in: int  # rows of x that are read for a tile; the others are left unchanged
-    blocks: int  # thread blocks
-    depth: int  # inputs per step
-    num_inputs: int  # K
-    num_columns: int  # N
-    has_scales: bool  # of columns
-    in_blocks: bool  # a scale of a column for each step
-    dtype: np.dtype  # of the operands of products
-    stored: np.dtype  # `dtype`, or int8
-    interpreted: bool  # runs in the Pallas interpreter, which lacks some constructs
-
-    @property
-    def converted(self) -> bool:
-        return self.stored != self.dtype
-
-    @property
-    def is_float8(self) -> bool:
-        """Whether the weights are 8-bit floats [G, N, K]."""
-        return self.stored == FLOAT8
-
-    @property
-    def steps(self) -> int:
-        return self.num_inputs // self.depth
-
-    @property
-    def steps_per_split(self) -> int:
-        return -(-self.steps // self.tiles.splits)
-
-    @property
-    def items_per_tile(self) -> int:
-        return -(-self.num_columns // (WARPGROUPS * self.tiles.columns)) * self.tiles.splits
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Item:
-    """Some columns and inputs of one tile."""
-
-    matrix: jax.Array
-    row: jax.Array
-    granules: jax.Array
-    column: jax.Array  # the first of the block
-    split: jax.Array
-    first_step: jax.Array
-    num_steps: jax.Array
-
-
-def _multiply(refs: dict[str, Ref], spec: _Spec) -> None:
+def _multiply(refs: dict[str, Ref], spec: Spec) -> None:
     """Runs in every warpgroup of the block."""
     tiles = spec.tiles
-    ring = (tiles.stages, WARPGROUPS, spec.depth, tiles.columns)
+    ring = (tiles.stages, WARPGROUPS, spec.stored_rows, tiles.columns)
     x_layout = _tiled(spec.depth, spec.dtype.itemsize)
     w_layout = _tiled(math.gcd(64, spec.num_columns), spec.stored.itemsize)
     if spec.is_float8:
         ring, w_layout = (*ring[:2], tiles.columns, spec.depth), x_layout
+    factors = spec.factors_of(refs)
     scratch: dict[str, Scratch] = {
         "x_buffer": plgpu.SMEM((tiles.stages, tiles.rows, spec.depth), spec.dtype, transforms=x_layout),
         "w_buffer": plgpu.SMEM(ring, spec.stored, transforms=w_layout),
         "out_buffer": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, STORED), jnp.float32, transforms=_tiled(STORED, 4)),
-        "full": plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=tiles.stages),
+        "full": plgpu.Barrier(num_arrivals=1 + WARPGROUPS * (1 + len(factors)), num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
     if spec.converted:
-        scratch["operand"] = plgpu.SMEM((WARPGROUPS, 2, *ring[2:]), spec.dtype, transforms=_tiled(tiles.columns, 2))
+        scratch["operand"] = plgpu.SMEM(
+            (WARPGROUPS, 2, spec.depth, tiles.columns), spec.dtype, transforms=_tiled(tiles.columns, 2)
+        )
+    for name in factors:
+        shape = (*ring[:2], spec.factor_rows, tiles.columns)
+        scratch[f"{name}_buffer"] = plgpu.SMEM(shape, refs[name].dtype)
 
     def body(*allocated: Ref) -> None:
         block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec)
@@ -232,11 +187,12 @@ def _tiled(columns: int, itemsize: int) -> tuple[Any, Any]:
 class _Block:
     """The work of one thread block."""
 
-    def __init__(self, refs: dict[str, Ref], spec: _Spec) -> None:
+    def __init__(self, refs: dict[str, Ref], spec: Spec) -> None:
         self.refs, self.spec = refs, spec
+        self.factors = spec.factors_of(refs)
         self.warpgroup = lax.axis_index("warpgroup")
 
-    def for_each_item(self, work: Callable[[_Item, jax.Array], None]) -> jax.Array:
+    def for_each_item(self, work: Callable[[Item, jax.Array], None]) -> jax.Array:
         """Calls `work` with every item of this block and the number of steps before it; returns that of all steps.
 
         Blocks that run at the same time have the same columns and other rows, so that they read the same weights.
@@ -255,7 +211,7 @@ class _Block:
             split = part - column * spec.tiles.splits
             matrix, row, granules = (refs["work"][tile, number] for number in (MATRIX, ROW, GRANULES))
             first_step = split * per_split
-            made = _Item(
+            made = Item(
                 matrix=refs["first"][0] + matrix,
                 row=row,
                 granules=granules,
@@ -270,7 +226,7 @@ class _Block:
         mine = lax.div(num_items - block + (blocks - 1), jnp.int32(blocks))
         return lax.fori_loop(0, mine, item, jnp.int32(0))
 
-    def first_column(self, item: _Item, warpgroup: jax.Array | int) -> jax.Array:
+    def first_column(self, item: Item, warpgroup: jax.Array | int) -> jax.Array:
         """The first column of a warpgroup. Beyond the last column there are others, which are computed twice."""
         columns = self.spec.tiles.columns
         return jnp.minimum(item.column + warpgroup * columns, self.spec.num_columns - columns)
@@ -280,7 +236,7 @@ class _Block:
     def slot(self, n: jax.Array) -> jax.Array:
         return lax.rem(n, jnp.int32(self.spec.tiles.stages))
 
-    def copy(self, item: _Item, steps_before: jax.Array) -> None:
+    def copy(self, item: Item, steps_before: jax.Array) -> None:
         spec, refs = self.spec, self.refs
 
         def step(i: jax.Array, _: None) -> None:
@@ -288,15 +244,20 @@ class _Block:
             slot = self.slot(n)
             pl.when(n >= spec.tiles.stages)(lambda: plgpu.barrier_wait(refs["free"].at[slot]))
             inputs = pl.ds((item.first_step + i) * spec.depth, spec.depth)
+            stored = pl.ds((item.first_step + i) * spec.stored_rows, spec.stored_rows)
             full, target = refs["full"].at[slot], refs["x_buffer"].at[slot]
             if spec.rows_in < spec.tiles.rows:
                 target = target.at[pl.ds(0, spec.rows_in)]
             plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(item.row, spec.rows_in), inputs], target, full)
             for warpgroup in range(WARPGROUPS):
                 columns = pl.ds(self.first_column(item, warpgroup), spec.tiles.columns)
-                part = (columns, inputs) if spec.is_float8 else (inputs, columns)
+                part = (columns, inputs) if spec.is_float8 else (stored, columns)
                 source = refs["w"].at[item.matrix, *part]
                 plgpu.copy_gmem_to_smem(source, refs["w_buffer"].at[slot, warpgroup], full)
+                for name in self.factors:
+                    rows = pl.ds(spec.factor_row(item.first_step + i), spec.factor_rows)
+                    source = refs[name].at[item.matrix, rows, columns]
+                    plgpu.copy_gmem_to_smem(source, refs[f"{name}_buffer"].at[slot, warpgroup], full)
 
         lax.fori_loop(0, item.num_steps, step, None)
 
@@ -308,11 +269,11 @@ class _Block:
 
     # The computing warpgroups.
 
-    def compute(self, item: _Item, steps_before: jax.Array) -> None:
+    def compute(self, item: Item, steps_before: jax.Array) -> None:
         work = self.summed_steps if self.spec.is_float8 else self.one_sum
         self.store(item, work(item, steps_before))
 
-    def summed_steps(self, item: _Item, steps_before: jax.Array) -> jax.Array:
+    def summed_steps(self, item: Item, steps_before: jax.Array) -> jax.Array:
         """The products of each step, added up in registers."""
         spec, refs = self.spec, self.refs
         shape = (spec.tiles.rows, spec.tiles.columns)
@@ -340,7 +301,7 @@ class _Block:
         start = zeros if spec.interpreted else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         return lax.fori_loop(0, item.num_steps, step, start)
 
-    def one_sum(self, item: _Item, steps_before: jax.Array) -> jax.Array:
+    def one_sum(self, item: Item, steps_before: jax.Array) -> jax.Array:
         """The products of all steps, summed by the tensor cores."""
         spec, refs, warpgroup = self.spec, self.refs, self.warpgroup
 
@@ -352,7 +313,7 @@ class _Block:
                 w = refs["w_buffer"].at[slot, warpgroup]
                 if spec.converted:
                     operand = refs["operand"].at[warpgroup, lax.rem(n, jnp.int32(2))]
-                    self.convert(w, operand)
+                    self.convert(slot, operand)
                     w = operand
                 plgpu.wgmma(acc, refs["x_buffer"].at[slot], w)
                 # The product before this one has been computed.
@@ -366,31 +327,25 @@ class _Block:
         plgpu.barrier_arrive(refs["free"].at[self.slot(steps_before + item.num_steps - 1)])
         return result
 
-    def convert(self, source: Ref, target: Ref) -> None:
-        """Writes the int8 [depth, columns] as those of the products; they are the same in 16 bits."""
-        dtype = self.spec.dtype
-        if self.spec.interpreted:
-            target[...] = source[...].astype(dtype)
+    def convert(self, slot: jax.Array, target: Ref) -> None:
+        """Writes the numbers of a step [depth, columns] as those of the products."""
+        own = {name: self.refs[f"{name}_buffer"].at[slot, self.warpgroup] for name in ("w", *self.factors)}
+        if self.spec.is_int4:
+            write_int4(own["w"], target, own["scales"], own.get("offsets"), interpreted=self.spec.interpreted)
         else:
-            numbers = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-            numbers = numbers.astype(jnp.bfloat16)
-            target[...] = numbers if dtype == jnp.bfloat16 else numbers.astype(jnp.float32).astype(dtype)
+            write_int8(own["w"], target, interpreted=self.spec.interpreted)
         plgpu.commit_smem()
 
-    def scales(self, item: _Item, shape: tuple[int, ...], *step: jax.Array) -> jax.Array:
+    def scales(self, item: Item, shape: tuple[int, ...], *step: jax.Array) -> jax.Array:
         """Those of this warpgroup's columns (in a step), in every row of a result."""
         columns = pl.ds(self.first_column(item, self.warpgroup), self.spec.tiles.columns)
         scales = self.refs["scales"].at[item.matrix, *step, columns]
-        if self.spec.interpreted:
-            return jnp.broadcast_to(scales[...][None, :], shape)
-        layout = plgpu.Layout.WGMMA
-        factors = plgpu.load(scales, layout=layout.reduce(0), optimized=False)
-        return plgpu.layout_cast(lax.broadcast_in_dim(factors, shape, [1]), layout)
+        return in_every_row(scales, shape, plgpu.Layout.WGMMA, interpreted=self.spec.interpreted)
 
-    def store(self, item: _Item, result: jax.Array) -> None:
+    def store(self, item: Item, result: jax.Array) -> None:
         spec, refs = self.spec, self.refs
         column = self.first_column(item, self.warpgroup)
-        if spec.has_scales and not spec.in_blocks:
+        if spec.of_outputs:
             result = result * self.scales(item, result.shape)
         is_own = item.column + self.warpgroup * spec.tiles.columns < spec.num_columns
         buffer = refs["out_buffer"].at[self.warpgroup]

@@ -27,6 +27,7 @@ MULTIPROCESSORS = 132  # of an H100, if the device does not report it
 SHARED_BYTES = 224 * 1024  # for buffers; a thread block has 227 KiB
 MOST_STAGES, MOST_SPLITS = 8, 8
 FLOAT8 = jnp.float8_e4m3fn
+INT4 = jnp.uint8  # the bytes of an `Int4Weight`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,12 @@ class Tiles:
     blocks: int  # thread blocks that share the tiles
 
 
-def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+def supported(
+    shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None, divided: bool = False
+) -> bool:
     """Whether the program is for Hoppers, and the kernel supports activations of `dtype` and weights [G, K, N].
+
+    `size` as for `fits`.
 
     XLA cannot divide the kernel over several devices: there it has to be inside a shard_map, or become `divided` later.
     """
@@ -50,19 +55,27 @@ def supported(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, di
     mesh = jax.sharding.get_abstract_mesh()
     if not divided and not mesh.empty and mesh.size > 1 and not mesh.manual_axes:
         return False
-    return fits(shape, stored, dtype)
+    return fits(shape, stored, dtype, size=size)
 
 
-def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike) -> bool:
+def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None) -> bool:
     """Whether weights [G, K, N] consist of whole tiles, in dtypes that the kernel multiplies.
 
-    `dtype` is that of the activations before they are rounded for 8-bit floats.
+    `dtype` is that of the activations before they are rounded for 8-bit floats; `size` is how many inputs of int4 share a
+    scale.
     """
-    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8, FLOAT8):
+    if dtype not in (jnp.bfloat16, jnp.float16) or stored not in (dtype, jnp.int8, INT4, FLOAT8):
+        return False
+    if size is not None and not whole_steps(shape[-2], size):
         return False
     # A swizzle of 128 bytes is 64 numbers of 16 bits; numbers of 8 bits are converted, from narrower ones too, or are stored
     # with their inputs adjacent.
     return shape[-2] % DEPTH == 0 and shape[-1] % (64 if stored == dtype else 32) == 0 and shape[-1] >= 128
+
+
+def whole_steps(num_inputs: int, size: int) -> bool:
+    """Whether each step of `DEPTH` inputs of int4 has one scale, or one for each half, if so many inputs share one."""
+    return num_inputs % size == 0 and (size % DEPTH == 0 or 2 * size == DEPTH)
 
 
 def depth_of(stored: DTypeLike, num_inputs: int) -> int:
@@ -97,7 +110,7 @@ def modeled(
 ) -> Tiles:
     """The division with which the thread blocks read the fewest bytes in the longest of them.
 
-    Weights of 8 bits are half as many bytes; rows of x come from the L2 cache, which is about twice as fast as memory, and
+    Weights of 8 and 4 bits are fewer bytes; rows of x come from the L2 cache, which is about twice as fast as memory, and
     so do the sums of splits, which are written and read.
 
     Args:
@@ -110,14 +123,14 @@ def modeled(
       blocks: how many thread blocks the device runs at the same time; None: the multiprocessors of the target.
     """
     depth, num_columns = shape[-2:]
-    itemsize = jnp.dtype(stored).itemsize
+    bits = bits_of(stored)
     blocks = blocks or gpu_target.multiprocessors() or MULTIPROCESSORS
     step = depth_of(stored, depth)
     steps = depth // step
 
     def cost(columns: int, splits: int) -> int:
         items = num_tiles * -(-num_columns // (2 * columns)) * splits
-        per_item = -(-steps // splits) * step * (2 * columns * itemsize + rows)
+        per_item = -(-steps // splits) * step * (2 * columns * bits // 8 + rows)
         sums = 4 * splits * num_rows * num_columns if splits > 1 else 0
         return -(-items // blocks) * per_item * blocks + sums
 
@@ -135,12 +148,19 @@ def _stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
     """Of the operands of a step, for two warpgroups."""
     if stored == FLOAT8:
         return 2 * DEPTH * (rows + 2 * columns)
-    return 2 * DEPTH * rows + 2 * DEPTH * columns * jnp.dtype(stored).itemsize
+    # Of int4 at most two scales and two offsets of an output, in float32.
+    factors = 2 * columns * 2 * 2 * 4 if stored == INT4 else 0
+    return 2 * DEPTH * rows + 2 * DEPTH * columns * bits_of(stored) // 8 + factors
+
+
+def bits_of(stored: DTypeLike) -> int:
+    """Of a weight."""
+    return 4 if stored == INT4 else 8 * jnp.dtype(stored).itemsize
 
 
 def _other_bytes(columns: int, stored: DTypeLike) -> int:
     """Of the results on their way to memory, and of converted operands."""
-    return 2 * 64 * 64 * 4 + (2 * 2 * DEPTH * columns * 2 if stored == jnp.int8 else 0)
+    return 2 * 64 * 64 * 4 + (2 * 2 * DEPTH * columns * 2 if stored in (jnp.int8, INT4) else 0)
 
 
 def shared_bytes(tiles: Tiles, stored: DTypeLike) -> int:

@@ -68,12 +68,30 @@ class Int4Weight:
         return wide if self.offsets is None else wide + of_inputs(self.offsets)
 
 
+def size_of(w: object) -> int | None:
+    """Inputs that share a scale, of an `Int4Weight`; None for others."""
+    return w.size if isinstance(w, Int4Weight) else None
+
+
 def unpack_int4(values: UInt8[Array, "*layers bytes N"]) -> Int8[Array, "*layers K N"]:
     """The numbers of an `Int4Weight`."""
     *layers, num_bytes, n = values.shape
     pairs = jax.lax.bitcast_convert_type(values, jnp.int8).reshape(*layers, -1, 1, INT4_ROWS, n)
     halves = jnp.concatenate([(pairs << 4) >> 4, pairs >> 4], axis=-3)
     return halves.reshape(*layers, 2 * num_bytes, n)
+
+
+def float_halves(values: UInt8[Array, "bytes N"]) -> list[tuple[int, Float32[Array, "bytes N"]]]:
+    """Of the lower halves, then of the upper ones: (u, the float32 u q), for kernels: integers are converted slowly.
+
+    The bits of a half, its sign inverted, become the last ones of a float32 between 2^23 and 2^24, whose unit is 1.
+    """
+    wide = values.astype(jnp.int32)
+    halves = []
+    for unit in (1, 16):
+        bits = (wide & 15 * unit) ^ jnp.int32(0x4B000000 + 8 * unit)
+        halves.append((unit, jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.float32(2**23 + 8 * unit)))
+    return halves
 
 
 def pack_int4(w: BlockWeight, *, scale_dtype: DTypeLike | None = None) -> Int4Weight:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import gpu_target
 from pallas_kernels.matmul import ampere_support, cpu, hopper_support, tpu_support
 from pallas_kernels.matmul.division import Division
-from pallas_kernels.matmul.int4 import Int4Weight
+from pallas_kernels.matmul.int4 import Int4Weight, size_of
 from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
 from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, unscaled
@@ -96,16 +96,21 @@ def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None
     if not isinstance(w, ScaledWeight):
         return False
     if division is None:
-        return has_kernel(w.shape, w.values.dtype, dtype) or tpu_support.multiplies(w, w.shape)
+        return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w)) or tpu_support.multiplies(w, w.shape)
     *layers, inputs, outputs = w.shape
     share = division.mesh.size
     shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
-    return has_kernel(shape, w.values.dtype, dtype, divided=True) or tpu_support.multiplies(w, shape, divided=True)
+    if tpu_support.multiplies(w, shape, divided=True):
+        return True
+    return has_kernel(shape, w.values.dtype, dtype, size=size_of(w), divided=True)
 
 
-def has_kernel(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, divided: bool = False) -> bool:
+def has_kernel(
+    shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: int | None = None, divided: bool = False
+) -> bool:
     """Whether a GPU's kernel multiplies activations of `dtype` with weights [G, K, N]; see `hopper_support.supported`."""
-    return any(kernel.supported(shape, stored, dtype, divided=divided) for kernel in (hopper_support, ampere_support))
+    kernels = (hopper_support, ampere_support)
+    return any(kernel.supported(shape, stored, dtype, size=size, divided=divided) for kernel in kernels)
 
 
 def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*rows F"]:
@@ -135,7 +140,7 @@ def _product(x: jax.Array, w: jax.Array | ScaledWeight) -> jax.Array:
         return _divided_product(x, w, w.division)
     if tpu_support.multiplies(w, w.shape):
         return jax.lax.platform_dependent(x, w, tpu=_product_on_tpu, default=_scaled_product)
-    if not has_kernel(w.shape, w.values.dtype, x.dtype):
+    if not has_kernel(w.shape, w.values.dtype, x.dtype, size=size_of(w)):
         return _scaled_product(x, w)
     return jax.lax.platform_dependent(x, w, cuda=_product_in_place, default=_scaled_product)
 
@@ -189,14 +194,13 @@ def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.A
 def _product_in_place(x: jax.Array, w: ScaledWeight) -> jax.Array:
     """On a GPU, by a kernel that is imported on first use: it loads Pallas."""
     if w.layer is None:
-        w = replace(w, values=w.values[None], scales=w.scales[None], layer=jnp.int32(0))
+        w = replace(jax.tree.map(lambda part: part[None], w), layer=jnp.int32(0))
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, Int8Weight) and gpu_target.generation() == "ampere":
+    if isinstance(w, Int8Weight | Int4Weight) and gpu_target.generation() == "ampere":
         from pallas_kernels.matmul import ampere
 
         y = ampere.multiply(rows, w)
     else:
-        assert not isinstance(w, Int4Weight), "it has no kernel"
         from pallas_kernels.matmul import hopper
 
         y = hopper.multiply(rows, w)

@@ -126,8 +126,3 @@ def test_layers_of_different_kinds_take_a_common_one_with_the_same_values(tmp_pa
 def test_a_file_with_other_kinds_in_some_layers_is_dequantized(tmp_path):
     write_gguf(tmp_path / "f16.gguf", kind="F16", arrays=TOKENIZER)
     assert kept_in_blocks(open_checkpoint(tmp_path / "f16.gguf")) == {}
-
-
-def test_int4_is_refused_where_there_is_no_kernel_for_it(path):
-    with pytest.raises(ValueError, match=r"with tensor_parallel; use quantize='int8'"):
-        _engine(path, quantize="int4", tensor_parallel=1)

@@ -156,6 +156,6 @@ def test_experts_take_the_memory_that_is_counted_for_them(form):
         return np.asarray(sum(part.nbytes for part in jax.tree.leaves(leaf)))
 
     found = load_params(checkpoint, dtype=None, prepare=held, keep_blocks=form == "as stored", stack_layers=False)
-    without = weight_bytes(model, 1, 4, quantize=quantize, kept=(*kept, *((path, 0.0) for path in EXPERTS)))
-    counted = weight_bytes(model, 1, 4, quantize=quantize, kept=kept) - without
+    without = weight_bytes(model, 1, 4, quantize=quantize, packed=True, kept=(*kept, *((path, 0.0) for path in EXPERTS)))
+    counted = weight_bytes(model, 1, 4, quantize=quantize, packed=True, kept=kept) - without
     assert counted == sum(layer[path.removeprefix("layers.")] for layer in found["layers"] for path in EXPERTS)

@@ -20,8 +20,8 @@ from tests.gate.models import GPU_MODELS, SMALL_GPU_MODELS
 MIB = 2**20
 MODELS = GPU_MODELS | SMALL_GPU_MODELS
 NOT_QUANTIZED = ("bfloat16", "float16")
-FORMATS = (*NOT_QUANTIZED, "int8", "fp8")
-OF_KIND = {"t4": ("float16", "int8"), "a100": ("bfloat16", "int8"), "h100": ("bfloat16", "int8", "fp8")}
+FORMATS = (*NOT_QUANTIZED, "int8", "int4", "fp8")
+OF_KIND = {"t4": ("float16", "int8"), "a100": ("bfloat16", "int8", "int4"), "h100": ("bfloat16", "int8", "int4", "fp8")}
 
 
 def main() -> int:

@@ -15,12 +15,14 @@ from tests.gate.gpu_engine import gaps_of
 @pytest.mark.slow
 def test_parts_run_with_tiny_shapes_and_add_their_figures_to_one_file(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    for parts in (["engine", "--deterministic"], ["kernels"], ["variants", "--only", "plain"]):
+    for parts in (["engine", "--deterministic"], ["kernels"], ["products"], ["variants", "--only", "plain"]):
         command = [sys.executable, "-m", "tests.gate.gpu_check", "--tiny", "--json", str(file), "--parts", *parts]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(file.read_text())
-    assert {*figures} == {"engine", "kernels", "variants"}
+    assert {*figures} == {"engine", "kernels", "products", "variants"}
+    assert len(figures["products"]["differences"]) == 3
+    assert all(difference <= 1 for difference in figures["products"]["differences"].values())
     assert figures["variants"]["plain"] <= 1
     assert figures["kernels"]["decode 2 x 64"]["us"] > 0
     engine = figures["engine"]

@@ -13,7 +13,8 @@ import pytest
 from fastgen_jax import Engine, EngineConfig, SamplingParams, cli
 from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
-from fastgen_jax.plan.ahead import resolve_for
+from fastgen_jax.plan.ahead import compile_ahead, resolve_for
+from fastgen_jax.plan.source import Described
 from fastgen_jax.text.grammar import Grammar
 from tests.gate.models import LLAMA_3_8B, LLAMA_3_70B
 
@@ -70,6 +71,16 @@ def test_a_model_fills_the_memory_of_its_devices() -> None:
 def test_impossible_options_are_refused(options, model, message) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_for(EngineConfig(**options), llama(model), parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "extra"),
+    [("Q4_0", {}), ("", {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}})],
+)
+def test_programs_that_depend_on_the_files_of_a_checkpoint_are_refused(stored_as, extra) -> None:
+    described = Described(config=LLAMA_3_8B | extra, stored_as=stored_as, quantize=None)
+    with pytest.raises(ValueError, match=r"known when its files are read; .* or use quantize='int8'"):
+        compile_ahead(described, EngineConfig(quantize="int4"), "v5e:2x2", out=None, report=print)
 
 
 @pytest.mark.slow

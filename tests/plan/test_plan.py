@@ -472,3 +472,17 @@ def test_an_old_jax_does_not_compile_for_devices_that_are_not_here(monkeypatch: 
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     with pytest.raises(NoCompiler, match=r"needs jax 0\.10\.2 or newer .* skip it with --no-compile"):
         deviceless_mesh(parse_topology("v5e:1x1"))
+
+
+def test_scales_of_blocks_of_8_bit_floats_are_counted() -> None:
+    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | {"hidden_size": 256}
+    from fastgen_jax.models.families import family_of
+    from fastgen_jax.models.params import all_specs
+
+    stored = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    apart, together = (plan(config | extra, "h100", context=64, quantize="fp8").memory.weights for extra in (stored, {}))
+    model = family_of(config["architectures"][0]).config_from_hf(config)
+    matrices = [spec for spec in all_specs(model).values() if spec.quantizable and spec.shape[-2] % 128 == 0]
+    copies = [model.num_layers if spec.per_layer else 1 for spec in matrices]
+    more = [4 * spec.shape[-1] * (spec.shape[-2] // 128 - 1) for spec in matrices]
+    assert apart - together == sum(n * size for n, size in zip(copies, more, strict=True)) > 0

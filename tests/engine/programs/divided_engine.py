@@ -8,7 +8,10 @@ The number of devices is fixed when JAX starts.
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,13 +21,21 @@ from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
+from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import FullHeads
 from fastgen_jax.models.division import divided as divided_model
-from fastgen_jax.models.params import init_params
+from fastgen_jax.models.division import divided_parts
+from fastgen_jax.models.moe_config import MoEConfig
+from fastgen_jax.models.params import all_specs, init_params
+from pallas_kernels.matmul import Int4Weight
+from pallas_kernels.matmul.weights import unscaled
 from tests.adapters import random_lora
+from tests.checkpoint.tiny_files import write_gguf
+from tests.engine.test_blocks import TOKENIZER
 from tests.engine.test_images import MESSAGES
 from tests.models.parity import load
 from tests.models.vision.reference import GEMMA3, NUM_GREEDY, QWEN, answer, pictures
+from tests.pallas_kernels.matmul.random_blocks import random_blocks
 from tests.tiny import HOME, drain, greedy, tiny_model, tokens_of
 
 PROMPTS = [np.random.default_rng(size).integers(3, 60, size).tolist() for size in (1, 5, 21, 34)]
@@ -61,6 +72,53 @@ def in_8_bits() -> None:
         prepare=lambda spec, array: prepare_leaf(spec, array, model, resolved),
     )
     assert tokens(loaded, model, **options, tensor_parallel=2) == tokens(params, model, **options, stack_layers=True)
+    in_blocks_of_8_bit_floats()
+
+
+def in_blocks_of_8_bit_floats() -> None:
+    """A device has the scales of its own inputs, or all scales of its own outputs; what ends within a block is rounded."""
+    model = replace(tiny_model("default")[1], embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=320)
+    config: Any = SimpleNamespace(
+        num_adapters=0, dtype="float32", activation_dtype="float32", quantize="fp8", packed_weights=False, tensor_parallel=2
+    )
+    for name, in_blocks in {"layers.qkv": True, "layers.o": True, "layers.down": False}.items():
+        spec = all_specs(model)[name]
+        size = 128 if in_blocks else 64
+        stored = random_blocks(*spec.shape, size, "float8_e4m3fn", False, "float32")
+        leaf: Any = prepare_leaf(spec, stored, model, config)
+        assert leaf.in_blocks == in_blocks, name
+        values = unscaled(leaf, leaf.values, leaf.scales) * (1 if in_blocks else leaf.scales)
+        exact = deal_columns(stored.dequantize(), divided_parts(spec, model, 2), 2) if spec.parts else stored.dequantize()
+        assert np.abs(values[: len(exact)] - exact).max() <= (0 if in_blocks else 2.0**-4 * np.abs(exact).max()), name
+        parts = {part.data.shape for part in leaf.scales.addressable_shards}
+        share = (leaf.scales.shape[0], leaf.scales.shape[-1] // 2) if name == "layers.qkv" else (2, 256)
+        assert parts == {share if in_blocks else leaf.scales.shape}, name
+
+
+def in_4_bits() -> None:
+    """Numbers of 4 bits of a file, which each device has its part of; and experts, filled up before they are quantized."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+        values = write_gguf(path, kind="Q4_1", arrays=TOKENIZER, **sizes)
+        answers = []
+        for num_devices in (1, 2):
+            engine = Engine.from_pretrained(path, **SMALL, quantize="int4", tensor_parallel=num_devices)
+            layers = engine.params["layers"]
+            assert all(isinstance(layers[name], Int4Weight) for name in ("qkv", "o", "gate_up", "down"))
+            o = layers["o"]
+            assert o.values.addressable_shards[0].data.size * num_devices == o.values.size
+            assert o.scales.addressable_shards[0].data.size * num_devices == o.scales.size
+            step = np.abs(values["model.layers.1.self_attn.o_proj.weight"]).max() / 7
+            np.testing.assert_allclose(o.dequantize()[1], values["model.layers.1.self_attn.o_proj.weight"].T, atol=step)
+            answers.append([engine.add(prompt, greedy(6)) for prompt in PROMPTS])
+            answers[-1] = [tokens_of(output) for output in drain(engine).values()]
+        assert answers[0] == answers[1]
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=96, layers=(0, 1, 2), shared_dim=128)
+    model = replace(tiny_model("default")[1], embed_dim=64, moe=moe)
+    params = init_params(model, jax.random.key(0))
+    one, two = (tokens(params, model, quantize="int4", tensor_parallel=number) for number in (1, 2))
+    assert one == two
 
 
 def tied_embeddings() -> None:
@@ -175,6 +233,17 @@ def images() -> None:
 
 
 if __name__ == "__main__":
-    functions = (in_8_bits, tied_embeddings, experts, two_sizes_of_heads, uneven, states, replaced, adapters, images)
+    functions = (
+        in_8_bits,
+        in_4_bits,
+        tied_embeddings,
+        experts,
+        two_sizes_of_heads,
+        uneven,
+        states,
+        replaced,
+        adapters,
+        images,
+    )
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")

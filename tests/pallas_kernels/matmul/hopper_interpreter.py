@@ -19,10 +19,11 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int8Weight, quantize_float8, quantize_int8
+from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int4Weight, Int8Weight, quantize_float8, quantize_int8
 from pallas_kernels.matmul.hopper import multiply
 from pallas_kernels.matmul.hopper_support import Tiles
 from pallas_kernels.matmul.narrow import float8_rows
+from tests.pallas_kernels.matmul.random_int4 import random_int4
 from tests.pallas_kernels.ragged_attention.gpu_interpreter import compile_once
 
 LAYERS, LAYER = 3, 1
@@ -39,6 +40,11 @@ class Case:
     """The dtype of the weights, "" for that of the activations."""
     in_blocks: bool = False
     """Whether every 128 inputs have a scale."""
+    size: int = 32
+    """Inputs of int4 that share a scale."""
+    scales: str = "float16"
+    """The dtype of scales of int4."""
+    offsets: bool = False
     dtype: str = "bfloat16"
     rows: int = 64
     columns: int = 64
@@ -64,6 +70,10 @@ ALL = [
     Case(stored="float8_e4m3fn", groups=(5, 0, 70, 9), num_rows=90, rows=128, depth=192),
     Case(stored="float8_e4m3fn", in_blocks=True, splits=2, depth=384, stages=3),
     Case(stored="float8_e4m3fn", in_blocks=True, groups=(5, 0, 70, 9), num_rows=90, rows=128, depth=256),
+    Case(stored="int4", splits=3, depth=320, num_columns=160),
+    Case(stored="int4", size=64, offsets=True, scales="float32", num_rows=90, rows=128, columns=128, num_columns=384),
+    Case(stored="int4", size=128, groups=(5, 0, 70, 9), num_rows=90, dtype="float16", stages=3),
+    Case(stored="int4", offsets=True, groups=(0, 130, 1), num_rows=131, rows=128, num_columns=128, blocks=5),
 ]
 
 
@@ -89,13 +99,21 @@ def check_case(case: Case) -> None:
         w = Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
         rounded, factors = float8_rows(x)  # by this function in the product, too
         of_reference = rounded.astype(jnp.float32) * factors
+    elif case.stored == "int4":
+        w = random_int4(
+            len(plain), case.depth, case.num_columns, size=case.size, scales=case.scales, offsets=case.offsets, seed=1
+        )
     elif case.stored:
         values, scales = quantize_int8(plain)
         w = Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
     sizes = [jnp.asarray(case.groups, jnp.int32), jnp.int32(LAYER * num_groups)]
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     if case.groups:
-        result, expected = compiled(case, True)(x, w, *sizes), grouped_matmul_reference(of_reference, w, *sizes)
+        rounded = w.dequantize().astype(dtype) if isinstance(w, Int4Weight) else w
+        result, expected = compiled(case, True)(x, w, *sizes), grouped_matmul_reference(of_reference, rounded, *sizes)
+    elif isinstance(w, Int4Weight):
+        result = compiled(case, False)(x, w.at_layer(LAYER))
+        expected = of_reference @ w.dequantize()[LAYER].astype(dtype).astype(jnp.float32)
     else:
         assert isinstance(w, Int8Weight | Float8Weight), "without groups, weights have scales"
         result = compiled(case, False)(x, w.at_layer(LAYER))

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from pallas_kernels.matmul import BlockWeight, Division, Int4Weight, linear, pack_int4, prepare, quantize_int4, swiglu
+from pallas_kernels.matmul.int4 import float_halves, unpack_int4
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
 
 INT4 = [("uint4", False, "float16"), ("uint4", True, "float16"), ("uint4", True, "float32")]
@@ -30,6 +31,13 @@ def test_the_numbers_are_those_of_the_blocks(form, size):
     assert (w.shape, w.size) == ((256, 5), size)
     # An offset that is counted from the middle of the numbers has one rounding of its own.
     np.testing.assert_allclose(jax.tree.map(jnp.asarray, w).dequantize(), blocks.dequantize(), rtol=0, atol=form[1] * 1e-5)
+
+
+def test_every_byte_has_its_two_numbers():
+    values = jnp.arange(256, dtype=jnp.uint8).reshape(32, 8)
+    (one, low), (sixteen, high) = float_halves(values)
+    np.testing.assert_array_equal(jnp.concatenate([low / one, high / sixteen]), unpack_int4(values))
+    assert sorted(np.unique(low)) == list(range(-8, 8))
 
 
 @pytest.mark.parametrize("form", INT4, ids=str)

@@ -1,0 +1,83 @@
+"""Weights of 4 bits for accelerators: made from floating point, or the numbers of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fastgen_jax.engine.footprint import weight_bytes
+from fastgen_jax.engine.weights import prepare_leaf
+from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Kind, WeightSpec
+from pallas_kernels.grouped_matmul import BlockGroups
+from pallas_kernels.matmul import Int4Weight, Int8Weight, quantize_int4
+from tests.pallas_kernels.matmul.random_blocks import random_blocks
+from tests.tiny import tiny_model
+
+CONFIG: Any = SimpleNamespace(
+    num_adapters=0,
+    dtype="bfloat16",
+    activation_dtype="bfloat16",
+    tensor_parallel=None,
+    quantize="int4",
+    packed_weights=False,
+)
+MODEL = replace(tiny_model()[1], embed_dim=256, mlp_dim=96)  # 96 inputs of a down matrix are no whole pairs of blocks
+Q4_1 = ("uint4", True, "float16")
+
+
+def spec_of(name: str) -> WeightSpec:
+    return replace(all_specs(MODEL)[name], shape=(256, 64))
+
+
+def prepared(array: Any, spec: WeightSpec) -> Any:
+    return prepare_leaf(spec, array, MODEL, CONFIG)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_the_numbers_of_a_checkpoint_stay(size: int) -> None:
+    stored = random_blocks(256, 64, size, *Q4_1)
+    leaf = prepared(stored, spec_of("layers.qkv"))
+    assert isinstance(leaf, Int4Weight)
+    assert leaf.size == size
+    np.testing.assert_allclose(leaf.dequantize(), stored.dequantize(), rtol=0, atol=1e-6)
+
+
+def test_those_of_experts_stay_too() -> None:
+    experts = [random_blocks(256, 64, 32, *Q4_1, seed=seed) for seed in range(3)]
+    spec = replace(spec_of("layers.qkv"), kind=Kind.EXPERTS, shape=(3, 256, 64), axes=("X", "E", "F"))
+    leaf = prepared(BlockGroups(shape=(3, 256, 64), read=experts.__getitem__), spec)
+    assert isinstance(leaf, Int4Weight)
+    np.testing.assert_allclose(leaf.dequantize(), np.stack([each.dequantize() for each in experts]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form", [("uint4", True, "float16"), ("int8", False, "float16"), ("nf4", False, "float32")], ids=str
+)
+def test_other_blocks_are_quantized_again(form: tuple[str, bool, str]) -> None:
+    stored = random_blocks(256, 64, 16, *form)
+    leaf = prepared(stored, spec_of("layers.qkv"))
+    np.testing.assert_array_equal(leaf.dequantize(), quantize_int4(stored.dequantize()).dequantize())
+
+
+def test_the_head_and_what_whole_blocks_do_not_fill_have_8_bits() -> None:
+    for stored in (random_blocks(256, 64, 32, *Q4_1), np.ones((256, 64), np.float32)):
+        assert isinstance(prepared(stored, spec_of("lm_head")), Int8Weight)
+    down = all_specs(MODEL)["layers.down"]
+    assert isinstance(prepared(np.ones(down.shape, np.float32), down), Int8Weight)
+
+
+def test_weights_take_the_memory_that_is_counted_for_them() -> None:
+    specs = all_specs(MODEL)
+
+    def held(spec: WeightSpec) -> int:
+        leaf = prepared(np.ones(spec.shape, np.float32), spec)
+        return (MODEL.num_layers if spec.per_layer else 1) * sum(part.nbytes for part in jax.tree.leaves(leaf))
+
+    assert weight_bytes(MODEL, 1, 2, quantize="int4") == sum(map(held, specs.values()))
+    assert weight_bytes(MODEL, 1, 2, quantize="int4", platform="tpu") > weight_bytes(MODEL, 1, 2, quantize="int4")
