@@ -9,13 +9,14 @@ The work is a list of (group, tile of rows) pairs, computed beforehand and passe
     tiles     | 0       | 1       | 2       |          work: (a, 0) (a, 1) (b, 1) (c, 1) (c, 2)
 
 A tile shared by several groups is computed once per group, in consecutive items; each group writes only its own rows.
+Tiles after the last group are items that write zeros and fetch nothing.
 Source: MegaBlocks (arXiv:2211.15841).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu_support import LANES
-from pallas_kernels.grouped_matmul.xla import scaled_rows
 from pallas_kernels.matmul import Int8Weight
 
 if TYPE_CHECKING:
@@ -48,30 +48,42 @@ def grouped_matmul_tpu(
     """
     values = w.values if isinstance(w, Int8Weight) else w
     num_rows, depth = x.shape
-    num_columns = values.shape[2]
-    rows = tile_rows or _tile_rows(num_rows, group_sizes.shape[0])
+    num_groups, num_columns = group_sizes.shape[0], values.shape[2]
+    rows = tile_rows or _tile_rows(num_rows, num_groups)
     tile_depth, tile_columns = _weight_tile(depth, num_columns, values.dtype.itemsize)
-    row_tiles = pl.cdiv(num_rows, rows)
-    work, num_work = _plan(group_sizes, rows=rows, row_tiles=row_tiles)
+    plan = _plan(group_sizes, first_group, rows=rows, row_tiles=pl.cdiv(num_rows, rows))
+    if isinstance(w, Int8Weight):  # those of this layer, as rows of their own
+        scales = [jax.lax.dynamic_slice_in_dim(w.scales, first_group, num_groups)[:, None, :]]
+    else:
+        scales = []
 
-    def x_block(column, item, k, group, tile, *_):
-        return tile[item], k
+    num_parts = depth // tile_depth
 
-    def w_block(column, item, k, group, tile, starts, ends, first):
-        return first[0] + group[item], k, column
+    def part_of(item, k, counts):  # of the last product, which is already there, for a tile of zeros
+        return jnp.where(item < counts[0], k, num_parts - 1)
+
+    def x_block(column, item, k, group, tile, starts, ends, counts):
+        return jnp.minimum(tile[item], counts[1]), part_of(item, k, counts)
+
+    def w_block(column, item, k, group, tile, starts, ends, counts):
+        return counts[2] + group[item], part_of(item, k, counts), column
+
+    def scales_block(column, item, k, group, *_):
+        return group[item], 0, column
 
     def out_block(column, item, k, group, tile, *_):
         return tile[item], column
 
-    out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, num_parts=depth // tile_depth),
+    return pl.pallas_call(
+        functools.partial(_kernel, rows=rows, num_parts=num_parts),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(work) + 1,
-            grid=(pl.cdiv(num_columns, tile_columns), num_work, depth // tile_depth),
+            num_scalar_prefetch=5,
+            grid=(pl.cdiv(num_columns, tile_columns), plan.num_items, num_parts),
             in_specs=[
                 pl.BlockSpec((rows, tile_depth), x_block),
                 pl.BlockSpec((pl.squeezed, tile_depth, tile_columns), w_block),
+                *[pl.BlockSpec((pl.squeezed, 1, tile_columns), scales_block) for _ in scales],
             ],
             out_specs=pl.BlockSpec((rows, tile_columns), out_block),
             scratch_shapes=[pltpu.VMEM((rows, tile_columns), jnp.float32)],
@@ -79,55 +91,78 @@ def grouped_matmul_tpu(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * depth * num_columns,
-            bytes_accessed=group_sizes.shape[0] * depth * num_columns * values.dtype.itemsize
+            bytes_accessed=num_groups * depth * num_columns * values.dtype.itemsize
             + num_rows * (depth * x.dtype.itemsize + 4 * num_columns),
             transcendentals=0,
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(*work, jnp.reshape(first_group, (1,)), x, values)
-    return scaled_rows(out, w, group_sizes, first_group)  # tiles without a row of any group were not written
+    )(*plan[:5], x, values, *scales)
 
 
-def _plan(
-    group_sizes: jax.Array, *, rows: int, row_tiles: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(group and row tile of each work item; first row and end of each group), and the number of work items."""
+class _Plan(NamedTuple):
+    """The work items: products, then tiles of zeros. The first five are the kernel's scalars."""
+
+    group: Int[Array, " items"]  # of a tile of zeros: that of the last product
+    tile: Int[Array, " items"]
+    starts: Int[Array, " X"]  # first row of each group
+    ends: Int[Array, " X"]
+    counts: Int[Array, " three"]  # number of products, last tile of a product, and the given `first_group`
+    num_items: Int[Array, ""]
+
+
+def _plan(group_sizes: Int[Array, " X"], first_group: Int[Array, ""], *, rows: int, row_tiles: int) -> _Plan:
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    first_tile = starts // rows
-    tiles = jnp.where(group_sizes > 0, (ends - 1) // rows - first_tile + 1, 0)
+    # `div` rounds towards zero, which for these numbers is the same as `//` and one operation instead of ten.
+    first_tile = jax.lax.div(starts, rows)
+    tiles = jnp.where(group_sizes > 0, jax.lax.div(ends - 1, rows) - first_tile + 1, 0)
     work_ends = jnp.cumsum(tiles)
+    num_products, used_tiles = work_ends[-1:], jax.lax.div(ends[-1:] + rows - 1, rows)
     item = jnp.arange(row_tiles + num_groups - 1)
-    group = jnp.minimum(jnp.searchsorted(work_ends, item, side="right"), num_groups - 1).astype(jnp.int32)
-    tile = first_tile[group] + item - (work_ends[group] - tiles[group])
-    return (group, jnp.minimum(tile, row_tiles - 1), starts, ends), work_ends[-1]
+    product = jnp.minimum(item, jnp.maximum(num_products - 1, 0))
+    # All comparisons at once: a binary search would be a loop.
+    group = jnp.searchsorted(work_ends, product, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    of_product = item + jnp.take(first_tile - work_ends + tiles, group, mode="clip")
+    tile = jnp.where(item < num_products, of_product, used_tiles + item - num_products)
+    return _Plan(
+        group=group,
+        tile=jnp.minimum(tile, row_tiles - 1),
+        starts=starts,
+        ends=ends,
+        counts=jnp.concatenate([num_products, jnp.maximum(used_tiles - 1, 0), first_group[None]]),
+        num_items=(num_products + row_tiles - used_tiles)[0],
+    )
 
 
-def _kernel(group, tile, starts, ends, first, x, w, out, sums, *, rows: int, num_parts: int) -> None:
-    del first  # x [rows, depth], w [depth, columns], out and sums [rows, columns]
+def _kernel(group, tile, starts, ends, counts, x, w, *refs, rows: int, num_parts: int) -> None:
+    *scales, out, sums = refs  # x [rows, depth], w [depth, columns], scales [1, columns], out and sums [rows, columns]
     item, part = pl.program_id(1), pl.program_id(2)
 
     @pl.when(part == 0)
     def _() -> None:
         sums[...] = jnp.zeros_like(sums)
 
-    exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
-    sums[...] += jax.lax.dot(
-        x[...],
-        w[...].astype(x.dtype),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-    )
+    @pl.when(item < counts[0])
+    def _() -> None:
+        exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
+        sums[...] += jax.lax.dot(
+            x[...],
+            w[...].astype(x.dtype),
+            preferred_element_type=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        )
 
     @pl.when(part == num_parts - 1)
     def _() -> None:
         row = tile[item] * rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
+        result = sums[...] * scales[0][...] if scales else sums[...]
         # Before the first group writes to the tile, its memory is uninitialized.
-        out[...] = jnp.where(mine, sums[...], jnp.where(first_of_tile, 0.0, out[...]))
+        out[...] = jnp.where(mine, result, jnp.where(first_of_tile, 0.0, out[...]))
 
 
 def _tile_rows(num_rows: int, num_groups: int) -> int:
