@@ -195,8 +195,8 @@ class _Call:
             raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
         group, parts = num_heads // num_kv_heads, 1
         is_wide = head_dim > support.MAX_HEAD_DIM
-        body = hopper_wide if is_wide else BODIES[generation]
-        if is_wide and (divided := support.parts_of(group)):
+        body = hopper_wide if is_wide and generation == "hopper" else BODIES[generation]
+        if is_wide and (divided := support.parts_of(group, generation)):
             group, parts = group // divided, divided
         if tiles is None:
             shape = Shape(
