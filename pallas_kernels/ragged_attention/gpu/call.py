@@ -1,7 +1,7 @@
 """Ragged attention on a GPU: the step's keys and values are written in place, and a Mosaic-GPU kernel computes attention.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
-results are then combined by XLA. `hopper.py` and `ampere.py` define its body for each GPU generation.
+results are then combined. `hopper.py`, `hopper_wide.py` and `ampere.py` define its body for each GPU generation.
 """
 
 from __future__ import annotations
