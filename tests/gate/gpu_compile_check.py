@@ -55,7 +55,6 @@ LAUNCHES_WITH_A_STATE = {
 }
 """In a period of layers, outside of the loops over pieces."""
 LAUNCHES_OF_SPARSE_ATTENTION = 88  # outside of its loops
-WAITS_OF_SPARSE_ATTENTION = 4  # to choose: two loops and a branch; to attend to the chosen keys: a loop
 LAUNCHES_WITH_WIDE_HEADS = {"DeepSeek-V3, 5 layers": 70, "Gemma-4-31B": 160}
 """In the layer with the most of DeepSeek V3, one with experts; in a period of six layers of Gemma 4."""
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
@@ -195,14 +194,12 @@ def check_step(
     in_blocks: bool = False,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
-    waits: int = 0,
     images: Any = None,
+    cuda_graphs: bool = True,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
-    """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
-
-    In a greedy or sampled step the host may wait for `waits` values. Where there is no kernel, portable attention also waits
-    for the conditions of its loops.
+    """The whole step: the kernel must have been chosen, the cache updated in place, every weight read where it is, and
+    everything must be one CUDA graph, so that the host waits for nothing.
     """
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
@@ -221,12 +218,16 @@ def check_step(
             quantize=quantize,
             in_blocks=in_blocks,
             work=work,  # pyright: ignore[reportArgumentType]
+            cuda_graphs=cuda_graphs,
             images=None if images is None else step_images(images, tokens, mesh, dtype),
             has_grids=images is not None and images.in_grid,
         )
     copied = sum(copy.bytes * copy.times for copy in program.copies)
     inside = f" and {program.inner_operations} in loops" if program.inner_operations else ""
-    facts.append(f"{program.operations} launches{inside}, {program.waits} waits, {copied / MIB:.0f} MiB of weights copied")
+    facts.append(
+        f"{program.operations} nodes{inside}, {program.started} started, {program.waits} waits, "
+        f"{copied / MIB:.0f} MiB of weights copied"
+    )
     words = memory_complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
     if not words and has_kernel and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
@@ -237,8 +238,8 @@ def check_step(
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits > waits and work != "any" and has_kernel:
-        words = f"the host waits for {program.waits} values in the middle of a step"
+    if not words and program.started is not None and program.started > 1:
+        words = f"no CUDA graph: the host starts {program.started} things and waits for {program.waits} values"
     return program.temporaries, kernels, words
 
 
@@ -296,14 +297,21 @@ def check_tower(images: Any, mesh: Any, *, facts: list[str]) -> tuple[int, list[
 
 def check_copies(mesh: Any) -> tuple[int, list[Kernel], str]:
     """Tests the gate itself: XLA's Triton products copy the weights of each layer, which must be reported."""
-    from fastgen_jax.engine import programs
+    from fastgen_jax.engine import xla_options
 
-    kept, programs._GPU_OPTIONS = programs._GPU_OPTIONS, {}
+    kept, xla_options._GPU_PRODUCTS = xla_options._GPU_PRODUCTS, {}
     try:
         *rest, words = check_step(LLAMA_3_8B, mesh, facts=[])
     finally:
-        programs._GPU_OPTIONS = kept
+        xla_options._GPU_PRODUCTS = kept
     return *rest, "" if "weights are copied" in words else f"copies of weights went unnoticed ({words!r})"
+
+
+def check_graphs(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """Tests the gate itself: kernels that the host starts one by one, and its waits for a sampler's branches."""
+    *rest, words = check_step(LLAMA_3_8B, mesh, cuda_graphs=False, facts=[])
+    noticed = "no CUDA graph" in words and "waits for 0" not in words
+    return *rest, "" if noticed else f"kernels that are started one by one went unnoticed ({words!r})"
 
 
 def check_refusal(mesh: Any) -> tuple[int, list[Kernel], str]:
@@ -353,6 +361,8 @@ def main() -> int:
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
     checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)
     checks["H100 copied weights are detected"] = functools.partial(check_copies, h100)
+    if jax_versions.too_old(jax_versions.COMMAND_BUFFERS) is None:
+        checks["H100 what is no graph is detected"] = functools.partial(check_graphs, h100)
     checks["H100 deterministic: Llama-3-8B"] = functools.partial(check_same_layers, LLAMA_3_8B, h100)
     checks["H100 deterministic: Qwen3-30B-A3B"] = functools.partial(check_same_layers, QWEN3_30B_A3B, h100)
     checks["H100 deterministic: other layers are noticed"] = functools.partial(check_other_layers, h100)
@@ -414,7 +424,6 @@ def main() -> int:
             tokens=64,
             work="greedy",
             launches=LAUNCHES_OF_SPARSE_ATTENTION,
-            waits=WAITS_OF_SPARSE_ATTENTION,
         )
     for name, (hf, num_devices) in WIDE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(

@@ -43,8 +43,8 @@ def main() -> int:
     from fastgen_jax.models.families import family_of
     from fastgen_jax.plan.program import compile_step, deviceless_mesh
 
-    print("| step | launches | collectives | waits | weights copied, MiB | temporaries, MiB | processor seconds |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| step | nodes | collectives | started | waits | weights copied, MiB | temporaries, MiB | processor seconds |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     failed, not_reached = 0, []
     models = options.models or list(SMALL_GPU_MODELS if options.kind == "t4" else GPU_MODELS)
     formats = options.formats or OF_KIND[options.kind]
@@ -73,14 +73,14 @@ def main() -> int:
             )
         except Exception as error:  # the other programs must be compiled too
             failed += 1
-            print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | | | |", flush=True)
+            print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | | | | |", flush=True)
             continue
         copied = sum(copy.bytes * copy.times for copy in program.copies)
         largest = ", ".join(
             f"{copy.name} {copy.bytes / MIB:.0f} x {copy.times}" for copy in program.copies[: options.copies]
         )
         print(
-            f"| {name} | {program.operations} | {program.collectives} | {program.waits} | "
+            f"| {name} | {program.operations} | {program.collectives} | {program.started} | {program.waits} | "
             f"{copied / MIB:,.0f}{f' ({largest})' if largest else ''} | "
             f"{program.temporaries / MIB:,.0f} | {time.process_time() - start:.0f} |",
             flush=True,
