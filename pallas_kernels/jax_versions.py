@@ -41,6 +41,9 @@ AMPERE_PRODUCT = (0, 12)
 HOPPER_PRODUCT = (0, 12)
 """The product with weights in place has been compiled and tested from here on."""
 
+COMMAND_BUFFERS = (0, 12)
+"""From here on, a whole step has been seen to become one CUDA graph: products that read slices, loops and branches too."""
+
 AUTOTUNING_KEPT = (0, 12)
 """From here on, the folder of XLA's autotuning results is not part of the keys of JAX's compilation cache."""
 

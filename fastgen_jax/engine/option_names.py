@@ -59,7 +59,7 @@ _OTHER_NAMES = {
     "device_map": _PLATFORM,
     "n_gpu_layers": _PLATFORM,
     "enable_chunked_prefill": "omit it: prompts are always split, see token_budget",
-    "enforce_eager": "omit it: programs are compiled before the first request",
+    "enforce_eager": "use cuda_graphs=False on a GPU; elsewhere omit it: programs are compiled before the first request",
     "trust_remote_code": "omit it: no code from a checkpoint is run",
     "tokenizer": "the tokenizer is read from the checkpoint's folder",
     "data_parallel_size": "replicas belong to a server: fastgen_jax.serve(model, replica_num=...)",

@@ -21,6 +21,7 @@ from fastgen_jax.engine.sampling.processor import LogitsProcessor, LogitsRows
 from fastgen_jax.engine.sampling.sampler import MAX_LOGPROBS, SampleOutput, Work, sample
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.engine.sampling.tables import SamplingBatch
+from fastgen_jax.engine.xla_options import step_options
 from fastgen_jax.models.cache import empty_cache
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
@@ -32,30 +33,10 @@ from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
-from pallas_kernels.jax_versions import AMPERE_PRODUCT, HOPPER_PRODUCT, too_old
 from pallas_kernels.matmul import Int8Weight
 from pallas_kernels.pytree import pytree
 
 FOLDER = "executables"  # within the cache folder
-
-# By device kind. On TPU7x the compiler prefers tiles of 16 x 128 16-bit numbers to the 8 x 128 in which arrays arrive,
-# and would copy every stack of weights in every step; the products take the same time with either. On a CPU it would
-# compute each sum over the vocabulary as a tree of four kernels, after one that writes all summands to memory: sampling
-# would take up to twice the time, and its compilation a third more.
-_COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
-    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False},
-    "cpu": {"xla_disable_hlo_passes": "tree_reduction_rewriter"},
-}
-# XLA's Triton products on a GPU copy a layer's weights out of the stack before they read them, three times the traffic. It
-# can wrap those of cuBLAS so that they read the stack in place; but cuBLAS does not convert 8-bit weights, which would be
-# written to memory as 16 bits and read again. Where no kernel of ours reads them, Triton products remain.
-# Where sizes are no multiples of 8, such as those of a vocabulary of 49,155, it would copy both operands into padded ones.
-_GPU_OPTIONS: dict[str, bool | str] = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_disable_hlo_passes": "cublas-pad-for-gemms",
-}
-# Timing chooses among kernels of the same product, which round differently: not the same ones for every start or program.
-_DETERMINISTIC_GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_autotune_level": "0"}
 
 
 @pytree
@@ -150,6 +131,7 @@ class Programs:
             has_int8_weights=has_int8(self.params),
             work=work,
             deterministic=self.config.fixed_chunks,
+            cuda_graphs=self.config.cuda_graphs,
         )
         return program.lower(*self._arguments(bucket, images))
 
@@ -225,6 +207,8 @@ def program_name(
     form = (config.choices.attention, config.activation_dtype, config.tensor_parallel, work)
     if config.fixed_chunks:
         form = (*form, "deterministic")
+    if not config.cuda_graphs:
+        form = (*form, "no graphs")
     if config.has_grids:  # with other positions in the packed array
         form = (*form, "grids")
     return executables.key(arguments, asdict(model), shape, form, devices=devices)
@@ -253,6 +237,7 @@ def step_program(
     has_int8_weights: bool = False,
     work: Work = "any",
     deterministic: bool = False,
+    cuda_graphs: bool = True,
     device: Any = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (params, kv_cache, state, packed i32) -> (StepOutput, kv_cache, state), the middle two donated.
@@ -281,9 +266,7 @@ def step_program(
         # JAX's own cache goes by the name, too. What it has from an older version would load, but could not be saved as an
         # executable, so that every later start would trace this program again.
         step.__name__ = f"step_{VERSION.replace('.', '_')}"  # pyright: ignore[reportAttributeAccessIssue]
-    options = product_options(device, has_int8_weights=has_int8_weights)
-    if device.platform == "gpu" and deterministic:
-        options = {**(options or {}), **_DETERMINISTIC_GPU_OPTIONS}
+    options = step_options(device, has_int8_weights=has_int8_weights, deterministic=deterministic, cuda_graphs=cuda_graphs)
     jit = partial(jax.jit, donate_argnums=(1, 2), compiler_options=options)
     if mesh is None:
         return jit(step)
@@ -291,25 +274,6 @@ def step_program(
     blocks = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     states = shardings(mesh, partition_states(state_shapes(model, device.platform).of_layer))
     return jit(step, out_shardings=(whole, KVCache(k=blocks, v=blocks, states=states), whole))  # pyright: ignore[reportArgumentType]
-
-
-def _reads_int8_in_place(device: Any) -> bool:
-    """Whether `linear` multiplies with int8 weights where they are: see `pallas_kernels.matmul.hopper` and `ampere`."""
-    capability = str(getattr(device, "compute_capability", ""))
-    needed = {"8": AMPERE_PRODUCT, "9": HOPPER_PRODUCT}.get(capability.partition(".")[0])
-    return needed is not None and too_old(needed) is None
-
-
-def compiler_options(device: Any) -> dict[str, bool | str] | None:
-    """Options of XLA for all programs on a device."""
-    return _COMPILER_OPTIONS.get(device.device_kind)
-
-
-def product_options(device: Any, *, has_int8_weights: bool = False) -> dict[str, bool | str] | None:
-    """Options of XLA for programs that multiply with weights."""
-    if device.platform != "gpu":
-        return compiler_options(device)
-    return None if has_int8_weights and not _reads_int8_in_place(device) else _GPU_OPTIONS
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:

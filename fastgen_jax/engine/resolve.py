@@ -28,7 +28,7 @@ from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.scheduling import BlockGroups
 from fastgen_jax.scheduling.fixed_chunks import fixed_chunk_size
 from pallas_kernels import native
-from pallas_kernels.jax_versions import HOPPER_PRODUCT
+from pallas_kernels.jax_versions import COMMAND_BUFFERS, HOPPER_PRODUCT, too_old
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # smaller steps for a token budget without a ladder
 NATIVE_BUDGETS = (16, 64)  # the same where native kernels skip padding: few programs serve all sizes
@@ -120,6 +120,11 @@ class ResolvedConfig:
         return _packs_weights(self.choices)
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether a step on a GPU is one CUDA graph."""
+        return self.choices.cuda_graphs is not False
+
+    @property
     def keeps_blocks(self) -> bool:
         """Whether matrices that a checkpoint holds in blocks of 4 or 8 bits stay in them."""
         return self.choices.quantize is None and self.quantize is None and self.packed_weights
@@ -177,6 +182,10 @@ def resolve(
             f"quantize='fp8' needs an H100 or H200 and jax {'.'.join(map(str, HOPPER_PRODUCT))} or newer, but this is "
             f"{machine.kind} and jax {jax.__version__}; use quantize='int8'"
         )
+    if config.cuda_graphs is not None and platform != "gpu":
+        raise ValueError(f"cuda_graphs={config.cuda_graphs}, but this is {platform}; omit it, it is for GPUs")
+    if config.cuda_graphs and (reason := too_old(COMMAND_BUFFERS)):
+        raise ValueError(f"cuda_graphs=True {reason}, or omit it")
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:

@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fastgen_jax.engine import executables
 from fastgen_jax.engine.packing import Layout, sampling_layout
-from fastgen_jax.engine.programs import Programs, compiler_options, devices_of, load_or_compile, sample_rows
+from fastgen_jax.engine.programs import Programs, devices_of, load_or_compile, sample_rows
 from fastgen_jax.engine.sampling.processor import LogitsProcessor
 from fastgen_jax.engine.sampling.sampler import SampleOutput, Work
 from fastgen_jax.engine.sampling.state import SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch, SamplingTables
+from fastgen_jax.engine.xla_options import compiler_options
 from pallas_kernels.folders import Folder
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.core import StepImages
-from fastgen_jax.engine.programs import product_options
+from fastgen_jax.engine.xla_options import product_options
 from fastgen_jax.models.vision import towers
 from fastgen_jax.models.vision.config import ImagesConfig, TowerConfig
 from fastgen_jax.models.weight_spec import Params

@@ -75,8 +75,8 @@ def compile_ahead(
         choices = replace(choices, quantize="int8")
     if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
         raise ValueError(
-            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and programs depend on their form, which "
-            "is known when its files are read; start the engine on the device itself, or use quantize='int8'"
+            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and programs depend on their form, "
+            "which is known when its files are read; start the engine on the device itself, or use quantize='int8'"
         )
     model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
     shown = images_from_hf(described.config, {}) if choices.images else None
@@ -215,6 +215,7 @@ def _compile(
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
         has_int8_weights=config.quantize in ("int8", "int4"),
+        cuda_graphs=config.cuda_graphs,
         work=work,
         device=devices[0],
     )

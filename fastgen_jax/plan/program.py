@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,9 @@ from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
 from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
-from fastgen_jax.plan import hlo
+from fastgen_jax.plan import hlo, thunks
 from fastgen_jax.scheduling import BlockGroups
-from pallas_kernels.jax_versions import COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
+from pallas_kernels.jax_versions import COMMAND_BUFFERS, COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
 from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS, Float8Weight, Int4Weight, Int8Weight
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
@@ -56,6 +57,7 @@ class Program:
     operations: int  # number per layer; on a GPU, kernel launches
     inner_operations: int  # of loops in a layer
     waits: int  # how often a GPU's host has to read a value in the middle of the step
+    started: int | None  # what a GPU's host starts: 1 if the step is one CUDA graph; None if that is not known
     copies: list[hlo.Copy]  # weights, keys, values and states that a step writes anew: there should be none
     compiled: jax.stages.Compiled
 
@@ -151,6 +153,7 @@ def compile_step(
     attention: str | None = None,
     work: Work = "any",
     deterministic: bool = False,
+    cuda_graphs: bool = True,
     images: StepImages | None = None,
     has_grids: bool = False,
 ) -> Program:
@@ -196,11 +199,14 @@ def compile_step(
         has_int8_weights=quantize in ("int8", "int4"),
         work=work,
         deterministic=deterministic,
+        cuda_graphs=cuda_graphs,
     )
     start = time.perf_counter()
-    with lowering_for(mesh):
+    with lowering_for(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = step.lower(*arguments, *further_arguments(None, images))
-        compiled = compile_lowered(lowered)
+        lists = mesh.devices.flat[0].platform == "gpu" and too_old(COMMAND_BUFFERS) is None
+        compiled = compile_lowered(lowered, {"xla_dump_to": dump} if lists else None)
+        listing = thunks.find_listing(Path(dump))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "the compiler has no memory analysis"
     assert text is not None, "the compiler does not show its program"
@@ -213,7 +219,8 @@ def compile_step(
         collectives=hlo.count_in_loops(text),
         operations=hlo.operations_per_layer(text),
         inner_operations=hlo.operations_of_inner_loops(text),
-        waits=hlo.waits(text),
+        waits=0 if thunks.is_one_graph(listing) else hlo.waits(text),
+        started=thunks.started_by_host(listing) or None,
         copies=hlo.copied_weights(text, matrix_shapes(arguments[0], token_budget))
         + hlo.copied_arrays(text, {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(cache)}),
         compiled=compiled,
@@ -331,9 +338,9 @@ def _as_stored(
     return jax.eval_shape(lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros(scales.shape, jnp.float32)))
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The compiled program; DoesNotCompile with the first lines of the compiler's reason."""
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, bool | str] | None = None) -> jax.stages.Compiled:
+    """The program compiled with further options; DoesNotCompile with the first lines of the compiler's reason."""
     try:
-        return lowered.compile()
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         raise DoesNotCompile("\n".join(str(error).splitlines()[:12])[:1500]) from error

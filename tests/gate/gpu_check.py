@@ -39,14 +39,15 @@ import numpy as np
 
 from fastgen_jax.json_types import JsonObject
 from pallas_kernels import gpu_target
-from pallas_kernels.ragged_attention import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention import CacheLayer, Latents, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
+from pallas_kernels.ragged_attention.gpu.support import MAX_HEAD_DIM
 from pallas_kernels.ragged_attention.gpu.tile_sizes import modeled
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from tests.gate import gpu_products
 from tests.gate.calls import Call
-from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch, make_latent
 
 SINGLE_STREAM_MS = 6.44  # a token of Llama-3.1-8B in bfloat16 on one H100, as published for vLLM 0.19
 DECODE_TARGET, PROMPT_TARGET = 0.8, 0.6  # fractions of the measured bandwidth and of the measured matrix-product rate
@@ -79,6 +80,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": jnp.int8, "block_size": 128},
     "int8, B=64, D=64": {"dtype": jnp.int8, "block_size": 64, "head_dim": 64},
     "float8": {"dtype": jnp.float8_e4m3fn, "block_size": 128},
+    "latents": {"num_kv_heads": 1, "group": 16, "head_dim": 576, "latents": Latents(key_dim=576, value_dim=512)},
+    "latents, 128 heads": {
+        "num_kv_heads": 1,
+        "group": 128,
+        "head_dim": 640,
+        "latents": Latents(key_dim=576, value_dim=512),
+    },
+    "latents, D=288": {"num_kv_heads": 1, "group": 40, "head_dim": 288, "latents": Latents(key_dim=288, value_dim=256)},
+    "D=512": {"head_dim": 512, "group": 8},
+    "D=512, window, cap, sinks": {"head_dim": 512, "sliding_window": 100, "soft_cap": 5.0, "sinks": True},
     "all": {"sliding_window": 300, "soft_cap": 5.0, "alibi": True, "sinks": True, "group": 3},
 }
 
@@ -90,11 +101,12 @@ class Kernels:
     generation: str
     interpret: Any  # False on a GPU
 
-    def attention(self, head_dim: int, group: int) -> Callable[..., Any]:
+    def attention(self, head_dim: int, group: int, latents: Latents | None = None) -> Callable[..., Any]:
         """The kernel as used in production, or interpreted with few thread blocks."""
         if not self.interpret:
             return ragged_attention_gpu
-        tiles = dataclasses.replace(modeled(head_dim, group, self.generation, quantized=True), blocks=2, pieces=4)
+        tiles = modeled(head_dim, group, self.generation, quantized=True, latents=latents)
+        tiles = dataclasses.replace(tiles, blocks=2, pieces=4)
         return functools.partial(ragged_attention_gpu, tiles=tiles, generation=self.generation, interpret=self.interpret)
 
 
@@ -102,13 +114,16 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
     """The largest difference from the reference over its tolerance; NaN if unused KV reached a result."""
     options = dict(options)
     scoring = {name: options.pop(name) for name in ("sliding_window", "soft_cap") if name in options}
-    alibi, sinks, turns = (options.pop(name, False) for name in ("alibi", "sinks", "rotation"))
+    alibi, sinks, turns, latents = (options.pop(name, None) for name in ("alibi", "sinks", "rotation", "latents"))
     shape = {"num_kv_heads": 2, "group": 4, "head_dim": 128, "block_size": 32, "dtype": jnp.bfloat16} | options
     batch = make_batch(chunks, **shape)
     heads, dtype = shape["num_kv_heads"] * shape["group"], jnp.dtype(shape["dtype"])
     for name in ("q", "k", "v"):
         batch.arrays[name] = batch.arrays[name].astype(jnp.bfloat16 if is_quantized(dtype) else dtype)
-    extras = {"alibi_slopes": jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)} if alibi else {}
+    if latents is not None:
+        make_latent(batch, latents)
+    extras: dict[str, Any] = {"latents": latents}
+    extras |= {"alibi_slopes": jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)} if alibi else {}
     extras |= {"sinks": jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)} if sinks else {}
     if turns:
         angle = np.random.default_rng(1).normal(size=(len(batch.arrays["q"]), shape["head_dim"] // 2)).astype(np.float32)
@@ -116,13 +131,14 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
     arguments = batch.arguments(**scoring, **extras)
     results = [
         jax.jit(function)(**arguments)
-        for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"]))
+        for function in (ragged_attention_reference, kernels.attention(shape["head_dim"], shape["group"], latents))
     ]
     (expected, *caches), (out, *ours) = [[np.asarray(x, np.float32) for x in jax.tree.leaves(result)] for result in results]
     for mine, theirs in zip(ours, caches, strict=True):
         # Whether a product and a sum are rounded once or twice is a matter of the compiler.
         np.testing.assert_allclose(mine, theirs, rtol=2**-7 if turns else 0, atol=2**-7 if turns else 0)
-    return float(np.max(np.abs(out - expected))) / TOLERANCE[dtype.name]
+    width = None if latents is None else latents.value_dim  # other numbers are not results
+    return float(np.max(np.abs(out - expected)[..., :width])) / TOLERANCE[dtype.name]
 
 
 def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
@@ -278,7 +294,7 @@ def run_variants(options: argparse.Namespace, kernels: Kernels, deadline: Deadli
     for name, variant in VARIANTS.items():
         if options.only not in name or (options.tiny and not options.only and name not in ("plain", "int8", "all")):
             continue
-        if kernels.generation == "ampere" and name == "float8":
+        if kernels.generation == "ampere" and (name == "float8" or variant.get("head_dim", 128) > MAX_HEAD_DIM):
             print(f"  {name:28} refused on this GPU")
             continue
         if not deadline.allows(name):

@@ -31,6 +31,7 @@ from tests.gate.models import (
     SMALL_GPU_MODELS,
     SPARSE_MODELS,
     STATE_MODELS,
+    WIDE_MODELS,
     released,
     tower_of,
 )
@@ -53,7 +54,10 @@ LAUNCHES_WITH_A_STATE = {
     "Nemotron-3-Nano, 20 layers": 143,
 }
 """In a period of layers, outside of the loops over pieces."""
-LAUNCHES_OF_SPARSE_ATTENTION = 95  # outside of its loops and those of portable attention
+LAUNCHES_OF_SPARSE_ATTENTION = 88  # outside of its loops
+WAITS_OF_SPARSE_ATTENTION = 4  # to choose: two loops and a branch; to attend to the chosen keys: a loop
+LAUNCHES_WITH_WIDE_HEADS = {"DeepSeek-V3, 5 layers": 70, "Gemma-4-31B": 160}
+"""In the layer with the most of DeepSeek V3, one with experts; in a period of six layers of Gemma 4."""
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
@@ -188,12 +192,14 @@ def check_step(
     in_blocks: bool = False,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
+    waits: int = 0,
     images: Any = None,
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
     """The whole step: the kernel must have been chosen, the cache updated in place, and every weight read where it is.
 
-    Where there is no kernel, portable attention waits for the conditions of its loops.
+    In a greedy or sampled step the host may wait for `waits` values. Where there is no kernel, portable attention also waits
+    for the conditions of its loops.
     """
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
@@ -227,7 +233,7 @@ def check_step(
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
         words = f"each layer launches {program.operations} kernels, more than {launches}"
-    if not words and program.waits and work != "any" and has_kernel:
+    if not words and program.waits > waits and work != "any" and has_kernel:
         words = f"the host waits for {program.waits} values in the middle of a step"
     return program.temporaries, kernels, words
 
@@ -396,7 +402,7 @@ def main() -> int:
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
             step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE[name]
         )
-    for name, (model, changes, num_devices) in SPARSE_MODELS.items():  # portable attention: its heads are too large
+    for name, (model, changes, num_devices) in SPARSE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
             step,
             released(model) | changes,
@@ -404,7 +410,16 @@ def main() -> int:
             tokens=64,
             work="greedy",
             launches=LAUNCHES_OF_SPARSE_ATTENTION,
-            has_kernel=False,
+            waits=WAITS_OF_SPARSE_ATTENTION,
+        )
+    for name, (hf, num_devices) in WIDE_MODELS.items():
+        checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
+            step,
+            hf,
+            h100 if num_devices == 1 else eight_h100,
+            tokens=64,
+            work="greedy",
+            launches=LAUNCHES_WITH_WIDE_HEADS[name],
         )
     for name, (model, num_devices) in IMAGE_MODELS.items():
         images = tower_of(name)

@@ -344,6 +344,64 @@ NEMOTRON_3_NANO_20_LAYERS: dict[str, Any] = {
     "mamba_head_dim": 64,
     "ssm_state_size": 128,
 }
+# The first 5 of 61 layers: three dense ones and two with experts.
+DEEPSEEK_V3_5_LAYERS: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "vocab_size": 129280,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 163840,
+    "num_key_value_heads": 128,
+    "num_attention_heads": 128,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 5,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+GEMMA_4_31B: dict[str, Any] = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "vocab_size": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "max_position_embeddings": 262144,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_key_value_heads": 16,
+    "num_global_key_value_heads": 4,
+    "num_attention_heads": 32,
+    "attention_k_eq_v": True,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 60,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 10,
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "tie_word_embeddings": True,
+}
 # Experts of awkward widths, and the number of devices that divide them.
 EXPERT_MODELS = {
     "gpt-oss-20b": (GPT_OSS_20B, 8),  # 360 columns a device, and rows of 2880
@@ -368,6 +426,8 @@ GPU_MODELS = {
     "Qwen3-Next, 8 layers": QWEN3_NEXT_8_LAYERS,
     "LFM2-1.2B": LFM2_1_2B,
     "Nemotron-3-Nano, 20 layers": NEMOTRON_3_NANO_20_LAYERS,
+    "DeepSeek-V3, 5 layers": DEEPSEEK_V3_5_LAYERS,
+    "Gemma-4-31B": GEMMA_4_31B,
 }
 SMALL_GPU_MODELS = {"Qwen2.5-0.5B": QWEN2_5_0_5B, "Qwen2.5-1.5B": QWEN2_5_1_5B, "Gemma-3-1B": GEMMA_3_1B}
 """Those that fit on a T4."""
@@ -385,6 +445,8 @@ STATE_MODELS = {
 SPARSE_MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "DeepSeek-V3.2, 2 layers": ("deepseek-ai/DeepSeek-V3.2", {"num_hidden_layers": 2, "first_k_dense_replace": 0}, 8),
 }
+# Models with heads wider than 256 numbers, and the number of devices that hold them.
+WIDE_MODELS = {"DeepSeek-V3, 5 layers": (DEEPSEEK_V3_5_LAYERS, 8), "Gemma-4-31B": (GEMMA_4_31B, 1)}
 # Released checkpoints that read images, and the number of devices.
 IMAGE_MODELS = {
     "Gemma-3-27B": ("google/medgemma-27b-it", 8),

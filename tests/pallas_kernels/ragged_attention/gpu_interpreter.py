@@ -29,7 +29,7 @@ from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
-from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch, make_latent
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps and more
 # Weights are rounded to the dtype of the cache before they are multiplied by the values, and so are the results.
@@ -126,16 +126,6 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
         chunks.append((query, query + old if query else 0))
         room -= query
     return chunks
-
-
-def make_latent(batch: Batch, latents: Latents) -> None:
-    """Makes values of `batch` the first numbers of their keys, whose last numbers are zero where there is a key."""
-    arrays, first = batch.arrays, latents.value_dim
-    for name in ("q", "k", "k_cache"):
-        rest = arrays[name][..., latents.key_dim :]
-        rest[~np.isnan(rest)] = 0
-    for values, keys in (("v", "k"), ("v_cache", "k_cache")):
-        arrays[values][..., :first] = arrays[keys][..., :first]
 
 
 @functools.cache

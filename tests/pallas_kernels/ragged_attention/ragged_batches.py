@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention import CacheLayer, Latents, QuantizedCache, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import is_quantized, quantize
 
 
@@ -103,6 +103,16 @@ def make_batch(
         "block_tables": tables,
     }
     return Batch(arrays=arrays, num_blocks=num_blocks, layer=layer, histories=histories)
+
+
+def make_latent(batch: Batch, latents: Latents) -> None:
+    """Makes values of `batch` the first numbers of their keys, whose last numbers are zero where there is a key."""
+    arrays, first = batch.arrays, latents.value_dim
+    for name in ("q", "k", "k_cache"):
+        rest = arrays[name][..., latents.key_dim :]
+        rest[~np.isnan(rest)] = 0
+    for values, keys in (("v", "k"), ("v_cache", "k_cache")):
+        arrays[values][..., :first] = arrays[keys][..., :first]
 
 
 def as_cache(cache: np.ndarray, dtype: Any) -> np.ndarray | QuantizedCache:
