@@ -53,7 +53,7 @@ def write_int4(source: Ref, target: Ref, scales: Ref, offsets: Ref | None, *, in
         return in_every_row(numbers, shape, layout, interpreted=interpreted)
 
     halves = []
-    numbers = source[...] if interpreted else plgpu.load(source, layout=layout, optimized=False)
+    numbers = source[...] if interpreted else plgpu.load(source, layout=layout)
     for row, half in enumerate(float_halves(numbers)):
         factor, term = half.dequantized(columns(scales, row), None if offsets is None else columns(offsets, row))
         values = half.values * spread(factor)
