@@ -169,7 +169,7 @@ def check_product(product: Int4Product, mesh: Any) -> tuple[int, list[Kernel], s
         compiled = compile_lowered(lower_int4(product, array))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     words = "" if "multiply_tiles" in text else "the GPU kernel was not chosen"
-    words = words or memory_complaint(memory, 0, KERNEL_TEMPORARIES) or kernel_complaint(kernels, 0, mesh)
+    words = words or memory_complaint(memory, 0, KERNEL_TEMPORARIES) or kernel_complaint(kernels, 0, mesh, head_dim=0)
     return memory.temp_size_in_bytes, kernels, words
 
 
