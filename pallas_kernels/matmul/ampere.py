@@ -97,12 +97,12 @@ def _multiply(work: Ref, first: Ref, x: Ref, w: Ref, *rest: Ref, tiles: Tiles, s
             if size is None:
                 left = load_left(inputs, tiles.depth)
                 return acc + triton.dot(left, load_right(inputs, tiles.depth).astype(left.dtype))
-            for half, (unit, right) in enumerate(float_halves(load_right(i * INT4_ROWS, INT4_ROWS))):
-                left = load_left(inputs + half * INT4_ROWS, INT4_ROWS)
-                block = lax.div(inputs + (half * INT4_ROWS if size == INT4_ROWS else 0), jnp.int32(size))
+            for number, half in enumerate(float_halves(load_right(i * INT4_ROWS, INT4_ROWS))):
+                left = load_left(inputs + number * INT4_ROWS, INT4_ROWS)
+                block = lax.div(inputs + (number * INT4_ROWS if size == INT4_ROWS else 0), jnp.int32(size))
                 scales, *offsets = (of_columns(factor, block) for factor in factors)
-                right = right * (scales * (1 / unit))
-                right = right + offsets[0] if offsets else right
+                factor, term = half.dequantized(scales, offsets[0] if offsets else None)
+                right = half.values * factor if term is None else half.values * factor + term
                 acc += triton.dot(left, right.astype(left.dtype))
             return acc
 

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.matmul.hopper_operands import in_every_row, write_int4, write_int8
+from pallas_kernels.matmul.hopper_operands import in_every_row, load_columns, write_int4, write_int8
 from pallas_kernels.matmul.hopper_spec import WARPGROUPS, Item, Spec
 from pallas_kernels.matmul.hopper_support import (
     GRANULE,
@@ -340,7 +340,8 @@ class _Block:
         """Those of this warpgroup's columns (in a step), in every row of a result."""
         columns = pl.ds(self.first_column(item, self.warpgroup), self.spec.tiles.columns)
         scales = self.refs["scales"].at[item.matrix, *step, columns]
-        return in_every_row(scales, shape, plgpu.Layout.WGMMA, interpreted=self.spec.interpreted)
+        layout, interpreted = plgpu.Layout.WGMMA, self.spec.interpreted
+        return in_every_row(load_columns(scales, layout, interpreted=interpreted), shape, layout, interpreted=interpreted)
 
     def store(self, item: Item, result: jax.Array) -> None:
         spec, refs = self.spec, self.refs

@@ -17,13 +17,16 @@ plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
 _WARPS, _LANE_COLUMNS, _WARP_ROWS, _WARP_COLUMNS = 4, 8, 8, 32
 
 
-def in_every_row(vector: Ref, shape: tuple[int, ...], layout: Any, *, interpreted: bool, factor: float = 1.0) -> jax.Array:
-    """float32 of `shape`: the numbers of `vector`, times `factor`, in each row, held as `layout` says."""
-    if interpreted:
-        return jnp.broadcast_to((vector[...].astype(jnp.float32) * factor)[None, :], shape)
-    numbers = plgpu.load(vector, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-    numbers = numbers if factor == 1.0 else numbers * factor
-    return plgpu.layout_cast(lax.broadcast_in_dim(numbers, shape, [1]), layout)
+def load_columns(vector: Ref, layout: Any, *, interpreted: bool) -> jax.Array:
+    """float32: the numbers of `vector`, for rows that are held as `layout` says."""
+    loaded = vector[...] if interpreted else plgpu.load(vector, layout=layout.reduce(0), optimized=False)
+    return loaded.astype(jnp.float32)
+
+
+def in_every_row(numbers: jax.Array, shape: tuple[int, ...], layout: Any, *, interpreted: bool) -> jax.Array:
+    """What `load_columns` gave, in each row of `shape`."""
+    rows = lax.broadcast_in_dim(numbers, shape, [1])
+    return rows if interpreted else plgpu.layout_cast(rows, layout)
 
 
 def write_int8(source: Ref, target: Ref, *, interpreted: bool) -> None:
@@ -43,15 +46,18 @@ def write_int4(source: Ref, target: Ref, scales: Ref, offsets: Ref | None, *, in
     shape = source.shape
     layout = _bytes_layout(shape[1])
 
-    def factors(array: Ref, half: int, factor: float = 1.0) -> jax.Array:
-        row = array.at[half if array.shape[0] == 2 else 0]
-        return in_every_row(row, shape, layout, interpreted=interpreted, factor=factor)
+    def columns(array: Ref, row: int) -> jax.Array:
+        return load_columns(array.at[row if array.shape[0] == 2 else 0], layout, interpreted=interpreted)
+
+    def spread(numbers: jax.Array) -> jax.Array:
+        return in_every_row(numbers, shape, layout, interpreted=interpreted)
 
     halves = []
-    numbers = source[...] if interpreted else plgpu.load(source, layout=layout, optimized=False)
-    for half, (unit, values) in enumerate(float_halves(numbers)):
-        values = values * factors(scales, half, 1 / unit)
-        values = values if offsets is None else values + factors(offsets, half)
+    numbers = source[...] if interpreted else plgpu.load(source, layout=layout)
+    for row, half in enumerate(float_halves(numbers)):
+        factor, term = half.dequantized(columns(scales, row), None if offsets is None else columns(offsets, row))
+        values = half.values * spread(factor)
+        values = values if term is None else values + spread(term)
         halves.append(values.astype(target.dtype))
     target[...] = jnp.concatenate(halves)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,25 @@ def unpack_int4(values: UInt8[Array, "*layers bytes N"]) -> Int8[Array, "*layers
     return halves.reshape(*layers, 2 * num_bytes, n)
 
 
-def float_halves(values: UInt8[Array, "bytes N"]) -> list[tuple[int, Float32[Array, "bytes N"]]]:
-    """Of the lower halves, then of the upper ones: (u, the float32 u q), for kernels.
+class Half(NamedTuple):
+    """The numbers q of one half of bytes as kernels get them: `values` is the float32 unit * (q + bias), exactly."""
+
+    unit: int
+    bias: int
+    values: Float32[Array, "bytes N"]
+
+    def dequantized(
+        self, scales: Float32[Array, "... N"], offsets: Float32[Array, "... N"] | None
+    ) -> tuple[Float32[Array, "... N"], Float32[Array, "... N"] | None]:
+        """(factor, term): q * scales + offsets is values * factor + term; without a term if that is None."""
+        if self.bias:
+            term = scales * -self.bias
+            offsets = term if offsets is None else offsets + term
+        return scales * (1 / self.unit) if self.unit != 1 else scales, offsets
+
+
+def float_halves(values: UInt8[Array, "bytes N"]) -> tuple[Half, Half]:
+    """The lower halves, then the upper ones, for kernels.
 
     GPUs convert integers slowly. A byte becomes the last bits of a float32 between 2^23 and 2^24, whose unit is 1. With
     the signs of both halves inverted it is (q of the upper one + 8) 16 + (q of the lower one + 8), without its last four
@@ -90,7 +107,7 @@ def float_halves(values: UInt8[Array, "bytes N"]) -> list[tuple[int, Float32[Arr
     """
     bits = (values ^ jnp.uint8(0x88)).astype(jnp.int32) | jnp.int32(0x4B000000)
     both, upper = (jax.lax.bitcast_convert_type(part, jnp.float32) for part in (bits, bits & jnp.int32(-16)))
-    return [(1, both - (upper + jnp.float32(8))), (16, upper - jnp.float32(2**23 + 128))]
+    return Half(1, 8, both - upper), Half(16, 0, upper - jnp.float32(2**23 + 128))
 
 
 def pack_int4(w: BlockWeight, *, scale_dtype: DTypeLike | None = None) -> Int4Weight:

@@ -61,6 +61,39 @@ CALLS = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int4Product:
+    """One product with a layer of int4 as checkpoints have it: other sizes of blocks, float32 scales, offsets."""
+
+    name: str
+    rows: int
+    size: int
+    scales: str
+    inputs: int = 14336
+    columns: int = 4096
+
+
+INT4_PRODUCTS = (
+    Int4Product(name="tiles of 128 rows", rows=512, size=32, scales="float32"),
+    Int4Product(name="128 inputs a scale", rows=64, size=128, scales="float16"),
+    Int4Product(name="columns of half a swizzle", rows=64, size=64, scales="float32", inputs=4096, columns=16032),
+)
+
+
+def lower_int4(product: Int4Product, array: Callable[..., Any]) -> Any:
+    """The product lowered for bfloat16; `array` as for `lower_attention`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.matmul import Int4Weight, linear
+
+    factors = array((2, product.inputs // product.size, product.columns), jnp.dtype(product.scales))
+    values = array((2, product.inputs // 2, product.columns), jnp.uint8)
+    weight = Int4Weight(values=values, scales=factors, offsets=factors)
+    arguments = array((product.rows, product.inputs), jnp.bfloat16), weight, array((), jnp.int32)
+    return jax.jit(lambda x, w, layer: linear(x, w.at_layer(layer))).lower(*arguments)
+
+
 def lower_attention(
     call: Call, attention: Callable[..., Any], array: Callable[..., Any], *, num_blocks: int
 ) -> tuple[Any, int]:

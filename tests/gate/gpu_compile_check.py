@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gate.calls import CALLS, Call, lower_attention
+from tests.gate.calls import CALLS, INT4_PRODUCTS, Call, Int4Product, lower_attention, lower_int4
 from tests.gate.models import (
     IMAGE_MODELS,
     LLAMA_3_8B,
@@ -152,6 +152,23 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
     words = words or kernel_complaint(
         kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh, head_dim=call.head_dim
     )
+    return memory.temp_size_in_bytes, kernels, words
+
+
+def check_product(product: Int4Product, mesh: Any) -> tuple[int, list[Kernel], str]:
+    """Compiles one product with int4; returns as `check_kernel`."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fastgen_jax.plan.program import compile_lowered, lowering_for
+
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    kernels: list[Kernel] = []
+    with lowering_for(mesh), assembler_reports(kernels):
+        compiled = compile_lowered(lower_int4(product, array))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    words = "" if "multiply_tiles" in text else "the GPU kernel was not chosen"
+    words = words or memory_complaint(memory, 0, KERNEL_TEMPORARIES) or kernel_complaint(kernels, 0, mesh, head_dim=0)
     return memory.temp_size_in_bytes, kernels, words
 
 
@@ -358,6 +375,9 @@ def main() -> int:
     checks: dict[str, Callable[[], tuple[int, list[Kernel], str]]] = {
         f"H100 attention: {call.name}": functools.partial(check_kernel, call, h100) for call in (*GPU_CALLS, *WIDE_CALLS)
     }
+    checks |= {
+        f"H100 product: int4, {product.name}": functools.partial(check_product, product, h100) for product in INT4_PRODUCTS
+    }
     checks["H100 a too large tile is refused"] = functools.partial(check_refusal, h100)
     checks["H100 spilled registers are detected"] = functools.partial(check_spills, h100)
     checks["H100 copied weights are detected"] = functools.partial(check_copies, h100)
@@ -457,6 +477,9 @@ def main() -> int:
         )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
+        checks |= {
+            f"8.9 product: int4, {product.name}": functools.partial(check_product, product, ada) for product in INT4_PRODUCTS
+        }
         checks |= {
             f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100)
             for call in (*AMPERE_CALLS, *WIDE_CALLS)

@@ -35,9 +35,9 @@ def test_the_numbers_are_those_of_the_blocks(form, size):
 
 def test_every_byte_has_its_two_numbers():
     values = jnp.arange(256, dtype=jnp.uint8).reshape(32, 8)
-    (one, low), (sixteen, high) = float_halves(values)
-    np.testing.assert_array_equal(jnp.concatenate([low / one, high / sixteen]), unpack_int4(values))
-    assert sorted(np.unique(low)) == list(range(-8, 8))
+    found = [half.values / half.unit - half.bias for half in float_halves(values)]
+    np.testing.assert_array_equal(jnp.concatenate(found), unpack_int4(values))
+    assert sorted(np.unique(found[0])) == list(range(-8, 8))
 
 
 @pytest.mark.parametrize("form", INT4, ids=str)
