@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,6 +13,7 @@ from fastgen_jax.models.config import ModelConfig, same_for_all
 from fastgen_jax.models.layers import norm
 from fastgen_jax.models.mla import latent_heads
 from fastgen_jax.models.rope import Rotation
+from fastgen_jax.models.sharding import divide_columns
 from fastgen_jax.models.sparse import index_keys, index_queries
 from fastgen_jax.models.step import Step
 from fastgen_jax.models.weight_spec import LayerWeights
@@ -52,9 +54,14 @@ def heads_of(
     """Queries, keys and values, normalized and rotated as the config says; `x` is the projection to all of them."""
     h, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     norm_first = config.qk_norm not in (None, "unit") and not config.qk_norm_rotated
+    num_devices = 1 if step.mesh is None else step.mesh.size
+    if turn is not None and not norm_first and not config.v_norm:
+        rotated = partial(_rotated_heads, config=config, num_heads=h // num_devices)
+        rotated = rotated if step.mesh is None else divide_columns(rotated, step.mesh)
+        q, key, value = rotated(x, *turn)
+        return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
     # On several devices, one pass over all heads would gather them on every device. If attention rotates them, it does so in
     # their columns of x.
-    num_devices = 1 if step.mesh is None else step.mesh.size
     if num_devices > 1 or (turn is None and step.attend_rotates):
         widths = (h * d, *(k * d,) * (1 if config.keys_are_values else 2))
         q, key, *values = (part.reshape(x.shape[0], -1, d) for part in split_columns(x, widths, num_devices))
@@ -74,6 +81,15 @@ def heads_of(
     qkv = _clipped(qkv, config)
     q, key, value = (qkv[:, :h], qkv[:, h : h + k], qkv[:, h + k :]) if turn is None else rotary(qkv, *turn, num_heads=h)
     return (*_qk_norms(q, key, w, step, config), value) if config.qk_norm_rotated else (q, key, value)
+
+
+def _rotated_heads(
+    x: Float[Array, "T _"], cos: Float[Array, "T P"], sin: Float[Array, "T P"], *, config: ModelConfig, num_heads: int
+) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+    """Clipped queries, keys and values, of which queries and keys are rotated in one pass; those of one device."""
+    if config.keys_are_values:
+        x = jnp.concatenate([x, x[:, num_heads * config.head_dim :]], axis=1)
+    return rotary(_clipped(x.reshape(x.shape[0], -1, config.head_dim), config), cos, sin, num_heads=num_heads)
 
 
 def queries_of(

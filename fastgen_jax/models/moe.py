@@ -11,7 +11,7 @@ rows of one expert are multiplied independently, and the results of a token are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,9 @@ def route(
     else:
         scores = _softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
         merits = scores + w["choice_bias"].astype(jnp.float32)[None, :] if config.choice_bias else scores
-        _, chosen = jax.lax.top_k(_within_best_groups(merits, config), k)
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        weights, chosen = jax.lax.top_k(_within_best_groups(merits, config), k)
+        if config.choice_bias:
+            weights = jnp.take_along_axis(scores, chosen, axis=-1, mode="clip")
     if config.normalize:
         weights = weights / (_sum(weights)[:, None] + 1e-20)
     if config.expert_scale:
@@ -113,14 +114,20 @@ def _softmax(x: Float[Array, "T n"]) -> Float[Array, "T n"]:
     return powers / _sum(powers)[:, None]
 
 
-def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
-    """The sum along a short axis, in a fixed order (pairwise): a compiler might choose the order by the number of rows."""
-    while (n := x.shape[axis]) > 1:
-        low, high = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - n // 2), (n - n // 2, n)))
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, n % 2)
-        x = low + jnp.pad(high, padding)
-    return jnp.squeeze(x, axis)
+def _sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    """The sum of each row, in a fixed order (pairwise): a compiler might choose the order by the number of rows."""
+    while (n := x.shape[-1]) > 1:
+        low, high = x[..., : n - n // 2], x[..., n - n // 2 :]
+        x = low + jnp.pad(high, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
+    return jnp.squeeze(x, -1)
+
+
+def _sum_of(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The sum in the order of `_sum`, in one pass: XLA writes a sum of slices that is sliced again to memory."""
+    while (n := len(arrays)) > 1:
+        low, high = arrays[: n - n // 2], arrays[n - n // 2 :]
+        arrays = [a + b for a, b in zip(low, high, strict=False)] + list(low[n // 2 :])
+    return arrays[0]
 
 
 def _within_best_groups(merits: Float[Array, "T X"], config: MoEConfig) -> Float[Array, "T X"]:
@@ -154,15 +161,18 @@ def _weighted_experts(
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(config.num_experts)[None, :], axis=0, dtype=jnp.int32)
     read = x if config.latent_dim is None else linear(x, w["latent_in"], num_rows=num_tokens)
-    rows = jnp.take(read, order // k, axis=0)  # [T * k, E]
+    take = partial(jnp.take, axis=0, mode="clip")  # by default JAX would replace rows out of range in one more pass
+    rows = take(read, order // k)  # [T * k, E]
     if config.weigh_inputs:
-        rows = (rows.astype(jnp.float32) * jnp.take(weights.reshape(-1), order)[:, None]).astype(x.dtype)
+        rows = (rows.astype(jnp.float32) * take(weights.reshape(-1), order)[:, None]).astype(x.dtype)
         weights = jnp.ones_like(weights)
-    rows = _experts(rows, w, sizes, jnp.take(expert, order), first, config=config)
+    rows = _experts(rows, w, sizes, take(expert, order), first, config=config)
     # A gather restores the order of the tokens: a scatter-add would be slow on accelerators, and its order of summation
-    # is not defined.
-    mine = jnp.take(rows, jnp.argsort(order), axis=0).reshape(x.shape[0], k, -1)
-    y = _sum(jnp.where(used[:, None, None], mine * weights[:, :, None], 0.0), axis=1)
+    # is not defined. All first choices come first, then all second ones: on a TPU an axis of k next to the columns would be
+    # another layout.
+    place = jnp.argsort(order).reshape(-1, k).T
+    mine = take(rows, place.reshape(-1)).reshape(k, x.shape[0], -1)
+    y = _sum_of([jnp.where(used[:, None], mine[i] * weights[:, i, None], 0.0) for i in range(k)])
     width = config.latent_dim or x.shape[1]
     if y.shape[1] != width:
         y = y[:, :width]  # the rest is zeros: see `MoEConfig.down_dim`

@@ -168,6 +168,20 @@ def divide_heads(attend: Attention, mesh: Mesh) -> Attention:
     return divided
 
 
+def divide_columns(compute: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """`compute(x, *others)`, run by each device of `mesh` on its own columns of x [T, columns].
+
+    The others are replicated. The second axis of the results is divided as well.
+    """
+
+    def divided(x: jax.Array, *others: jax.Array) -> T:
+        columns, whole = PartitionSpec(None, TENSOR), PartitionSpec()
+        in_specs = (columns, *(whole for _ in others))
+        return jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=columns, check_vma=False)(x, *others)
+
+    return divided
+
+
 def divide_state(compute: Callable[..., Any], mesh: Mesh, specs: Mapping[str, WeightSpec]) -> Callable[..., Any]:
     """`compute(y, gates, weights, states, *others)`, run by each device of `mesh` on its own heads of a layer with a state.
 

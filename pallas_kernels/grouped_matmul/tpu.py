@@ -9,6 +9,7 @@ The work is a list of (group, tile of rows) pairs, computed beforehand and passe
     tiles     | 0       | 1       | 2       |          work: (a, 0) (a, 1) (b, 1) (c, 1) (c, 2)
 
 A tile shared by several groups is computed once per group, in consecutive items; each group writes only its own rows.
+Tiles after the last group are items that write zeros and fetch nothing.
 Source: MegaBlocks (arXiv:2211.15841).
 """
 
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.xla import scaled_rows
 from pallas_kernels.matmul import Int4Weight, Int8Weight
 from pallas_kernels.matmul.tpu import Work, multiply_items, tiles_of
 from pallas_kernels.matmul.tpu_support import LANES, fits_int4
@@ -53,19 +53,31 @@ def grouped_matmul_tpu(
         )
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
     tiles = tiles_of(w, num_rows=num_rows, num_groups=num_groups, itemsize=x.dtype.itemsize, tile_rows=tile_rows)
-    work = _plan(group_sizes, rows=tiles.rows, row_tiles=pl.cdiv(num_rows, tiles.rows))
-    y = multiply_items(x, w, work, first_group, tiles=tiles, narrow=narrow, interpret=interpret)
-    return scaled_rows(y, w, group_sizes, first_group)  # tiles without a row of any group were not written
+    work = _plan(group_sizes, first_group, rows=tiles.rows, row_tiles=pl.cdiv(num_rows, tiles.rows))
+    return multiply_items(x, w, work, tiles=tiles, narrow=narrow, interpret=interpret)
 
 
-def _plan(group_sizes: jax.Array, *, rows: int, row_tiles: int) -> Work:
+def _plan(group_sizes: Int[Array, " X"], first_group: Int[Array, ""], *, rows: int, row_tiles: int) -> Work:
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    first_tile = starts // rows
-    tiles = jnp.where(group_sizes > 0, (ends - 1) // rows - first_tile + 1, 0)
+    # `div` rounds towards zero, which for these numbers is the same as `//` and one operation instead of ten.
+    first_tile = jax.lax.div(starts, rows)
+    tiles = jnp.where(group_sizes > 0, jax.lax.div(ends - 1, rows) - first_tile + 1, 0)
     work_ends = jnp.cumsum(tiles)
+    num_products, used_tiles = work_ends[-1:], jax.lax.div(ends[-1:] + rows - 1, rows)
     item = jnp.arange(row_tiles + num_groups - 1)
-    group = jnp.minimum(jnp.searchsorted(work_ends, item, side="right"), num_groups - 1).astype(jnp.int32)
-    tile = first_tile[group] + item - (work_ends[group] - tiles[group])
-    return Work(group=group, tile=jnp.minimum(tile, row_tiles - 1), starts=starts, ends=ends, num_items=work_ends[-1])
+    product = jnp.minimum(item, jnp.maximum(num_products - 1, 0))
+    # All comparisons at once: a binary search would be a loop.
+    group = jnp.searchsorted(work_ends, product, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    of_product = item + jnp.take(first_tile - work_ends + tiles, group, mode="clip")
+    tile = jnp.where(item < num_products, of_product, used_tiles + item - num_products)
+    return Work(
+        group=group,
+        tile=jnp.minimum(tile, row_tiles - 1),
+        starts=starts,
+        ends=ends,
+        counts=jnp.concatenate([num_products, jnp.maximum(used_tiles - 1, 0), first_group[None]]),
+        num_items=(num_products + row_tiles - used_tiles)[0],
+    )

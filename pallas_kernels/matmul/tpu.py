@@ -2,6 +2,7 @@
 
 The matrices are read where they are, and which of them a tile of rows is multiplied with is data: a list of (matrix, tile of
 rows) pairs in scalar memory. A tile of rows that several matrices share is in consecutive items; each writes its own rows.
+Items after the products write tiles of zeros and fetch nothing.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ from pallas_kernels.matmul.weights import Int8Weight
 from pallas_kernels.pallas_types import Ref
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float
 
 
 class Work(NamedTuple):
-    """The items of a product, in i32."""
+    """The items, in i32: products, then tiles of zeros."""
 
     group: jax.Array
-    """[items], counted from the first matrix that is multiplied with."""
+    """[items], counted from the first matrix that is multiplied with; of a tile of zeros that of the last product."""
     tile: jax.Array
     """[items], of rows."""
     starts: jax.Array
     """[groups], the first row of each."""
     ends: jax.Array
     """[groups]"""
+    counts: jax.Array
+    """[3]: how many products there are, the last tile of one, and the matrix of group 0."""
     num_items: jax.Array | int
-    """How many of the items are real."""
+    """Of products and of tiles of zeros."""
 
 
 def multiply(
@@ -62,9 +65,10 @@ def multiply(
         tile=jnp.asarray(np.arange(row_tiles), jnp.int32),
         starts=jnp.zeros(1, jnp.int32),
         ends=jnp.asarray([num_rows], jnp.int32),
+        counts=jnp.stack([jnp.int32(row_tiles), jnp.int32(row_tiles - 1), w.layer]),
         num_items=row_tiles,
     )
-    return multiply_items(x, w, work, w.layer, tiles=tiles, narrow=narrow, interpret=interpret)
+    return multiply_items(x, w, work, tiles=tiles, narrow=narrow, interpret=interpret)
 
 
 def tiles_of(
@@ -89,21 +93,18 @@ def multiply_items(
     x: Float[Array, "T K"],
     w: Float[Array, "G K N"] | Int8Weight | Int4Weight,
     work: Work,
-    first: Int[Array, ""],
     *,
     tiles: Tiles,
     narrow: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T N"]:
-    """float32[T, N]: each item's rows times w[first + its group]. Without the scales of an `Int8Weight`.
-
-    Rows of tiles without an item are uninitialized; other rows without a group are zero.
+    """float32[T, N]: each item's rows times the matrix of its group. Rows of tiles without an item are uninitialized; other
+    rows without a group are zero.
 
     Args:
       x: float32 or bfloat16.
       w: an `Int4Weight` in whole tiles, see `tpu_support.fits_int4`.
       work: with the rows of `tiles`.
-      first: the matrix of group 0.
       tiles: how the kernel divides its work.
       narrow: whether int4 is multiplied with its scales in bfloat16; None: if x is bfloat16, and the TPU can.
       interpret: passed to `pl.pallas_call`.
@@ -121,13 +122,22 @@ def multiply_items(
             scratch.append(pltpu.VMEM((2, w.scales.shape[1], tiles.columns), jnp.float32))
     else:
         operands = [w.values if isinstance(w, Int8Weight) else w]
+    scales = []
+    if isinstance(w, Int8Weight):  # those of these groups, as rows of their own
+        scales = [jax.lax.dynamic_slice_in_dim(w.scales, work.counts[2], work.starts.shape[0])[:, None, :]]
     num_parts = depth // tiles.depth
 
-    def x_block(column, item, k, group, tile, *_):
-        return tile[item], k
+    def part_of(item, k, counts):  # of the last product, which is already there, for a tile of zeros
+        return jnp.where(item < counts[0], k, num_parts - 1)
 
-    def w_block(column, item, k, group, tile, starts, ends, first):
-        return first[0] + group[item], k, column
+    def x_block(column, item, k, group, tile, starts, ends, counts):
+        return jnp.minimum(tile[item], counts[1]), part_of(item, k, counts)
+
+    def w_block(column, item, k, group, tile, starts, ends, counts):
+        return counts[2] + group[item], part_of(item, k, counts), column
+
+    def scales_block(column, item, k, group, *_):
+        return group[item], 0, column
 
     def out_block(column, item, k, group, tile, *_):
         return tile[item], column
@@ -138,7 +148,7 @@ def multiply_items(
             _kernel,
             tiles=tiles,
             num_parts=num_parts,
-            num_operands=len(operands),
+            num_operands=len(operands) + len(scales),
             is_int4=is_int4,
             narrow=bool(narrow),
         ),
@@ -149,6 +159,7 @@ def multiply_items(
             in_specs=[
                 pl.BlockSpec((tiles.rows, tiles.depth), x_block),
                 *(pl.BlockSpec((pl.squeezed, part.shape[1] // num_parts, tiles.columns), w_block) for part in operands),
+                *(pl.BlockSpec((pl.squeezed, 1, tiles.columns), scales_block) for _ in scales),
             ],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), out_block),
             scratch_shapes=scratch,
@@ -165,7 +176,7 @@ def multiply_items(
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(*work[:4], jnp.reshape(first, (1,)), x, *operands)
+    )(*work[:5], x, *operands, *scales)
 
 
 def _kernel(
@@ -173,7 +184,7 @@ def _kernel(
     tile: Ref,
     starts: Ref,
     ends: Ref,
-    first: Ref,
+    counts: Ref,
     x: Ref,
     *refs: Ref,
     tiles: Tiles,
@@ -182,7 +193,7 @@ def _kernel(
     is_int4: bool,
     narrow: bool,
 ) -> None:
-    del first  # x [rows, depth], weights [depth, columns], out and sums [rows, columns]
+    # x [rows, depth], weights [depth, columns] and their scales, out and sums [rows, columns]
     weights, (out, sums, *shares) = refs[:num_operands], refs[num_operands:]
     item, part = pl.program_id(1), pl.program_id(2)
 
@@ -190,12 +201,14 @@ def _kernel(
     def _() -> None:
         sums[...] = jnp.zeros_like(sums)
 
-    if is_int4:
-        values, scales, *offsets = weights
-        some = offsets[0] if offsets else None
-        memory = shares[0] if shares else None
-        tpu_int4.add_product(sums, x, values, scales, some, memory, step=tiles.step, narrow=narrow)
-    else:
+    @pl.when(item < counts[0])
+    def _() -> None:
+        if is_int4:
+            values, scales, *offsets = weights
+            some = offsets[0] if offsets else None
+            memory = shares[0] if shares else None
+            tpu_int4.add_product(sums, x, values, scales, some, memory, step=tiles.step, narrow=narrow)
+            return
         exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
         sums[...] += jax.lax.dot(
             x[...],
@@ -209,6 +222,7 @@ def _kernel(
         row = tile[item] * tiles.rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
-        result = sums[...] * (1 / tpu_int4.FACTOR) if is_int4 else sums[...]
+        of_outputs = [scales[...] for scales in weights[1:]] if not is_int4 else [1 / tpu_int4.FACTOR]
+        result = sums[...] * of_outputs[0] if of_outputs else sums[...]
         # Before the first group writes to the tile, its memory is uninitialized.
         out[...] = jnp.where(mine, result, jnp.where(first_of_tile, 0.0, out[...]))

@@ -109,8 +109,8 @@ def ragged_attention(
         supports the cache (float32, bfloat16 or 8 bits, rows of a multiple of 128, B a power of two of at least 8, 16 or
         128);
         "gpu" on a GPU of compute capability 9.0 or 8.x (bfloat16, float16 or 8 bits, D a multiple of 16 up to 256, B a
-        power of two; on 9.0 also some larger D, see `gpu.support`); both with a new enough jax; otherwise "xla". If "xla" is
-        chosen on such a device, the log says why.
+        power of two; on 9.0 and 8.0 also some larger D, see `gpu.support`); both with a new enough jax; otherwise "xla". If
+        "xla" is chosen on such a device, the log says why.
 
     Returns:
       out [T, H, D] in the dtype of q, zero in rows that belong to no chunk; k_cache; v_cache. Softmax and sums are in

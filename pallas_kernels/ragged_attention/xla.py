@@ -77,10 +77,11 @@ def ragged_attention_xla(
     queries = queries.reshape(num_tokens, num_kv_heads, group, head_dim)
     query_lens = index.query_starts[1:] - index.query_starts[:-1]
     where = (k_cache, v_cache, tables, index.query_starts, query_lens, index.context_lens)
+    value_dim = None if scoring.latents is None else scoring.latents.value_dim
     out = jnp.zeros(queries.shape, jnp.float32)
     if num_tokens > 1:  # a chunk of several tokens fits
-        out = _attend_chunks(queries, out, *where, scoring=by_kv_head)
-    out = _attend_single_rows(queries, out, *where, scoring=by_kv_head)
+        out = _attend_chunks(queries, out, *where, value_dim=value_dim, scoring=by_kv_head)
+    out = _attend_single_rows(queries, out, *where, value_dim=value_dim, scoring=by_kv_head)
     return out.reshape(q.shape).astype(q.dtype), k_cache, v_cache
 
 
@@ -158,7 +159,17 @@ def write_kv(
 
 
 def _attend_single_rows(
-    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: ScoringByKVHead
+    queries,
+    out,
+    k_cache,
+    v_cache,
+    tables,
+    query_starts,
+    query_lens,
+    context_lens,
+    *,
+    value_dim: int | None,
+    scoring: ScoringByKVHead,
 ) -> jax.Array:
     """Fills the rows of `out` that belong to chunks of one token."""
     num_sequences = tables.shape[0]
@@ -186,6 +197,7 @@ def _attend_single_rows(
             v_cache,
             tile_blocks=tile_blocks,
             scoring=scoring,
+            value_dim=value_dim,
         )
         target = jnp.where(context > 0, tokens, num_tokens)
         return out.at[target].set(result[:, :, 0], mode="drop")
@@ -194,7 +206,17 @@ def _attend_single_rows(
 
 
 def _attend_chunks(
-    queries, out, k_cache, v_cache, tables, query_starts, query_lens, context_lens, *, scoring: ScoringByKVHead
+    queries,
+    out,
+    k_cache,
+    v_cache,
+    tables,
+    query_starts,
+    query_lens,
+    context_lens,
+    *,
+    value_dim: int | None,
+    scoring: ScoringByKVHead,
 ) -> jax.Array:
     """Fills the rows of `out` that belong to chunks of several tokens, one tile of queries after another."""
     num_tokens = queries.shape[0]
@@ -223,6 +245,7 @@ def _attend_chunks(
             v_cache,
             tile_blocks=tile_blocks,
             scoring=scoring,
+            value_dim=value_dim,
         )[0].swapaxes(0, 1)
         old = lax.dynamic_slice_in_dim(out, start, tile)
         new = jnp.where((offsets < count)[:, None, None, None], result, old)
@@ -242,6 +265,7 @@ def attend(
     tile_blocks: int,
     scoring: ScoringByKVHead,
     last: jax.Array | None = None,
+    value_dim: int | None = None,
 ) -> jax.Array:
     """Softmax-weighted values [W, K, Q, G, D] for W independent tiles of Q queries, each on its own context.
 
@@ -251,6 +275,7 @@ def attend(
       contexts: i32[W], keys that exist for a tile; 0 for a tile without work, whose result is 0.
       tables: i32[W, M], blocks of the flat pool.
       last: i32[W, Q], the last position that a query attends to; None: its own.
+      value_dim: values are the first so many numbers of their keys, and zeros follow in the result; None: those in v_cache.
     """
     width, num_kv_heads, num_queries, group, head_dim = queries.shape
     block_size = k_cache.shape[2]
@@ -305,7 +330,10 @@ def attend(
         exists = key_position < contexts[:, None]
         if scoring.window is not None:
             exists &= key_position > positions[:, :1] - scoring.window
-        values = keys[..., head_dim:] if v_cache is None else fetch(v_cache, ids)
+        if value_dim is not None:
+            values = keys[..., :value_dim]
+        else:
+            values = keys[..., head_dim:] if v_cache is None else fetch(v_cache, ids)
         values = jnp.where(exists[:, None, :, None], values, jnp.zeros((), rows.dtype))
         acc = acc * keep[..., None] + _einsum("wkrj,wkjd->wkrd", weights.astype(rows.dtype), values)
         return new_top, total * keep + jnp.sum(weights, axis=-1), acc
@@ -313,7 +341,7 @@ def attend(
     start = (
         jnp.full(rows.shape[:3], -jnp.inf, jnp.float32),
         jnp.zeros(rows.shape[:3], jnp.float32),
-        jnp.zeros(rows.shape, jnp.float32),
+        jnp.zeros((*rows.shape[:3], value_dim or head_dim), jnp.float32),
     )
     top, total, acc = lax.fori_loop(0, num_steps, step, start)
     if row_sinks is not None:
@@ -321,4 +349,7 @@ def attend(
         base = jnp.maximum(top, row_sinks)
         keep = jnp.exp(top - base)
         total, acc = total * keep + jnp.exp(row_sinks - base), acc * keep[..., None]
-    return (acc / jnp.where(total == 0.0, 1.0, total)[..., None]).reshape(queries.shape)
+    result = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
+    if value_dim is not None:
+        result = jnp.pad(result, [(0, 0)] * 3 + [(0, head_dim - value_dim)])
+    return result.reshape(queries.shape)

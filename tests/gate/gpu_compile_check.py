@@ -63,6 +63,7 @@ SPILLED_BYTES = 32  # per thread, for plain attention
 SPILLED_BYTES_WHERE_TIGHT = 256  # soft cap, window, ALiBi and sinks together, or an accumulator of 256 columns
 SHARED_BYTES = 232448  # maximum for a thread block on an H100
 SHARED_BYTES_AMPERE = 99 * 1024  # 163 KiB on an A100, but this on GPUs of compute capability 8.6 and 8.9
+SHARED_BYTES_WIDE = {"9.0": SHARED_BYTES, "8.0": 163 * 1024}  # other GPUs have no kernel for heads wider than 256
 
 # Without the float32 cache, which these kernels do not support, and without the largest tables.
 GPU_CALLS = (
@@ -149,7 +150,9 @@ def check_kernel(call: Call, mesh: Any, *, tiles: Any = None) -> tuple[int, list
         memory = compile_lowered(lowered).memory_analysis()
     words = memory_complaint(memory, cache_bytes, KERNEL_TEMPORARIES)
     tight = call.extras or call.head_dim > 128
-    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)
+    words = words or kernel_complaint(
+        kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh, head_dim=call.head_dim
+    )
     return memory.temp_size_in_bytes, kernels, words
 
 
@@ -161,10 +164,10 @@ def memory_complaint(memory: Any, cache_bytes: int, bound: int) -> str:
     return ""
 
 
-def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any) -> str:
-    hopper = mesh.devices.flat[0].compute_capability == "9.0"
+def kernel_complaint(kernels: list[Kernel], spilled: int, mesh: Any, *, head_dim: int) -> str:
+    capability = mesh.devices.flat[0].compute_capability
+    limit = SHARED_BYTES_WIDE[capability] if head_dim > 256 else SHARED_BYTES if capability == "9.0" else SHARED_BYTES_AMPERE
     for kernel in kernels:
-        limit = SHARED_BYTES if hopper else SHARED_BYTES_AMPERE
         if (kernel.shared or 0) > limit:
             return f"{kernel.name} uses {kernel.shared} bytes of shared memory, more than {limit}"
         if kernel.spilled > spilled:
@@ -228,7 +231,8 @@ def check_step(
     if not words and has_kernel and "ragged_attention_chunks" not in program.compiled.as_text():
         words = "the GPU kernel was not chosen"
     tight = model.head_dim > 128
-    words = words or kernel_complaint(kernels, SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, mesh)
+    spilled, head_dim = SPILLED_BYTES_WHERE_TIGHT if tight else SPILLED_BYTES, model.cache_head_dim if has_kernel else 0
+    words = words or kernel_complaint(kernels, spilled, mesh, head_dim=head_dim)
     if not words and copied:
         words = f"weights are copied: {program.copies[0].name} writes {program.copies[0].bytes / MIB:.0f} MiB"
     if not words and program.operations > launches:
@@ -444,7 +448,10 @@ def main() -> int:
         )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
-        checks |= {f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100) for call in AMPERE_CALLS}
+        checks |= {
+            f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100)
+            for call in (*AMPERE_CALLS, *WIDE_CALLS)
+        }
         checks["8.9 attention: mixed"] = functools.partial(check_kernel, MIXED, ada)
         checks["A100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, a100)
         checks["A100 step of 64: Llama-3-8B, int8"] = functools.partial(
@@ -456,6 +463,10 @@ def main() -> int:
         checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
             step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
         )
+        for name, (hf, _) in WIDE_MODELS.items():
+            checks[f"A100 step of 64: {name} on 8"] = functools.partial(
+                step, hf, eight_a100, tokens=64, work="greedy", launches=LAUNCHES_WITH_WIDE_HEADS[name]
+            )
         checks["A100 step: Llama-3-70B on 8"] = functools.partial(
             step, LLAMA_3_70B, eight_a100, launches=LAUNCHES_ON_SEVERAL
         )

@@ -9,6 +9,9 @@ products are in registers; each warp loads the part that it needs from shared me
   16 or 32 rows     several warps share the same rows: each multiplies them by some of the keys, writes its scores to shared
                     memory, reads the scores of all keys, and multiplies the weights by some of the columns of the values.
                     Keys and values, whose loads limit single queries, are read once instead of by every warp
+
+Heads wider than 256 numbers have tiles of 16 or 32 rows only, since a warp has registers for 256 columns of 16 rows. With
+latents, values are read from the buffer of their keys.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from pallas_kernels.ragged_attention.gpu.softmax_tile import (
     over_steps,
     rows_of_query,
 )
-from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, copied_bytes
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, MAX_HEAD_DIM, copied_bytes
 
 plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of its functions
 MMA_ROWS, MMA_KEYS = 16, 16  # of the left operand
@@ -50,7 +53,7 @@ def tile_rows(group: int, head_dim: int, *, partial: bool) -> tuple[int, int, in
         fewest = 16 if head_dim % 32 == 0 else 32
         rows = next(rows for rows in (16, 32, 64, 128) if rows >= max(rows_of_query(group), fewest))
         return max(rows, QUERY_ROWS), rows, rows
-    rows = 64 if group <= AMPERE_SHORT else 128
+    rows = QUERY_ROWS if head_dim > MAX_HEAD_DIM else 64 if group <= AMPERE_SHORT else 128
     return rows, rows, rows
 
 
@@ -63,7 +66,8 @@ def shared_bytes(spec: Spec) -> int:
     """Bytes of the buffers, without the compiler's own scratch memory."""
     exchange = 4 * spec.rows * spec.keys if _shares_rows(spec) else 0
     operands = 2 * 2 * spec.keys * spec.head_dim if spec.quantized else 0
-    buffers = 2 * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
+    kinds = 1 if spec.values_in_keys else 2
+    buffers = kinds * spec.stages * spec.keys * spec.head_dim * jnp.dtype(spec.cache_dtype).itemsize
     return 2 * spec.head_dim * spec.rows_in + buffers + operands + exchange
 
 
@@ -86,7 +90,8 @@ def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
         return plgpu.SMEM(shape, dtype, transforms=tiled(dtype))
 
     scratch: dict[str, Scratch] = {"q_buffer": buffer(spec.rows_in, spec.head_dim, dtype=spec.dtype)}
-    for kind in ("k", "v"):
+    kinds = ("k",) if spec.values_in_keys else ("k", "v")
+    for kind in kinds:
         scratch[f"{kind}_buffer"] = buffer(spec.stages, spec.keys, spec.head_dim, dtype=spec.cache_dtype)
         if spec.quantized:
             scratch[f"{kind}_operand"] = buffer(spec.keys, spec.head_dim, dtype=spec.dtype)
@@ -95,7 +100,7 @@ def attend_tiles(refs: dict[str, Ref], spec: Spec) -> None:
         scratch["scores"] = plgpu.SMEM((spec.rows, spec.keys), jnp.float32, transforms=by_float)
     if spec.interpreted:  # the interpreter has no cp.async, so each step has a barrier instead
         scratch["q_full"] = plgpu.Barrier()
-        scratch["full"] = plgpu.Barrier(num_arrivals=2 * spec.copies, num_barriers=spec.stages)
+        scratch["full"] = plgpu.Barrier(num_arrivals=len(kinds) * spec.copies, num_barriers=spec.stages)
 
     def body(*allocated: Ref) -> None:
         block = _Block(refs | dict(zip(scratch, allocated, strict=True)), spec, columns=tiled(spec.dtype)[0].tiling[1])
@@ -109,6 +114,7 @@ class _Block:
 
     def __init__(self, refs: dict[str, Ref], spec: Spec, *, columns: int) -> None:
         self.refs, self.spec = refs, spec
+        self.kinds = ("k",) if spec.values_in_keys else ("k", "v")
         self.columns = columns  # columns of D that are contiguous in shared memory
         self.left: Layout = None
         self.right: Layout = None
@@ -129,7 +135,7 @@ class _Block:
             plgpu.barrier_wait(refs["q_full"])
 
         rows = Rows(tile, refs, spec, first=0, count=spec.rows, layout=self.left if _shares_rows(spec) else self.result)
-        state = (self.zeros((spec.rows, spec.head_dim)), *rows.start())
+        state = (self.zeros((spec.rows, spec.value_dim)), *rows.start())
 
         def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
             return self.step(tile, rows, i, steps_before, state, masked=masked)
@@ -149,7 +155,8 @@ class _Block:
         ahead = i + (spec.stages - 1)
         pl.when(ahead < tile.num_steps)(lambda: self.fetch(tile, ahead, steps_before))
         self.await_step(slot, is_followed=ahead < tile.num_steps)
-        keys, values = (self.operand(kind, tile, i, slot) for kind in ("k", "v"))
+        keys, *values = (self.operand(kind, tile, i, slot) for kind in self.kinds)
+        values = values[0] if values else keys.at[:, pl.ds(0, spec.value_dim)]
         scores = self.product_with_keys(keys)
         weights, keep, top, total = rows.weigh(scores, i, top, total, masked=masked)
         num_keys = tile.end - tile.first - i * spec.keys if masked else None
@@ -166,8 +173,10 @@ class _Block:
         slot = lax.rem(steps_before + i, jnp.int32(spec.stages))
         rows = min(spec.keys, spec.block_size)
         for j, (block, offset) in enumerate(blocks_of(tile, i, refs, spec)):
-            for kind in ("k", "v"):
-                source = refs[f"{kind}_cache"].at[block, tile.kv_head, pl.ds(offset, rows)]
+            for kind in self.kinds:
+                cache = refs[f"{kind}_cache"]
+                columns = [pl.ds(0, spec.head_dim)] if spec.head_dim < cache.shape[-1] else []
+                source = cache.at[block, tile.kv_head, pl.ds(offset, rows), *columns]
                 self.copy(source, refs[f"{kind}_buffer"].at[slot, pl.ds(j * rows, rows)], "full", slot)
 
     def copy(self, source: Ref, target: Ref, barrier: str, slot: jax.Array | None = None) -> None:
@@ -183,7 +192,7 @@ class _Block:
             plgpu.barrier_wait(self.refs["full"].at[slot])
             return
         # With two stages this is exact; with more, the last steps of a tile also wait for later steps' copies.
-        following = 2 * self.spec.copies * (self.spec.stages - 1)
+        following = len(self.kinds) * self.spec.copies * (self.spec.stages - 1)
         lax.cond(is_followed, lambda: plgpu.wait_gmem_to_smem(following), lambda: plgpu.wait_gmem_to_smem(0))
 
     def operand(self, kind: str, tile: Tile, i: jax.Array, slot: jax.Array) -> Ref:

@@ -1,7 +1,7 @@
 """Ragged attention on a GPU: the step's keys and values are written in place, and a Mosaic-GPU kernel computes attention.
 
 The kernel runs twice: over tiles of several queries, and over pieces of the contexts of single queries, whose partial
-results are then combined by XLA. `hopper.py` and `ampere.py` define its body for each GPU generation.
+results are then combined. `hopper.py`, `hopper_wide.py` and `ampere.py` define its body for each GPU generation.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class _Call:
             raise ValueError(f"implementation='gpu' {reason}, or use implementation='xla'")
         group, parts = num_heads // num_kv_heads, 1
         is_wide = head_dim > support.MAX_HEAD_DIM
-        body = hopper_wide if is_wide else BODIES[generation]
-        if is_wide and (divided := support.parts_of(group)):
+        body = hopper_wide if is_wide and generation == "hopper" else BODIES[generation]
+        if is_wide and (divided := support.parts_of(group, generation)):
             group, parts = group // divided, divided
         if tiles is None:
             shape = Shape(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels import jax_versions
+from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.ragged_attention.arguments import Latents
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 
@@ -18,7 +18,8 @@ AMPERE_SHORT = 48  # Ampere's tiles have 64 rows for up to this many query heads
 MAX_GROUP_WIDE = {"hopper": 64, "ampere": AMPERE_SHORT}
 
 
-WIDE_ROWS = 64  # query heads that a tile has room for if D exceeds MAX_HEAD_DIM
+WIDE_ROWS = {"hopper": 64, "ampere": 32}  # of a tile if D exceeds MAX_HEAD_DIM
+WIDE_AMPERE = ("8.0", "8.7", None)  # with shared memory of 163 KiB for a thread block; None: unknown
 MAX_PARTS = 4  # of the query heads of a KV head, each of which reads all keys
 
 
@@ -52,11 +53,15 @@ def beyond_limits(k_cache: Cache, num_heads: int, generation: str, *, latents: L
         return f"needs a block size that is a power of two of at least 8, but it is {block_size}"
     if isinstance(k_cache, QuantizedCache):
         return _quantized_unsupported(k_cache, num_heads // num_kv_heads, generation)
-    if head_dim > MAX_HEAD_DIM:
-        return _wide_unsupported(head_dim, num_heads // num_kv_heads, generation, latents)
-    if generation == "ampere" and copied_bytes(block_size, head_dim, 2) is None:
-        needed = next(rows for rows in (16, 32) if copied_bytes(rows, head_dim, 2))
+    is_wide = head_dim > MAX_HEAD_DIM
+    if is_wide and (reason := _wide_unsupported(head_dim, num_heads // num_kv_heads, generation, latents)):
+        return reason
+    copied = head_dim if latents is None or not is_wide else latents.key_dim
+    if generation == "ampere" and copied_bytes(block_size, copied, 2) is None:
+        needed = next(rows for rows in (16, 32) if copied_bytes(rows, copied, 2))
         return f"needs a block size of at least {needed} where D is {head_dim}, but it is {block_size}"
+    if is_wide:
+        return None
     group = num_heads // num_kv_heads
     most = _most_wide(group, generation) if head_dim > 128 else MAX_GROUP
     if group > most:
@@ -65,12 +70,13 @@ def beyond_limits(k_cache: Cache, num_heads: int, generation: str, *, latents: L
 
 
 def _wide_unsupported(head_dim: int, group: int, generation: str, latents: Latents | None) -> str | None:
-    if generation != "hopper":
-        return f"of GPUs of compute capability 8 supports D up to {MAX_HEAD_DIM} but D is {head_dim}"
-    if parts_of(group) is None:
+    capability = gpu_target.compute_capability()
+    if generation == "ampere" and capability not in WIDE_AMPERE:
+        return f"of GPUs of compute capability {capability} supports D up to {MAX_HEAD_DIM} but D is {head_dim}"
+    if parts_of(group, generation) is None:
         return (
-            f"supports up to {WIDE_ROWS} query heads per KV head where D is {head_dim}, or a multiple of at most "
-            f"{MAX_PARTS} times such a number, but there are {group}"
+            f"supports up to {WIDE_ROWS[generation]} query heads per KV head where D is {head_dim}, or {MAX_PARTS} times "
+            f"as many if they can be divided, but there are {group}"
         )
     if latents is None:
         if head_dim % 128 or head_dim > MAX_VALUE_DIM:
@@ -86,13 +92,14 @@ def _wide_unsupported(head_dim: int, group: int, generation: str, latents: Laten
     return None
 
 
-def parts_of(group: int) -> int | None:
+def parts_of(group: int, generation: str) -> int | None:
     """Into how many parts the query heads of a KV head are divided if D exceeds MAX_HEAD_DIM, so that a tile has room for
     each; None if they cannot be."""
     for parts in range(1, MAX_PARTS + 1):
         # A tile begins at a granule, up to 7 rows before its first head.
-        most = WIDE_ROWS if group // parts % 8 == 0 or 8 % (group // parts or 1) == 0 else WIDE_ROWS - 7
-        if group % parts == 0 and group // parts <= most:
+        heads = group // parts
+        most = WIDE_ROWS[generation] - (0 if heads % 8 == 0 or 8 % (heads or 1) == 0 else 7)
+        if group % parts == 0 and heads <= most:
             return parts
     return None
 

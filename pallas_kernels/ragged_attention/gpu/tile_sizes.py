@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention.arguments import Latents
-from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, MAX_HEAD_DIM
+from pallas_kernels.ragged_attention.gpu.softmax_tile import rows_of_query
+from pallas_kernels.ragged_attention.gpu.support import AMPERE_SHORT, MAX_HEAD_DIM, WIDE_ROWS, parts_of
 from pallas_kernels.ragged_attention.measured_tiles import Shape, measured
 from pallas_kernels.ragged_attention.quantized import is_quantized
 
@@ -33,6 +34,8 @@ class Generation:
     shared_bytes: int  # available to a thread block's buffers; barriers and the system use some more
     resident: int  # intended number of thread blocks that a multiprocessor holds at the same time
 
+
+WIDE_SHARED_BYTES = {"hopper": 225 * 1024, "ampere": 162 * 1024}
 
 GENERATIONS = {
     "hopper": Generation(multiprocessors=132, shared_bytes=225 * 1024, resident=1),  # H100 SXM: 227 KiB per block
@@ -72,12 +75,7 @@ def modeled(
     # Eight per multiprocessor, so that one with an additional piece runs at most an eighth longer than the others.
     common = {"pieces": 8 * multiprocessors, "min_piece": 256, "blocks": blocks}
     if head_dim > MAX_HEAD_DIM:
-        keys = 64  # as many rows of queries, and of one stage
-        width, columns = (head_dim, 2 * head_dim) if latents is None else (latents.key_dim, latents.key_dim)
-        fitting = max(1, min(4, (gpu.shared_bytes - 2 * keys * width) // (2 * keys * columns)))
-        # A piece has 64 rows of float32 results, 128 KiB. Two per multiprocessor are more than the L2 cache holds of keys.
-        common |= {"pieces": 2 * multiprocessors}
-        return GpuTiles(chunk_keys=keys, chunk_stages=fitting, single_keys=keys, single_stages=fitting, **common)
+        return _modeled_wide(head_dim, group, generation, multiprocessors=multiprocessors, latents=latents)
     if generation == "ampere":
         # Two steps of 64 keys fit beside the queries up to D=128. If a thread holds twice the results (D of 256, or tiles
         # of 128 rows), there are registers for only 32 keys.
@@ -93,6 +91,28 @@ def modeled(
 
     # Two warpgroups of 64 rows; for single queries one, whose float32 results take as much memory as two tiles of queries.
     return GpuTiles(chunk_keys=keys, chunk_stages=stages(128), single_keys=keys, single_stages=stages(192), **common)
+
+
+def _modeled_wide(head_dim: int, group: int, generation: str, *, multiprocessors: int, latents: Latents | None) -> GpuTiles:
+    """As `modeled`, for kernels of wide heads: one thread block per multiprocessor, as many keys in a step as rows."""
+    keys, shared_bytes = WIDE_ROWS[generation], WIDE_SHARED_BYTES[generation]
+    width, columns = (head_dim, 2 * head_dim) if latents is None else (latents.key_dim, latents.key_dim)
+    parts = parts_of(group, generation) or 1
+
+    def stages(rows: int) -> int:
+        exchange = 4 * rows * keys if generation == "ampere" else 0  # of scores between warps
+        return max(1, min(4, (shared_bytes - 2 * keys * width - exchange) // (2 * keys * columns)))
+
+    return GpuTiles(
+        chunk_keys=keys,
+        chunk_stages=stages(keys),
+        single_keys=keys,
+        single_stages=stages(keys if rows_of_query(group // parts) > 16 else 16),
+        # The float32 results of a piece are up to 128 KiB, as much as some 100 keys.
+        pieces=2 * multiprocessors,
+        min_piece=256,
+        blocks=multiprocessors,
+    )
 
 
 def candidates(first: GpuTiles) -> Iterable[GpuTiles]:

@@ -88,6 +88,7 @@ QUICK = [
     Case(soft_cap=5.0, sinks=True, pairs=32),
     Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS),
 ]
+AMPERE_WIDE: Any = {"generation": "ampere", "chunk_keys": 32, "single_keys": 32}
 ALL = [
     *QUICK,
     Case(generation="ampere", num_kv_heads=1, window=False, sinks=True, stages=3, blocks=2),
@@ -113,6 +114,9 @@ ALL = [
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
     Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
     Case(generation="ampere", num_kv_heads=1, group=71, chunk_keys=32, single_keys=32, pieces=5),
+    Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS, stages=3, **AMPERE_WIDE),
+    Case(num_kv_heads=1, group=60, head_dim=288, block_size=16, latents=NARROW, window=False, **AMPERE_WIDE),
+    Case(num_kv_heads=2, group=8, head_dim=512, block_size=64, soft_cap=5.0, sinks=True, stages=1, **AMPERE_WIDE),
     Case(generation="ampere", group=2, head_dim=256, block_size=256, chunk_keys=32, single_keys=32, blocks=7),
 ]
 

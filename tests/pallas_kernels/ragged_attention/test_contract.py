@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.ragged_attention import QuantizedCache, ragged_attention
+from pallas_kernels.ragged_attention import Latents, QuantizedCache, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
 from tests.shape_checks import unchecked
@@ -57,6 +57,11 @@ def lowered(batch: Batch, platform: str = "cpu", **changes: object) -> str:
         ({"query_starts": zeros(2, dtype=jnp.int32)}, r"query_starts has shape \(2,\) but must be \[S\+1\]"),
         ({"context_lens": zeros(3, dtype=jnp.int32)}, r"context_lens has shape \(3,\) but must be \[S\]"),
         ({"block_tables": zeros(2, dtype=jnp.int32)}, r"block_tables has shape \(2,\) but must have 2 axes"),
+        (
+            {"latents": Latents(key_dim=20, value_dim=8)},
+            r"latents have key_dim=20 and value_dim=8, but must have 1 <= value_dim <= key_dim <= D = 16",
+        ),
+        ({"latents": Latents(key_dim=8, value_dim=9)}, r"key_dim=8 and value_dim=9, but must"),
         ({"number": 3}, r"layer is 3 but must be in \[0, 3\)"),
         ({"number": zeros(1, dtype=jnp.int32)}, r"layer has shape \(1,\) but must be a scalar"),
         ({"num_blocks": 4}, r"num_blocks is 4 but must be at least 1 and divide the 15 blocks"),

@@ -46,7 +46,7 @@ from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates,
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-NUM_CASES = 26  # in `gpu_interpreter.ALL`
+NUM_CASES = 29  # in `gpu_interpreter.ALL`
 TOO_OLD = jax_versions.too_old(jax_versions.GPU_KERNELS)
 NEEDS_KERNELS = pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel {TOO_OLD}")
 
@@ -85,7 +85,7 @@ def spec(
     latents: Latents | None = None,
 ) -> Spec:
     tiles = modeled(head_dim, group, generation, quantized=cache_dtype == jnp.int8, latents=latents)
-    body = hopper_wide if head_dim > 256 else BODIES[generation]
+    body = hopper_wide if head_dim > 256 and generation == "hopper" else BODIES[generation]
     rows_in, rows, rows_out = body.tile_rows(group, head_dim, partial=partial)
     return Spec(
         group=group,
@@ -322,18 +322,35 @@ def test_modeled_tiles_fit_in_shared_memory(head_dim: int, group: int) -> None:
     ],
 )
 def test_modeled_tiles_of_wide_heads_fit_in_shared_memory(head_dim: int, latents: Latents | None, stages: int) -> None:
+    case: Any = {"group": 16, "head_dim": head_dim, "latents": latents}
     for partial in (False, True):
-        made = spec(group=16, partial=partial, head_dim=head_dim, latents=latents)
+        made = spec(**case, partial=partial)
         assert made.stages == stages
         assert hopper_wide.shared_bytes(made) <= 227 * 1024 - 1024
+        assert ampere.shared_bytes(spec(**case, partial=partial, generation="ampere")) <= 163 * 1024 - 1024
 
 
 @pytest.mark.parametrize(
-    ("group", "parts"),
-    [(1, 1), (16, 1), (57, 1), (58, 2), (64, 1), (71, None), (96, 2), (128, 2), (120, 3), (256, 4), (512, None)],
+    ("group", "hopper", "ampere"),
+    [
+        (1, 1, 1),
+        (16, 1, 1),
+        (20, 1, 1),
+        (30, 1, 2),
+        (40, 1, 2),
+        (57, 1, 3),
+        (58, 2, None),
+        (64, 1, 2),
+        (71, None, None),
+        (128, 2, 4),
+        (120, 3, None),
+        (256, 4, None),
+    ],
 )
-def test_many_query_heads_of_a_wide_head_are_divided(group: int, parts: int | None) -> None:
-    assert gpu_support.parts_of(group) == parts
+def test_many_query_heads_of_a_wide_head_are_divided(group: int, hopper: int | None, ampere: int | None) -> None:
+    parts = hopper
+    assert gpu_support.parts_of(group, "hopper") == hopper
+    assert gpu_support.parts_of(group, "ampere") == ampere
     cache = jax.ShapeDtypeStruct((4, 1, 32, 576), jnp.bfloat16)
     reason = gpu_support.beyond_limits(cache, group, "hopper", latents=Latents(key_dim=576, value_dim=512))
     assert (reason is None) == (parts is not None)
@@ -353,7 +370,16 @@ def test_latents_that_do_not_fit_are_refused(key_dim: int, value_dim: int, words
     cache = jax.ShapeDtypeStruct((4, 1, 32, 640), jnp.bfloat16)
     latents = Latents(key_dim=key_dim, value_dim=value_dim)
     assert words in (gpu_support.beyond_limits(cache, 16, "hopper", latents=latents) or "")
-    assert "of compute capability 8 supports D up to 256" in (gpu_support.beyond_limits(cache, 16, "ampere") or "")
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("8.0", False), ("8.6", True), ("8.9", True)])
+def test_wide_heads_need_the_shared_memory_of_an_a100(capability: str, refused: bool) -> None:
+    cache = jax.ShapeDtypeStruct((4, 1, 32, 512), jnp.bfloat16)
+    device = AbstractGpu(device_kind="a GPU", num_cores=1, compute_capability=capability)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        reason = gpu_support.beyond_limits(cache, 8, "ampere")
+    assert (reason == f"of GPUs of compute capability {capability} supports D up to 256 but D is 512") == refused
+    assert refused or reason is None
 
 
 def test_latents_of_a_narrow_head_need_no_kernel_of_their_own() -> None:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import gpu_target
-from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, ragged_attention
+from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, Latents, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
-from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch, make_latent
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # more than one segment (256 keys) of the native kernel
 # Scores are sums of D products of float32: a few units in the last place of values near 1, more for a long head.
@@ -156,6 +156,24 @@ def test_implementations_equal_the_reference(shape: Shape) -> None:
                 np.testing.assert_array_equal(cache, expected_cache, err_msg=name)
 
     check()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("chunks", [[(20, 300), (1, 200), (1, 5), (0, 0)], [(1, 40)]])
+def test_latents_give_the_results_of_separate_values(implementation: str, chunks: list[tuple[int, int]]) -> None:
+    latents = Latents(key_dim=40, value_dim=32)
+    batch = make_batch(chunks, group=5, head_dim=48)
+    make_latent(batch, latents)
+    expected = run(batch, "reference")[0][..., :32]
+    out, k_cache, _ = run(batch, implementation, latents=latents)
+    np.testing.assert_allclose(out[..., :32], expected, atol=TOLERANCE)
+    assert np.isfinite(out).all()
+    if implementation == "xla":  # reads them with the keys
+        batch.arrays["v_cache"][...] = np.nan
+        again, same_keys, _ = run(batch, implementation, v=jnp.full_like(batch.arrays["v"], jnp.nan), latents=latents)
+        np.testing.assert_array_equal(again, out)
+        np.testing.assert_array_equal(same_keys, k_cache)
+        assert not out[..., 32:].any()
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
