@@ -26,7 +26,7 @@ class Int4Weight:
     """w[k, n] = q[k, n] * scales[k // size, n] + offsets[k // size, n] for q in [-8, 7]; activations stay in floating point.
 
     The arrays may have leading axes, as in `Int8Weight`. Before it is multiplied, a matrix is rounded to the dtype of the
-    activations.
+    activations; TPUs from v6e on also round its scales, and sums with its offsets, to bfloat16.
 
     Attributes:
       values: uint8[..., K / 2, N]: two's complements of 4 bits. Byte 32 b + i of a column holds q[64 b + i] in its lower

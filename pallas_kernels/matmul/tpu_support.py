@@ -18,7 +18,7 @@ _LARGEST_SIZE = 256  # inputs that share a scale: a step has whole tiles of 8 ro
 _SMALLEST_ROWS, _MOST_ROWS = 16, 512  # of a tile; a bfloat16 tile of memory has 16, one of float32 8
 _WEIGHT_TILE_BYTES = 2 << 20  # two are in flight: copies of a few MiB come close to the full memory bandwidth
 _MANY_TILES = 8  # nothing is computed while the first is copied
-_WEIGHTS_OF_STEP = 2**20  # a longer step begins and ends less often, but takes longer to compile
+_WEIGHTS_OF_STEP = 2**21  # a longer step begins and ends less often, but takes longer to compile
 
 
 def may_be_lowered(*, divided: bool = False) -> bool:

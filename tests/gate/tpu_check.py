@@ -31,10 +31,12 @@ SECONDS_PER_SPARSE_PROGRAM = 360  # with the kernels of 256 experts, and sorts
 MOST_OPERATIONS = {("v6e", "step: Llama-3-8B"): 35}
 COLLECTIVES_PER_LAYER = 2
 EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
+INT4_KINDS = ("v5e", "v6e", "tpu7x")
 # The checks that CI has time for: a test of the gate itself, the kernels with both kinds of cache, and one whole step.
 QUICK = (
     "a too large tile is refused",
     "a copied stack of experts is found",
+    "int4 product: 64 rows, a scale for 32 inputs",
     "attention: 70B on 8 devices, B=128",
     "attention: int8 KV, 70B on 8 devices",
     "step: Llama-3-8B",
@@ -83,7 +85,13 @@ def complaint(memory: Any, cache_bytes: int, bound: int) -> str:
 
 
 def check_step(
-    hf: dict[str, Any], mesh: Any, *, kv_dtype: str = "bfloat16", images: Any = None, tokens: int = 512
+    hf: dict[str, Any],
+    mesh: Any,
+    *,
+    kv_dtype: str = "bfloat16",
+    images: Any = None,
+    tokens: int = 512,
+    quantize: str | None = None,
 ) -> tuple[int, str, int]:
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
@@ -105,6 +113,7 @@ def check_step(
         block_size=128,
         num_blocks=512,
         kv_dtype=jnp.dtype(kv_dtype),
+        quantize=quantize,
         images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
         has_grids=images is not None and images.in_grid,
     )
@@ -170,6 +179,40 @@ def check_copies_are_found(mesh: Any) -> tuple[int, str]:
     )
 
 
+def check_int4_product(mesh: Any, *, rows: int, size: int, has_offsets: bool) -> tuple[int, str]:
+    """Compiles products with weights of 4 bits in a loop over layers: nothing as large as a weight may be written."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fastgen_jax.plan.program import compile_lowered, lowering_for
+    from pallas_kernels.matmul import Int4Weight, linear
+
+    whole, layers, width, hidden = NamedSharding(mesh, PartitionSpec()), 4, 4096, 14336
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def weight(inputs: int, outputs: int) -> Int4Weight:
+        scales = array((layers, inputs // size, outputs), jnp.float32)
+        values = array((layers, inputs // 2, outputs), jnp.uint8)
+        return Int4Weight(values=values, scales=scales, offsets=scales if has_offsets else None)
+
+    def loop(x: Any, up: Int4Weight, down: Int4Weight) -> Any:
+        def layer(n: Any, x: Any) -> Any:
+            return linear(linear(x, up.at_layer(n)), down.at_layer(n), residual=x)
+
+        return jax.lax.fori_loop(0, layers, layer, x)
+
+    arguments = array((rows, width), jnp.bfloat16), weight(width, hidden), weight(hidden, width)
+    with lowering_for(mesh):
+        memory = compile_lowered(jax.jit(loop).lower(*arguments)).memory_analysis()
+    # Activations of 64 rows stay in VMEM, except on v5p; a matrix of 4 bits has 28 MiB.
+    bound = rows * (4 * width + 6 * hidden) + MIB
+    words = f"temporaries of {memory.temp_size_in_bytes / MIB:.0f} MiB" if memory.temp_size_in_bytes > bound else ""
+    return memory.temp_size_in_bytes, words
+
+
 def check_refusal(mesh: Any) -> tuple[int, str]:
     """Tests the gate itself: the compiler must refuse a tile that exceeds VMEM."""
     from fastgen_jax.plan.program import DoesNotCompile
@@ -195,6 +238,9 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     checks["a copied stack of experts is found"] = functools.partial(check_copies_are_found, small)
+    for rows, size, has_offsets in ((64, 32, False), (512, 128, True)):
+        words = f"int4 product: {rows} rows, a scale for {size} inputs" + ", offsets" * has_offsets
+        checks[words] = functools.partial(check_int4_product, small, rows=rows, size=size, has_offsets=has_offsets)
     for call in calls.CALLS:
         checks[f"attention: {call.name}"] = functools.partial(check_kernel, call, small)
     for kv_dtype in kv_dtypes:
@@ -204,6 +250,14 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 checks[f"{name} is refused"] = functools.partial(check_step_refused, hf, mesh)
             else:
                 checks[name] = functools.partial(check_step, hf, mesh, kv_dtype=kv_dtype)
+    if kind in INT4_KINDS:
+        for model, hf, some, tokens in (
+            ("Llama-3-8B", models.LLAMA_3_8B, small, 64),
+            ("Llama-3-8B", models.LLAMA_3_8B, mesh, 512),
+            ("Mixtral-8x7B", models.MIXTRAL_8X7B, mesh, 512),
+        ):
+            name = f"step: {model} int4 on {some.size}"
+            checks[name] = functools.partial(check_step, hf, some, tokens=tokens, quantize="int4")
     if kind in EXPERT_KINDS:
         for model, (hf, num_devices) in models.EXPERT_MODELS.items():
             some = tensor_mesh(mesh.devices.flat[:num_devices])

@@ -72,7 +72,7 @@ def test_a_weight_that_is_wider_than_a_tile_is_multiplied_in_parts(monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_scan_over_layers_does_not_copy_the_experts(topology: str, quantize: str | None):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -95,14 +95,17 @@ def test_a_scan_over_layers_does_not_copy_the_experts(topology: str, quantize: s
         compiled = jax.jit(layer).lower(*abstract).compile()
     assert "grouped_matmul" in compiled.as_text()
     memory = compiled.memory_analysis()
-    assert memory.argument_size_in_bytes > 256 * 2**20 * (1 if quantize else 2)
+    assert memory.argument_size_in_bytes > 256 * 2**20 * {None: 2, "int8": 1, "int4": 0.5}[quantize]
     assert memory.temp_size_in_bytes < 8 * 2**20
 
 
 def prepare_abstractly(groups: int, depth: int, columns: int, quantize: str | None) -> object:
     """The weights of `prepare`, traced instead of computed."""
-    from pallas_kernels.matmul import Int8Weight
+    from pallas_kernels.matmul import Int4Weight, Int8Weight
 
     if quantize is None:
         return jnp.zeros((groups, depth, columns), jnp.bfloat16)
+    if quantize == "int4":
+        values, scales = (groups, depth // 2, columns), (groups, depth // 32, columns)
+        return Int4Weight(values=jnp.zeros(values, jnp.uint8), scales=jnp.zeros(scales))
     return Int8Weight(values=jnp.zeros((groups, depth, columns), jnp.int8), scales=jnp.zeros((groups, columns)))

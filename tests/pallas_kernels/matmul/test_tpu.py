@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
-from pallas_kernels.matmul import BlockWeight, Int4Weight, linear, pack_int4, tpu, tpu_support
+from pallas_kernels.matmul import BlockWeight, Division, Int4Weight, linear, pack_int4, reads_in_place, tpu, tpu_support
 from pallas_kernels.tpu_target import DEVICES, MIB
+from tests.pallas_kernels.abstract_tpu import lowering_for_tpu
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
 from tests.pallas_kernels.races import races_found
 
@@ -101,6 +103,23 @@ def test_experts_in_other_forms_are_refused():
     w = _stack(random_blocks(64, 96, 32, *SYMMETRIC))
     with pytest.raises(ValueError, match=r"F of 128, .* but w is \[1, 64, 96\] and 32 share one of float32; pass .*'tiles'"):
         grouped_matmul(_x(3, 64), w, jnp.asarray([3]), implementation="tpu")
+
+
+def test_whole_tiles_of_int4_are_read_in_place_on_a_tpu():
+    mesh = Mesh(np.array(jax.devices()[:1] * 2), ("tensor",))
+    division = Division(mesh=mesh, axis="tensor", of_inputs=True)
+
+    def weight(depth: int, columns: int, kind: str = "float32") -> Int4Weight:
+        packed = pack_int4(random_blocks(depth, columns, 32, *SYMMETRIC), scale_dtype=kind)
+        return jax.tree.map(lambda part: jnp.asarray(part[None]), packed)
+
+    assert not reads_in_place(weight(64, 128), jnp.bfloat16)
+    with lowering_for_tpu():
+        assert reads_in_place(weight(64, 128), jnp.bfloat16)
+        assert reads_in_place(weight(128, 128), jnp.bfloat16, division)
+        assert not reads_in_place(weight(64, 128), jnp.bfloat16, division)  # 32 inputs of a device are half of a block
+        assert not reads_in_place(weight(64, 96), jnp.bfloat16)
+        assert not reads_in_place(weight(64, 128, "float16"), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("kind", DEVICES)

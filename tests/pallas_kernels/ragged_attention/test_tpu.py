@@ -29,6 +29,7 @@ from pallas_kernels.ragged_attention.tpu.tile_sizes import DEVICES, Shape, Tiles
 from pallas_kernels.ragged_attention.tpu.write import granules_of, write_kv_tpu
 from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantized_tpu
 from pallas_kernels.ragged_attention.xla import write_kv
+from tests.pallas_kernels.abstract_tpu import lowering_for_tpu
 from tests.pallas_kernels.races import races_found
 from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
 
@@ -248,17 +249,11 @@ def test_what_the_tpu_kernel_does_not_support_is_refused(changes: dict, message:
         ragged_attention_tpu(**arguments)
 
 
-@dataclasses.dataclass(frozen=True)
-class AbstractTpu(jax.sharding.AbstractDevice):
-    platform: str = "tpu"
-
-
 def test_an_old_jax_uses_xla_on_a_tpu_and_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     ragged_attention_room._warn_once.cache_clear()
     arguments = make_batch([(1, 3)], head_dim=128, dtype=jnp.int8, block_size=128).arguments()
-    device = AbstractTpu(device_kind="TPU v5 lite", num_cores=1)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with lowering_for_tpu():
         ragged_attention(**arguments)
     assert "runs in plain XLA: the TPU kernel needs jax 0.10.2 or newer" in caplog.text
     with pytest.raises(ValueError, match=r"needs jax 0\.10\.2 or newer .* use implementation='xla'"):
