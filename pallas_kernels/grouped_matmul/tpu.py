@@ -62,10 +62,10 @@ def _plan(group_sizes: Int[Array, " X"], first_group: Int[Array, ""], *, rows: i
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
     # `div` rounds towards zero, which for these numbers is the same as `//` and one operation instead of ten.
-    first_tile = jax.lax.div(starts, rows)
-    tiles = jnp.where(group_sizes > 0, jax.lax.div(ends - 1, rows) - first_tile + 1, 0)
+    first_tile, end_tile = jax.lax.div(starts, rows), jax.lax.div(ends - 1, rows) + 1
+    tiles = jnp.where(group_sizes > 0, end_tile - first_tile, 0)
     work_ends = jnp.cumsum(tiles)
-    num_products, used_tiles = work_ends[-1:], jax.lax.div(ends[-1:] + rows - 1, rows)
+    num_products, used_tiles = work_ends[-1:], jnp.max(jnp.where(group_sizes > 0, end_tile, 0), keepdims=True)
     item = jnp.arange(row_tiles + num_groups - 1)
     product = jnp.minimum(item, jnp.maximum(num_products - 1, 0))
     # All comparisons at once: a binary search would be a loop.
