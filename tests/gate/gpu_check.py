@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ from typing import Any
 if "--tiny" in sys.argv:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
+elif tuple(map(int, version("jaxlib").split(".")[:2])) >= (
+    0,
+    12,
+):  # older ones do not know it; a trace shows graphs as they run
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_enable_command_buffers_during_profiling=true"
 
 import jax
 import jax.numpy as jnp
@@ -396,6 +402,8 @@ def run_engine(options: argparse.Namespace, kernels: Kernels, deadline: Deadline
     sizes = gpu_engine.TINY if options.tiny else gpu_engine.FULL
     if options.deterministic:
         sizes = dataclasses.replace(sizes, options={**sizes.options, "deterministic": True})
+    if options.no_graphs:
+        sizes = dataclasses.replace(sizes, options={**sizes.options, "cuda_graphs": False})
     bandwidth, peak = measured(options.tiny)
     print("\nengine, Llama-3-8B with random weights" if not options.tiny else "\nengine, a tiny model")
     start = time.monotonic()
@@ -433,6 +441,7 @@ def main() -> int:
     parser.add_argument("--generation", default="hopper", choices=("hopper", "ampere"), help="for --tiny only")
     parser.add_argument("--only", default="", help="run only variants and calls whose name contains this")
     parser.add_argument("--deterministic", action="store_true", help="the engine's tokens must not depend on other requests")
+    parser.add_argument("--no-graphs", action="store_true", help="the engine's kernels are started one by one")
     options = parser.parse_args()
     device = jax.devices()[0]
     if options.tiny:
