@@ -64,8 +64,9 @@ def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
 def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) -> ScaledWeight | None:
     """`leaf` in the form in which `linear` reads it where it is, for activations of `dtype`; None if it does not."""
     division = None
-    if mesh is not None and mesh.size > 1 and spec.kind is Kind.MATRIX and not DIVIDED_AXES.isdisjoint(spec.axes):
-        division = Division(mesh=mesh, axis=TENSOR, of_inputs=spec.axes[-1] not in DIVIDED_AXES)
+    if mesh is not None and mesh.size > 1 and spec.kind is Kind.MATRIX:
+        axis = None if DIVIDED_AXES.isdisjoint(spec.axes) else TENSOR
+        division = Division(mesh=mesh, axis=axis, of_inputs=spec.axes[-1] not in DIVIDED_AXES)
     return dataclasses.replace(leaf, division=division) if reads_in_place(leaf, dtype, division) else None
 
 

@@ -97,9 +97,7 @@ def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None
         return False
     if division is None:
         return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w)) or tpu_support.multiplies(w, w.shape)
-    *layers, inputs, outputs = w.shape
-    share = division.mesh.size
-    shape = (*layers, inputs // share, outputs) if division.of_inputs else (*layers, inputs, outputs // share)
+    shape = division.share(w.shape)
     of_gpu = has_kernel(shape, w.values.dtype, dtype, size=size_of(w), divided=True)
     return of_gpu or tpu_support.multiplies(w, shape, divided=True)
 
@@ -178,7 +176,7 @@ def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.A
 
     def local(x: jax.Array, w: ScaledWeight) -> jax.Array:
         y = _product(x, w)
-        return jax.lax.psum(y, axis) if of_inputs else y
+        return jax.lax.psum(y, axis) if of_inputs and axis is not None else y
 
     run = jax.shard_map(
         local,

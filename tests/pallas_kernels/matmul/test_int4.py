@@ -59,8 +59,8 @@ def test_prepare_quantizes_as_for_a_cpu():
         np.testing.assert_array_equal(prepared.dequantize(), quantize_int4(w).dequantize())
 
 
-@pytest.mark.parametrize("of_inputs", [False, True])
-def test_devices_multiply_their_own_part(of_inputs):
+@pytest.mark.parametrize(("axis", "of_inputs"), [("tensor", False), ("tensor", True), (None, True)])
+def test_devices_multiply_their_own_part(axis, of_inputs):
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
     blocks = random_blocks(256, 64, 32, *INT4[1])
@@ -71,7 +71,7 @@ def test_devices_multiply_their_own_part(of_inputs):
         scales=w.scales,
         offsets=w.offsets,
         layer=jnp.int32(1),
-        division=Division(mesh=mesh, axis="tensor", of_inputs=of_inputs),
+        division=Division(mesh=mesh, axis=axis, of_inputs=of_inputs),
     )
     x = _x(4, 256)
     np.testing.assert_allclose(jax.jit(linear)(x, divided), x @ blocks.dequantize(), rtol=1e-4, atol=1e-4)
