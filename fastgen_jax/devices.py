@@ -166,8 +166,10 @@ DEVICES = {
         ),
     )
 }
-FLOAT8_KINDS = ("h100", "h200")
+FLOAT8_KINDS = ("h100", "h200", "tpu7x")
 """Kinds on which 8-bit floats are multiplied."""
+INT8_KINDS = ("v5e", "v6e")
+"""Kinds on which int8 is multiplied by int8."""
 ALIASES = {"a100-80gb": "a100"}
 
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "none"),
+        choices=("int8", "int4", "fp8", "w8a8", "none"),
         help="quantize matrices, or with none dequantize those of the checkpoint (default: as the engine does)",
     )
     parser.add_argument(

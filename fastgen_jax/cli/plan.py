@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "fp8"),
+        choices=("int8", "int4", "fp8", "w8a8"),
         default=None,
-        help="quantize matrices to 8 bits with one scale per output channel, or to 4 with one per 32 inputs; fp8 for H100 "
-        "and H200 (default: as in the snapshot, else none)",
+        help="quantize matrices to 8 bits with one scale per output channel, or to 4 with one per 32 inputs; fp8 for H100, "
+        "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too (default: as in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",

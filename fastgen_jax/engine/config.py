@@ -21,7 +21,7 @@ from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
 
 DType = Literal["float32", "bfloat16", "float16"]
 KVDType = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
-Quantization = Literal["int8", "int4", "fp8"]
+Quantization = Literal["int8", "int4", "fp8", "w8a8"]
 Attention = Literal["reference", "xla", "cpu", "tpu", "gpu"]
 
 SHOWN = 500  # characters of a value in a repr, which the log has: a chat template can be long
@@ -89,8 +89,9 @@ class EngineConfig:
     on a CPU, float16 on a GPU without bfloat16 (T4, V100), bfloat16 elsewhere."""
     quantize: Quantization | Literal["none"] | None = None
     """Weight-only quantization: "int8" with one scale per output channel; "int4" with one per 32 inputs, and int8 for the
-    head, where integers of 4 bits of a checkpoint keep their values except on CPUs. "fp8", on H100 and H200, multiplies
-    8-bit floats: weights with one scale per output channel, activations with one per token. None: as in the checkpoint where
+    head, where integers of 4 bits of a checkpoint keep their values except on CPUs. Two formats round activations, too,
+    with one scale per token: "fp8", on H100, H200 and TPU7x, multiplies 8-bit floats, and "w8a8", on TPU v5e and v6e, int8;
+    head and experts are as for "int8" with "w8a8", and experts with "fp8" on a TPU. None: as in the checkpoint where
     the kernels multiply its format (on CPUs most types of GGUF, and 4 and 8 bits of most other formats), with exactly the
     values that it stands for, else `dtype`. "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None

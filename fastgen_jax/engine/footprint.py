@@ -24,14 +24,23 @@ from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS
 SAMPLER_COPIES = 4  # f32[R, V] arrays that the sampler holds at the same time: logits, their order, probabilities, noise
 
 
-def quantization_of(spec: WeightSpec, quantize: str | None, *, packed: bool, num_devices: int = 1) -> str | None:
+def quantization_of(
+    spec: WeightSpec, quantize: str | None, *, packed: bool, num_devices: int = 1, platform: str = "cpu"
+) -> str | None:
     """The format of a weight of a model that is divided over devices, in an engine with this `quantize`.
 
     With "int4", the head, which is sensitive, and matrices that whole blocks (on accelerators pairs of them) do not fill on
-    each device have 8 bits.
+    each device have 8 bits. "fp8" and "w8a8" need the products of `linear`: experts (on TPUs) are int8, and with "w8a8" the
+    head, too.
     """
-    if quantize != "int4" or not spec.quantizable:
-        return quantize if spec.quantizable else None
+    if not spec.quantizable:
+        return None
+    if quantize == "fp8" and platform == "tpu":
+        return "int8" if spec.kind is Kind.EXPERTS else "fp8"
+    if quantize == "w8a8":
+        return "w8a8" if spec.kind is Kind.MATRIX and spec.per_layer else "int8"
+    if quantize != "int4":
+        return quantize
     share = num_devices if spec.axes[-2] in DIVIDED_AXES else 1
     unit = INT4_BLOCK if packed else 2 * INT4_ROWS
     return "int4" if spec.per_layer and spec.shape[-2] % (share * unit) == 0 else "int8"
@@ -70,10 +79,10 @@ def weight_bytes(
 
     def held(spec: WeightSpec, copies: int = 1) -> float:
         shares = num_devices if DIVIDED_AXES & set(spec.axes) else 1
-        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices)
+        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices, platform=platform)
         bits = bits_per_value(spec, itemsize, form=form, kept=dict(kept), platform=platform)
         # With 8 bits, each output has a scale, which is divided like the outputs; or one for each block of its inputs.
-        has_scales = spec.path not in dict(kept) and form in ("int8", "fp8")
+        has_scales = spec.path not in dict(kept) and form in ("int8", "fp8", "w8a8")
         scales = 4 * math.prod(spec.shape) / spec.shape[-2] if has_scales else 0
         scales /= num_devices if spec.axes[-1] in DIVIDED_AXES else 1
         if form == "fp8" and in_blocks and spec.shape[-2] % FLOAT8_BLOCK == 0:

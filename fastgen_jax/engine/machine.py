@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import jax
 
-from fastgen_jax.core.devices import multiplies_float8, supports_bfloat16
+from fastgen_jax.core.devices import multiplies_float8, multiplies_int8, supports_bfloat16
 from fastgen_jax.engine.memory import Memory, memory_now
 from pallas_kernels import native
-from pallas_kernels.jax_versions import HOPPER_PRODUCT, too_old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,8 @@ class Machine:
     """Whether it computes in bfloat16."""
     float8: bool = False
     """Whether it multiplies 8-bit floats."""
+    int8: bool = False
+    """Whether it multiplies int8 by int8."""
     packs: bool = False
     """Whether matrices are packed for native CPU kernels."""
     num_devices: int = 1
@@ -37,7 +38,8 @@ class Machine:
             kind=device.device_kind,
             memory=memory_now(platform),
             bfloat16=supports_bfloat16(device),
-            float8=multiplies_float8(device) and too_old(HOPPER_PRODUCT) is None,
+            float8=multiplies_float8(device),
+            int8=multiplies_int8(device),
             packs=platform == "cpu" and native.available(),
             num_devices=len(jax.local_devices()),
         )

@@ -179,8 +179,13 @@ def resolve(
         raise ValueError(f"quantize={config.quantize!r} is not supported on {platform}")
     if config.quantize == "fp8" and not machine.float8:
         raise ValueError(
-            f"quantize='fp8' needs an H100 or H200 and jax {'.'.join(map(str, HOPPER_PRODUCT))} or newer, but this is "
-            f"{machine.kind} and jax {jax.__version__}; use quantize='int8'"
+            f"quantize='fp8' needs an H100 or H200 and jax {'.'.join(map(str, HOPPER_PRODUCT))} or newer, or a TPU7x, but "
+            f"this is {machine.kind} and jax {jax.__version__}; use quantize='int8'"
+        )
+    if config.quantize == "w8a8" and not machine.int8:
+        raise ValueError(
+            f"quantize='w8a8' needs a TPU v5e or v6e, which multiply int8 by int8, but this is {machine.kind}; use "
+            "quantize='int8', whose activations are not rounded"
         )
     if config.cuda_graphs is not None and platform != "gpu":
         raise ValueError(f"cuda_graphs={config.cuda_graphs}, but this is {platform}; omit it, it is for GPUs")

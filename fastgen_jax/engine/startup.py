@@ -69,7 +69,7 @@ def load(
             if jax.default_backend() == "cpu":
                 beside.submit(native.available)  # asks the compiler for its version, once per process
             checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
-        if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize:
+        if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize and config.quantize != "w8a8":
             config = replace(config, quantize="int8")
         if config.generation_config == "auto":
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))

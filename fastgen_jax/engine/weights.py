@@ -53,6 +53,19 @@ def prepare_leaf(
     `array` is the weight of one layer; unless it is to be packed, it may also be a stack over layers. An `Int8Weight` stays
     int8.
     """
+    return _as_multiplied(spec, _prepared(spec, array, model, config), model, config)
+
+
+def _as_multiplied(spec: WeightSpec, leaf: Leaf, model: ModelConfig, config: ResolvedConfig) -> Leaf:
+    """A prepared weight that says whether rows of activations are rounded, too."""
+    if config.quantize != "w8a8" or not isinstance(leaf, Int8Weight):
+        return leaf
+    return replace(leaf, rounds_rows=_quantization(spec, model, config, jax.default_backend()) == "w8a8")
+
+
+def _prepared(
+    spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig
+) -> Weight | GroupedWeight | Expansions:
     if config.num_adapters and plain_name(spec.name) in MLP:
         spec = replace(spec, gated=False)  # the change of an adapter comes before the activation
     dtype = {"weights": config.dtype, "activations": config.activation_dtype, "float32": "float32"}[spec.dtype]
@@ -65,9 +78,12 @@ def prepare_leaf(
         if kept is not None:
             return jax.tree.map(jnp.asarray, kept)
         array = _dequantized(array)
+    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
+        array = _dequantized(array)
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
-    if config.quantize == "fp8" and (in_blocks or (quantize is not None and not isinstance(array, Int8Weight))):
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=True))
+    if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
+        blocks = platform != "tpu"  # which multiplies without rounding activations then
+        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks))
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if isinstance(array, BlockGroups):
@@ -117,7 +133,7 @@ def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, 
     """The format of a weight in an engine with this config."""
     num_devices, packed = config.tensor_parallel or 1, config.packed_weights
     divided = spec if packed else replace(spec, shape=divided_shape(spec, model, num_devices, platform))
-    return quantization_of(divided, config.quantize, packed=packed, num_devices=num_devices)
+    return quantization_of(divided, config.quantize, packed=packed, num_devices=num_devices, platform=platform)
 
 
 def _int4(array: np.ndarray | BlockWeight | BlockGroups, platform: str) -> Int4Weight:
@@ -201,11 +217,13 @@ def _divided(
     mesh = tensor_mesh(jax.local_devices()[: config.tensor_parallel])
     num_devices, platform = mesh.size, mesh.devices.flat[0].platform
     quantize = _quantization(spec, model, config, platform)
-    blocks = spec.quantizable and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
+    blocks = spec.quantizable and platform != "tpu" and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
     if config.quantize == "int4" and isinstance(array, BlockWeight | BlockGroups):
         kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
         if kept is not None:
             return divide_leaf(spec, kept, mesh, model)
+        array = _dequantized(array)
+    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
         array = _dequantized(array)
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)
@@ -223,7 +241,7 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
         if path not in specs:
             raise ValueError(f"params has {path!r}, which is not a weight of this model; remove it")
         plain = isinstance(leaf, jax.Array | np.ndarray) or (config.packed_weights and isinstance(leaf, Int8Weight))
-        return prepare_leaf(specs[path], leaf, model, config) if plain else leaf
+        return prepare_leaf(specs[path], leaf, model, config) if plain else _as_multiplied(specs[path], leaf, model, config)
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     if "lm_head" not in rest and config.tensor_parallel is None and _needs_separate_head(config):

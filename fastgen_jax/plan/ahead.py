@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from fastgen_jax.checkpoint.quantized import split_settings
-from fastgen_jax.devices import FLOAT8_KINDS, Topology, parse_topology
+from fastgen_jax.devices import FLOAT8_KINDS, INT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
 from fastgen_jax.engine.config import EngineConfig
@@ -71,7 +71,7 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
-    if described.quantize is not None:
+    if described.quantize is not None and choices.quantize != "w8a8":
         choices = replace(choices, quantize="int8")
     if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
         raise ValueError(
@@ -122,6 +122,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         kind=target.device.kind,
         memory=memory,
         float8=target.device.kind in FLOAT8_KINDS,
+        int8=target.device.kind in INT8_KINDS,
         num_devices=target.num_devices,
     )
     formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]

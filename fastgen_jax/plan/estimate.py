@@ -81,7 +81,7 @@ def read_weight_bytes(
         return weights
 
     def bits(spec: WeightSpec) -> float:
-        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices)
+        form = quantization_of(spec, quantize, packed=packed, num_devices=num_devices, platform=platform)
         return bits_per_value(spec, itemsize, form=form, kept=dict(kept), platform=platform)
 
     one = sum(  # expert of a layer

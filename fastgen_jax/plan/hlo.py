@@ -150,18 +150,40 @@ def _layer_body(hlo: str) -> str:
 
 def layer_instructions(hlo: str) -> list[str]:
     """What the loop over layers computes, without the names of its values: two programs with equal lists round alike."""
+    found = []
+    for _, instruction in _of_layer(hlo):
+        if instruction.operation not in _NO_WORK:
+            line = re.sub(r", metadata=\{[^}]*\}", "", instruction.line)
+            found.append(re.sub(r"%[\w.\-]+|calls=[\w.\-]+|to_apply=[\w.\-]+|/\*[^*]*\*/", "", line).strip())
+    return sorted(found)
+
+
+def layer_products(hlo: str) -> list[tuple[str, ...]]:
+    """The element types of both operands of every product of matrices in the loop over layers, such as ("s8", "s8").
+
+    Those are the types that the matrix units multiply: a weight that is converted before has the type that it is given.
+    """
+    computations, found = _instructions(hlo), []
+    for computation, instruction in _of_layer(hlo):
+        if instruction.operation in ("convolution", "dot"):
+            rest = instruction.line.partition(f" {instruction.operation}")[2]
+            types = {other.name: other.result.partition("[")[0] for other in computations[computation]}
+            found.append(tuple(types[name] for name in re.findall(r"%([\w.\-]+)", rest[: _balanced(rest)])))
+    return sorted(found)
+
+
+def _of_layer(hlo: str) -> Iterator[tuple[str, _Instruction]]:
+    """The instructions of the loop over layers and of what it calls, each with the name of its computation."""
     computations = _instructions(hlo)
     pending = [_layer_body(hlo)]
-    seen, found = set(pending), []
+    seen = set(pending)
     while pending:
-        for instruction in computations.get(pending.pop(), ()):
+        name = pending.pop()
+        for instruction in computations.get(name, ()):
             called = set(_CALLED.findall(instruction.line)) - seen
             seen |= called
             pending += called
-            if instruction.operation not in _NO_WORK:
-                line = re.sub(r", metadata=\{[^}]*\}", "", instruction.line)
-                found.append(re.sub(r"%[\w.\-]+|calls=[\w.\-]+|to_apply=[\w.\-]+|/\*[^*]*\*/", "", line).strip())
-    return sorted(found)
+            yield name, instruction
 
 
 def _operations(instructions: list[_Instruction]) -> int:

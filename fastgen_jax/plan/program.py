@@ -319,7 +319,7 @@ def _as_stored(
     platform: str,
 ) -> Leaf:
     """The shapes of a weight of the divided model in the form that the engine stores."""
-    form = quantization_of(spec, quantize, packed=False, num_devices=num_devices)
+    form = quantization_of(spec, quantize, packed=False, num_devices=num_devices, platform=platform)
     if form is None:
         return weight
     shape = weight.shape
@@ -335,7 +335,8 @@ def _as_stored(
             scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // FLOAT8_BLOCK, shape[-1]), jnp.float32)
         values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
         return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
-    return jax.eval_shape(lambda: Int8Weight(values=jnp.zeros(shape, jnp.int8), scales=jnp.zeros(scales.shape, jnp.float32)))
+    values = jax.ShapeDtypeStruct(shape, jnp.int8)
+    return Int8Weight(values=values, scales=scales, rounds_rows=form == "w8a8")  # pyright: ignore[reportArgumentType] (shapes)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, bool | str] | None = None) -> jax.stages.Compiled:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
-from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, NoCompiler, Topology, parse_topology
+from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, INT8_KINDS, NoCompiler, Topology, parse_topology
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.json_types import JsonObject
@@ -48,7 +48,7 @@ class Plan:
     block_size: int
     windows: tuple[int | None, ...]  # of the cache groups; None: one whose layers attend to all tokens
     dtype: str
-    quantize: str | None  # "int8", "int4" or "fp8" if matrices are stored in 8 or 4 bits
+    quantize: str | None  # "int8", "int4", "fp8" or "w8a8" if matrices are stored in 8 or 4 bits
     stored_as: str  # how the weights are quantized on disk; "" if they are not
     kv_dtype: str
     max_num_seqs: int
@@ -92,7 +92,7 @@ def make_plan(
     devices = parse_topology(topology)
     quantization, config = split_settings(config)
     stored_as = quantization_method(quantization) if quantization else stored_as
-    in_blocks = _has_blocks(quantization)
+    in_blocks = _has_blocks(quantization) and devices.device.platform != "tpu"
     model: ModelConfig = family_of(config["architectures"][0]).config_from_hf(config)
     check_num_devices(model, devices.num_devices)
     context = model.max_context_len if context is None else context
@@ -104,7 +104,13 @@ def make_plan(
         raise ValueError("context, budgets, max_num_seqs and block_size must be at least 1")
     if quantize == "fp8" and devices.device.kind not in FLOAT8_KINDS:
         raise ValueError(
-            f"quantize is 'fp8', but {devices.device.kind} does not multiply it; choose 'int8', or h100 or h200"
+            f"quantize is 'fp8', but {devices.device.kind} does not multiply it; choose 'int8', or one of "
+            f"{', '.join(FLOAT8_KINDS)}"
+        )
+    if quantize == "w8a8" and devices.device.kind not in INT8_KINDS:
+        raise ValueError(
+            f"quantize is 'w8a8', but {devices.device.kind} does not multiply int8 by int8; choose 'int8', or one of "
+            f"{', '.join(INT8_KINDS)}"
         )
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype

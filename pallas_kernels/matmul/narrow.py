@@ -1,4 +1,4 @@
-"""Rows of activations in the dtype of a weight, for GPUs: with two dtypes XLA would convert the weight, which is a copy."""
+"""Rows of activations in the dtype of a weight: products of two equal dtypes are the fast ones, and need no other weight."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from pallas_kernels import gpu_target
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Float32
+    from jaxtyping import Array, Float, Float32, Int8
 
 LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+LARGEST_INT8 = 127  # -128 is not used, so that x and -x become q and -q
 _LARGEST_POWER = 10  # sums of products of numbers up to 2^10 with weights stay far below the largest float32
 
 
@@ -38,3 +39,11 @@ def float8_rows(x: Float[Array, "*rows K"]) -> tuple[Float[Array, "*rows K"], Fl
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     factors = jnp.where(largest > 0, largest * (1.0 / LARGEST_FLOAT8), 1.0)
     return jnp.clip(wide / factors, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(jnp.float8_e4m3fn), factors
+
+
+def int8_rows(x: Float[Array, "*rows K"]) -> tuple[Int8[Array, "*rows K"], Float32[Array, "*rows one"]]:
+    """(int8[..., K], f32[..., 1]) whose product is nearest to `x`: the largest number of a row becomes 127 or -127."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    factors = jnp.maximum(largest, 1e-30) * (1.0 / LARGEST_INT8)  # a normal number, also of a row of zeros
+    return jnp.clip(jnp.round(wide / factors), -LARGEST_INT8, LARGEST_INT8).astype(jnp.int8), factors

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from pallas_kernels import gpu_target
+from pallas_kernels import gpu_target, tpu_target
 from pallas_kernels.matmul import ampere_support, cpu, hopper_support, tpu_support
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import Int4Weight, size_of
-from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
+from pallas_kernels.matmul.narrow import float8_rows, float16_rows, int8_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
 from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+_Scaled = TypeVar("_Scaled", bound=ScaledWeight)
 
 
 def linear(
@@ -95,11 +97,20 @@ def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None
     """
     if not isinstance(w, ScaledWeight):
         return False
+    if rounds_rows(w):  # XLA fuses the slice of a layer; but each device rounds its part of a row by itself
+        return division is not None and division.of_inputs
     if division is None:
         return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w)) or tpu_support.multiplies(w, w.shape)
     shape = division.share(w.shape)
     of_gpu = has_kernel(shape, w.values.dtype, dtype, size=size_of(w), divided=True)
     return of_gpu or tpu_support.multiplies(w, shape, divided=True)
+
+
+def rounds_rows(w: object) -> TypeGuard[Int8Weight | Float8Weight]:
+    """Whether the program being traced has XLA multiply in 8 bits: rows of x are rounded to the dtype of `w`."""
+    if isinstance(w, Int8Weight):
+        return w.rounds_rows
+    return isinstance(w, Float8Weight) and not w.in_blocks and tpu_target.multiplies("fp8")
 
 
 def has_kernel(
@@ -135,6 +146,8 @@ def _product(x: jax.Array, w: jax.Array | ScaledWeight) -> jax.Array:
         return _dot(x, w)
     if w.division is not None:
         return _divided_product(x, w, w.division)
+    if rounds_rows(w):
+        return _rounded_product(x, w)
     if tpu_support.multiplies(w, w.shape):
         return jax.lax.platform_dependent(x, w, tpu=_product_on_tpu, default=_scaled_product)
     if not has_kernel(w.shape, w.values.dtype, x.dtype, size=size_of(w)):
@@ -149,8 +162,7 @@ def _dot(x: jax.Array, w: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Arra
 
 def _scaled_product(x: jax.Array, w: ScaledWeight) -> jax.Array:
     """With a `Float8Weight`, activations are not rounded."""
-    if w.layer is not None:
-        w = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False), replace(w, layer=None))
+    w = _of_layer(w)
     if isinstance(w, Int4Weight):
         return _dot(x, w.dequantize().astype(x.dtype))
     values, scales = w.values, w.scales
@@ -159,6 +171,26 @@ def _scaled_product(x: jax.Array, w: ScaledWeight) -> jax.Array:
         if w.in_blocks:
             return _dot(x, values.astype(x.dtype))
     return _dot(x, values.astype(x.dtype)) * jnp.expand_dims(scales, range(x.ndim - 1))
+
+
+def _rounded_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
+    """Rows of x are rounded to the dtype of `w`. Sums of int8 are exact for up to 2^31 / 127^2 inputs, some 130,000."""
+    w, last = _of_layer(w), x.ndim - 1
+    scales = jnp.expand_dims(w.scales, range(last))
+    if isinstance(w, Int8Weight):
+        rows, factors = int8_rows(x)
+        sums = jax.lax.dot_general(rows, w.values, (((last,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        return sums.astype(jnp.float32) * factors * scales
+    rows, factors = float8_rows(x)
+    sums = jax.lax.dot_general(rows, w.values, (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return sums * factors * scales
+
+
+def _of_layer(w: _Scaled) -> _Scaled:
+    """The matrix that a weight selects, as one without layers."""
+    if w.layer is None:
+        return w
+    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False), replace(w, layer=None))
 
 
 def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.Array:

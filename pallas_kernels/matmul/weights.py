@@ -15,21 +15,19 @@ from pallas_kernels.matmul import blocks, cpu
 from pallas_kernels.matmul.blocks import BlockFormat, BlockWeight
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import Int4Weight, pack_int4
-from pallas_kernels.matmul.narrow import LARGEST_FLOAT8
+from pallas_kernels.matmul.narrow import LARGEST_FLOAT8, LARGEST_INT8
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int, Int8, Num
 
-# int8 is used symmetrically, so that w and -w become q and -q.
-_LARGEST = 127
 FLOAT8_BLOCK = 128
 """Inputs of a `Float8Weight` that have a scale of their own, if it is in blocks."""
 
 
 @pytree
 class Int8Weight:
-    """w[k, n] = values[k, n] * scales[n]; activations stay in floating point.
+    """w[k, n] = values[k, n] * scales[n]; activations stay in floating point, unless `rounds_rows`.
 
     Both arrays may have a leading layer axis, which `lax.scan` or indexing removes, by a copy on a GPU; see `at_layer`.
 
@@ -38,12 +36,14 @@ class Int8Weight:
       scales: float32[..., N], positive.
       layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
       division: over which devices `linear` runs a kernel, which XLA cannot divide; None: it does not have to.
+      rounds_rows: `linear` and `swiglu` multiply int8 by int8, with rows of x as `narrow.int8_rows`; no other product does.
     """
 
     values: Int8[Array, "*layers K N"]
     scales: Float32[Array, "*layers N"]
     layer: Int[Array, ""] | None = None
     division: Division | None = static(default=None)
+    rounds_rows: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,13 +57,13 @@ class Int8Weight:
 
 @pytree
 class Float8Weight:
-    """w[k, n] = values[n, k] * scales[n], or * scales[k // 128, n]; a GPU that multiplies 8-bit floats rounds activations to
-    them, too.
+    """w[k, n] = values[n, k] * scales[n], or * scales[k // 128, n]; a device that multiplies 8-bit floats rounds activations
+    to them, too: a GPU always, a TPU unless there are scales of blocks.
 
     Both arrays may have a leading layer axis, as in `Int8Weight`.
 
     Attributes:
-      values: float8_e4m3fn[..., N, K]: the tensor cores read 8-bit floats with their inputs adjacent.
+      values: float8_e4m3fn[..., N, K]: tensor cores read 8-bit floats with their inputs adjacent.
       scales: float32[..., N], positive; or, if K is a multiple of 128, [..., K / 128, N].
       layer: as in `Int8Weight`.
       division: as in `Int8Weight`.
@@ -216,8 +216,8 @@ def quantize_int8(
     if not np.isfinite(largest).all():
         raise ValueError("w has infinite or NaN values, which int8 cannot represent; check the checkpoint")
     # A column of zeros has values 0 with any scale.
-    scales = np.where(largest > 0, largest / _LARGEST, 1).astype(np.float32)
-    values = np.clip(np.rint(wide / scales[..., None, :]), -_LARGEST, _LARGEST)
+    scales = np.where(largest > 0, largest / LARGEST_INT8, 1).astype(np.float32)
+    values = np.clip(np.rint(wide / scales[..., None, :]), -LARGEST_INT8, LARGEST_INT8)
     return values.astype(np.int8), scales
 
 

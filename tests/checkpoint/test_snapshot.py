@@ -102,6 +102,16 @@ def test_an_int8_snapshot_runs_as_the_checkpoint_quantized_while_loading(source,
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.slow
+def test_an_int8_snapshot_may_round_activations_too(source, int8_snapshot, monkeypatch):
+    monkeypatch.setattr("fastgen_jax.engine.machine.multiplies_int8", lambda device: True)
+    monkeypatch.setattr("pallas_kernels.native.available", lambda: False)  # matrices are stored as on an accelerator
+    engines = [Engine.from_pretrained(path, quantize="w8a8", **ENGINE) for path in (source, int8_snapshot)]
+    assert engines[1].config.quantize == "w8a8"
+    logits = [Research(engine).put(["a"], [[5, 6, 7, 8]]) for engine in engines]
+    np.testing.assert_array_equal(*logits)
+
+
 def test_a_gguf_file_keeps_its_tokenizer_in_the_snapshot(tmp_path):
     fields = gguf_metadata("llama-bpe")
     write_gguf(

@@ -153,7 +153,7 @@ def test_choices_are_those_of_the_engine(capsys: pytest.CaptureFixture[str]) -> 
     policy = next(action for action in parser_of("serve")._actions if action.dest == "policy")
     assert set(policy.choices or ()) == set(POLICIES)
     quantize = next(action for action in parser_of("serve")._actions if action.dest == "quantize")
-    assert list(quantize.choices or ()) == ["int8", "int4", "fp8", "none"]
+    assert list(quantize.choices or ()) == ["int8", "int4", "fp8", "w8a8", "none"]
     with pytest.raises(SystemExit) as left:
         main(["serve", "m", "--policy", "fastest"])
     assert left.value.code == 2

@@ -265,6 +265,7 @@ def test_a_request_whose_promise_cannot_be_kept_is_refused_and_says_so():
         ({"max_num_seqs": True}, "max_num_seqs is True"),
         ({"dtype": "int4"}, "dtype is 'int4'; choose one of float32"),
         ({"quantize": "fp8"}, r"quantize='fp8' needs an H100 or H200 and jax .* but this is cpu .*; use quantize='int8'"),
+        ({"quantize": "w8a8"}, r"quantize='w8a8' needs a TPU v5e or v6e, .* but this is cpu; use quantize='int8'"),
         ({"policy": "fifo"}, "policy is 'fifo'; choose one of 'splitfuse'"),
         ({"budget_ladder": (64,), "token_budget": 32}, "outside 1..32"),
         ({"budget_ladder": "16,64", "token_budget": 128}, r"budget_ladder is '16,64'; pass a list of integers"),

@@ -33,6 +33,8 @@ MOST_OPERATIONS = {("v6e", "step: Llama-3-8B"): 35}
 COLLECTIVES_PER_LAYER = 2
 EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
 INT4_KINDS = ("v5e", "v6e", "tpu7x")
+# Formats in which activations are rounded, too, and the operands of the products as the compiler calls them.
+NARROW_PRODUCTS = {"v5e": ("w8a8", "s8"), "v6e": ("w8a8", "s8"), "tpu7x": ("fp8", "f8e4m3fn")}
 # The checks that CI has time for: a test of the gate itself, the kernels with both kinds of cache, and one whole step.
 QUICK = (
     "a too large tile is refused",
@@ -93,14 +95,18 @@ def check_step(
     quantize: str | None = None,
     images: Any = None,
     tokens: int = 512,
+    num_blocks: int = 512,
+    operands: str | None = None,
 ) -> tuple[int, str, int]:
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
-    The minimum of collectives per layer is one sum after each half.
+    The minimum of collectives per layer is one sum after each half. `operands` is the type of both operands of all products
+    with weights.
     """
     import jax.numpy as jnp
 
     from fastgen_jax.models.families import family_of
+    from fastgen_jax.plan import hlo
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
 
@@ -112,7 +118,7 @@ def check_step(
         max_num_seqs=64,
         max_context_len=8192,
         block_size=128,
-        num_blocks=512,
+        num_blocks=num_blocks,
         kv_dtype=jnp.dtype(kv_dtype),
         quantize=quantize,
         images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
@@ -123,6 +129,10 @@ def check_step(
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
     if program.copies:
         words = words or f"{program.copies[0].name} copies a weight, cache or state: {program.copies[0].bytes / MIB:.0f} MiB"
+    if operands is not None:
+        products = hlo.layer_products(program.compiled.as_text() or "")
+        if set(products) != {(operands, operands)}:
+            words = words or f"the products of a layer are {products}, not of two {operands}"
     return program.temporaries, words, program.operations
 
 
@@ -178,6 +188,35 @@ def check_copies_are_found(mesh: Any) -> tuple[int, str]:
         compiled.memory_analysis().temp_size_in_bytes,
         "" if copies else "a stack of experts in another layout was accepted",
     )
+
+
+def check_operands_are_found(mesh: Any) -> tuple[int, str]:
+    """Tests the gate itself: products with int8 weights are those of bfloat16, unless rows are rounded, too."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fastgen_jax.plan import hlo
+    from fastgen_jax.plan.program import compile_lowered, lowering_for
+    from pallas_kernels.matmul import Int8Weight, linear
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    values = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.int8, sharding=whole)
+    scales = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=whole)
+    x = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16, sharding=whole)
+
+    def layers(x: Any, w: Int8Weight) -> Any:
+        return jax.lax.scan(lambda x, w: (linear(x, w), None), x, w)[0]
+
+    found = []
+    for rounds_rows in (False, True):
+        w = Int8Weight(values=values, scales=scales, rounds_rows=rounds_rows)  # pyright: ignore[reportArgumentType] (shapes)
+        with lowering_for(mesh):
+            compiled = compile_lowered(jax.jit(layers).lower(x, w))
+        found.append(hlo.layer_products(compiled.as_text() or ""))
+    only, both = found
+    is_told_apart = len(only) == 1 and "s8" not in only[0][:1] and both == [("s8", "s8")]
+    return compiled.memory_analysis().temp_size_in_bytes, "" if is_told_apart else f"{only} and {both}"
 
 
 def check_int4_product(mesh: Any, *, rows: int, size: int, has_offsets: bool) -> tuple[int, str]:
@@ -239,6 +278,8 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     checks["a copied stack of experts is found"] = functools.partial(check_copies_are_found, small)
+    if NARROW_PRODUCTS.get(kind, ("",))[0] == "w8a8":
+        checks["products of int8 are told apart"] = functools.partial(check_operands_are_found, small)
     for rows, size, has_offsets in ((64, 32, False), (512, 128, True)):
         words = f"int4 product: {rows} rows, a scale for {size} inputs" + ", offsets" * has_offsets
         checks[words] = functools.partial(check_int4_product, small, rows=rows, size=size, has_offsets=has_offsets)
@@ -259,6 +300,18 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         ):
             name = f"step: {model} int4 on {some.size}"
             checks[name] = functools.partial(check_step, hf, some, tokens=tokens, quantize="int4")
+    if kind in NARROW_PRODUCTS:
+        quantize, operands = NARROW_PRODUCTS[kind]
+        for some, tokens in ((small, 64), (mesh, 512)):
+            checks[f"step: Llama-3-8B {quantize} on {some.size}"] = functools.partial(
+                check_step,
+                models.LLAMA_3_8B,
+                some,
+                tokens=tokens,
+                num_blocks=256 if some.size == 1 else 512,  # a v5e has 16 GiB
+                quantize=quantize,
+                operands=operands,
+            )
     checks["step: Llama-3-8B, int8 weights"] = functools.partial(check_step, models.LLAMA_3_8B, mesh, quantize="int8")
     if kind in EXPERT_KINDS:
         for model, (hf, num_devices) in models.EXPERT_MODELS.items():

@@ -34,7 +34,7 @@ def test_the_name_of_a_program_follows_from_shapes_alone() -> None:
     done = subprocess.run(command, env=variables, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     names = json.loads(done.stdout.splitlines()[-1])
-    assert len(names) == len({engine for engine, _ in names.values()}) == 14
+    assert len(names) == len({engine for engine, _ in names.values()}) == 18
     for case, (engine, ahead) in names.items():
         assert engine == ahead, case
 
@@ -65,12 +65,26 @@ def test_a_model_fills_the_memory_of_its_devices() -> None:
             "choose at most 2 devices",
         ),
         ({"fit": False}, LLAMA_3_70B, "no memory for a single KV block: the weights take 131.4 GiB of each device"),
+        ({"quantize": "fp8"}, LLAMA_3_8B, "or a TPU7x, but this is v5e"),
         ({"stack_layers": False}, LLAMA_3_8B, "stack_layers=False and logits_processor are not supported"),
     ],
 )
 def test_impossible_options_are_refused(options, model, message) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_for(EngineConfig(**options), llama(model), parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "topology"), [("w8a8", "v5e:2x2"), ("w8a8", "v6e:1x1"), ("fp8", "tpu7x:1x1x1"), ("fp8", "h200:1")]
+)
+def test_products_of_8_bits_are_for_the_devices_that_have_them(quantize, topology) -> None:
+    config, known = EngineConfig(quantize=quantize), parse_topology(topology)
+    assert resolve_for(config, llama(), known).quantize == quantize
+    other = {"w8a8": "fp8", "fp8": "w8a8"}[quantize]
+    with pytest.raises(
+        ValueError, match=f"quantize='{other}' needs a.* but this is {known.device.kind}.*use quantize='int8'"
+    ):
+        resolve_for(EngineConfig(quantize=other), llama(), known)
 
 
 @pytest.mark.parametrize(

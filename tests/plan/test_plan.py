@@ -14,7 +14,14 @@ from fastgen_jax.cli import main
 from fastgen_jax.devices import DEVICES, GIB, parse_topology
 from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.plan.estimate import read_weight_bytes
-from fastgen_jax.plan.hlo import copied_weights, count_in_loops, operations_of_inner_loops, operations_per_layer, waits
+from fastgen_jax.plan.hlo import (
+    copied_weights,
+    count_in_loops,
+    layer_products,
+    operations_of_inner_loops,
+    operations_per_layer,
+    waits,
+)
 from fastgen_jax.plan.program import matrix_shapes
 from fastgen_jax.plan.report import Plan, make_plan, table
 from pallas_kernels.matmul import Int4Weight
@@ -127,6 +134,34 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
     assert count_in_loops(hlo) == 2
+
+
+def test_products_have_the_types_of_their_operands_after_conversions() -> None:
+    hlo = """
+%product (x: s8[8,64], w: s8[64,32]) -> s32[8,32] {
+  %x = s8[8,64] parameter(0)
+  %w = s8[64,32] parameter(1)
+  ROOT %p = s32[8,32] convolution(%x, %w), dim_labels=bf_io->bf
+}
+%converted (x: bf16[8,64], w: s8[64,32]) -> f32[8,32] {
+  %x = bf16[8,64] parameter(0)
+  %w = s8[64,32] parameter(1)
+  %c = bf16[64,32] convert(%w)
+  ROOT %p = f32[8,32] convolution(%x, %c), dim_labels=bf_io->bf
+}
+%body (p: (s8[8,64], s8[64,32])) -> (s8[8,64], s8[64,32]) {
+  %p = (s8[8,64], s8[64,32]) parameter(0)
+  %x = s8[8,64] get-tuple-element(%p), index=0
+  %w = s8[64,32] get-tuple-element(%p), index=1
+  %f = s32[8,32] fusion(%x, %w), kind=kOutput, calls=%product
+  %g = f32[8,32] fusion(%x, %w), kind=kOutput, calls=%converted
+  ROOT %t = (s8[8,64], s8[64,32]) tuple(%x, %w)
+}
+ENTRY %main (p: (s8[8,64], s8[64,32])) -> (s8[8,64], s8[64,32]) {
+  ROOT %w = (s8[8,64], s8[64,32]) while(%p), condition=%condition, body=%body
+}
+"""
+    assert layer_products(hlo) == [("bf16", "bf16"), ("s8", "s8")]
 
 
 PROGRAM = """
@@ -335,8 +370,22 @@ def test_int8_weights_take_a_byte_each_and_a_scale_per_column() -> None:
 def test_fp8_weights_take_the_bytes_of_int8_on_gpus_that_multiply_them() -> None:
     int8, fp8 = (plan(LLAMA_3_8B, "h100:8", quantize=quantize).memory.weights for quantize in ("int8", "fp8"))
     assert int8 == fp8
-    with pytest.raises(ValueError, match="quantize is 'fp8', but a100 does not multiply it; choose 'int8', or h100 or h200"):
+    with pytest.raises(
+        ValueError, match="quantize is 'fp8', but a100 does not multiply it; choose 'int8', or one of h100, "
+    ):
         plan(LLAMA_3_8B, "a100:8", quantize="fp8")
+    of_tpus = (plan(LLAMA_3_8B, "tpu7x:2x2x1", quantize=quantize).memory.weights for quantize in ("int8", "fp8"))
+    assert {*of_tpus} == {int8}
+
+
+def test_w8a8_has_the_weights_of_int8() -> None:
+    for kind in ("v5e:2x4", "v6e:2x4"):
+        int8, both = (plan(LLAMA_3_8B, kind, quantize=quantize).memory.weights for quantize in ("int8", "w8a8"))
+        assert int8 == both
+    with pytest.raises(
+        ValueError, match="quantize is 'w8a8', but h100 does not multiply int8 by int8; choose 'int8', or one"
+    ):
+        plan(LLAMA_3_8B, "h100:8", quantize="w8a8")
 
 
 def test_int8_experts_are_read_as_bytes() -> None:

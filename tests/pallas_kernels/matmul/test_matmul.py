@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gpu_target, native
+from pallas_kernels import gpu_target, native, tpu_target
 from pallas_kernels.matmul import (
     Float8Weight,
     Int8Weight,
@@ -21,7 +21,7 @@ from pallas_kernels.matmul import (
     quantize_int8,
     swiglu,
 )
-from pallas_kernels.matmul.narrow import float8_rows
+from pallas_kernels.matmul.narrow import float8_rows, int8_rows
 from tests.pallas_kernels.rounding import rounded
 from tests.shape_checks import unchecked
 
@@ -178,6 +178,54 @@ def test_8_bit_floats_in_blocks_are_multiplied_with_the_scale_of_each_128_inputs
     # The numbers are up to 448 and scales up to e^3.
     got = linear(jnp.asarray(x), stack.at_layer(0))
     np.testing.assert_allclose(got, x.astype(np.float64) @ exact, atol=1e-5 * np.abs(exact).max(), rtol=1e-5)
+
+
+def test_int8_is_multiplied_by_rows_in_int8_exactly():
+    x, w = _normal(2, 5, 200) * np.float32([[[1e-3]], [[1e20]]]), _normal(2, 200, 40, seed=1)
+    x[0, 1] = 0
+    values, scales = quantize_int8(w)
+    stack = Int8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales), rounds_rows=True)
+    rows, factors = int8_rows(jnp.asarray(x))
+    assert rows.dtype == jnp.int8
+    assert (np.abs(np.asarray(rows) * np.asarray(factors) - x) <= np.abs(x).max(axis=-1, keepdims=True) / 254 * 1.0001).all()
+    largest = np.abs(np.asarray(rows, np.int32)).max(axis=-1)
+    np.testing.assert_array_equal(largest, np.where(x.any(axis=-1), 127, 0))
+    sums = np.asarray(rows, np.int64) @ values[1].astype(np.int64)
+    expected = sums * np.asarray(factors, np.float64) * scales[1]
+    y = linear(jnp.asarray(x), stack.at_layer(1))
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=0)
+    np.testing.assert_allclose(linear(jnp.asarray(x), jax.tree.map(lambda part: part[1], stack)), y, rtol=1e-6)
+    added = linear(jnp.asarray(x[0]), stack.at_layer(1), residual=jnp.ones((5, 40), jnp.float32))
+    np.testing.assert_allclose(added, expected[0] + 1, rtol=1e-5)
+    gate, up = np.split(expected[0], 2, axis=-1)
+    np.testing.assert_allclose(swiglu(jnp.asarray(x[0]), stack.at_layer(1)), gate / (1 + np.exp(-gate)) * up, atol=1e-9)
+
+
+def test_rounded_rows_differ_from_those_of_weight_only_int8_as_much_as_one_expects():
+    x, w = _normal(8, 512), _normal(512, 64, seed=1)
+    values, scales = (jnp.asarray(part) for part in quantize_int8(w))
+    only, both = (
+        linear(jnp.asarray(x), Int8Weight(values=values, scales=scales, rounds_rows=rounds)) for rounds in (False, True)
+    )
+    error = np.sqrt(np.mean(np.square(np.asarray(both - only))) / np.mean(np.square(np.asarray(only))))
+    assert 0.003 < error < 0.015  # a step of a row is its largest number / 127: 3.2 / 127 / sqrt(12) of its deviation
+
+
+def test_8_bit_floats_are_multiplied_by_rows_in_8_bits_on_a_tpu_that_can(monkeypatch: pytest.MonkeyPatch):
+    w, x = _normal(256, 32), jnp.asarray(_normal(3, 256, seed=1))
+    values, scales = quantize_float8(w)
+    weight = Float8Weight(values=jnp.asarray(values), scales=jnp.asarray(scales))
+    plain = linear(x, weight)
+    monkeypatch.setattr(tpu_target, "device_kind", lambda: "tpu7x")
+    rows, factors = float8_rows(x)
+    expected = np.asarray(rows, np.float64) @ values.astype(np.float64).T * np.asarray(factors, np.float64) * scales
+    y = linear(x, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(y) - np.asarray(plain)).max() > 1e-2
+    in_blocks = Float8Weight(values=weight.values, scales=jnp.broadcast_to(weight.scales, (2, 32)))
+    np.testing.assert_allclose(linear(x, in_blocks), plain, rtol=1e-5, atol=1e-5)  # activations are as they were
+    monkeypatch.setattr(tpu_target, "device_kind", lambda: "v6e")
+    np.testing.assert_array_equal(linear(x, weight), plain)
 
 
 def test_stacked_int8_layers_can_be_scanned():

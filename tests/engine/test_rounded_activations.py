@@ -1,0 +1,127 @@
+"""Engines that round activations to 8 bits, too: which weights say so, and what the engine then computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fastgen_jax import Engine, EngineConfig, Research
+from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, INT8_KINDS
+from fastgen_jax.engine import machine
+from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.resolve import resolve
+from fastgen_jax.engine.weights import prepare_leaf, prepare_params
+from fastgen_jax.models.params import all_specs
+from fastgen_jax.models.weight_spec import Kind, WeightSpec
+from pallas_kernels import native, tpu_target
+from pallas_kernels.grouped_matmul import BlockGroups
+from pallas_kernels.matmul import Float8Weight, Int8Weight
+from tests.pallas_kernels.matmul.random_blocks import random_blocks
+from tests.tiny import tiny_model
+
+SETTINGS: dict[str, Any] = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
+
+
+@pytest.fixture
+def multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that passes for a device that multiplies int8 by int8: XLA computes the same there."""
+    monkeypatch.setattr(machine, "multiplies_int8", lambda device: True)
+    monkeypatch.setattr(native, "available", lambda: False)  # matrices are plain arrays
+
+
+def experts_of(spec: WeightSpec) -> WeightSpec:
+    return replace(spec, kind=Kind.EXPERTS, shape=(3, 256, 64), axes=("X", "E", "F"))
+
+
+def test_the_two_tables_of_devices_agree() -> None:
+    for kind, device in tpu_target.DEVICES.items():
+        assert (kind in INT8_KINDS, kind in FLOAT8_KINDS) == ("int8" in device.multiplies, "fp8" in device.multiplies)
+        assert {tpu_target.kind_of(name) for name in DEVICES[kind].reported_as} == {kind}
+
+
+def test_only_matrices_of_layers_round_activations(multiplies: None) -> None:
+    params, model = tiny_model("multi_head_tied", stack_layers=True)
+    config = resolve(EngineConfig(**SETTINGS, quantize="w8a8", stack_layers=True), model)
+    prepared = prepare_params(params, model, config)
+    layers: Any = prepared["layers"]
+    assert {name for name, leaf in layers.items() if isinstance(leaf, Int8Weight)} == {"qkv", "o", "gate_up", "down"}
+    assert all(leaf.rounds_rows for leaf in layers.values() if isinstance(leaf, Int8Weight))
+    head: Any = prepared["lm_head"]
+    assert isinstance(head, Int8Weight)
+    assert not head.rounds_rows
+    assert not isinstance(prepared["embed"], Int8Weight)
+    int8 = prepare_params(params, model, replace(config, quantize="int8"))
+    again = prepare_params(int8, model, config)  # those of a snapshot in int8
+    assert jax.tree.structure(again) == jax.tree.structure(prepared)
+    assert jax.tree.structure(again) != jax.tree.structure(int8)
+    jax.tree.map(np.testing.assert_array_equal, again, prepared)
+
+
+def test_experts_have_8_bits_in_their_own_kernel() -> None:
+    matrix = all_specs(tiny_model()[1])["layers.qkv"]
+    experts = experts_of(matrix)
+    forms = {
+        (quantize, platform): tuple(
+            quantization_of(spec, quantize, packed=False, platform=platform)
+            for spec in (matrix, experts, replace(matrix, per_layer=False))
+        )
+        for quantize, platform in (("fp8", "tpu"), ("fp8", "gpu"), ("w8a8", "tpu"), ("int8", "tpu"))
+    }
+    assert forms == {
+        ("fp8", "tpu"): ("fp8", "int8", "fp8"),
+        ("fp8", "gpu"): ("fp8", "fp8", "fp8"),
+        ("w8a8", "tpu"): ("w8a8", "int8", "int8"),
+        ("int8", "tpu"): ("int8", "int8", "int8"),
+    }
+
+
+def test_an_fp8_checkpoint_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale for an output stays; blocks of 128 inputs become one; experts become int8."""
+    model = tiny_model()[1]
+    config: Any = SimpleNamespace(
+        num_adapters=0,
+        dtype="bfloat16",
+        activation_dtype="bfloat16",
+        tensor_parallel=None,
+        quantize="fp8",
+        packed_weights=False,
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    spec = all_specs(model)["layers.qkv"]
+    for size in (128, 256):
+        stored = random_blocks(256, 64, size, "float8_e4m3fn", False, "float32")
+        leaf: Any = prepare_leaf(spec, stored, model, config)
+        assert isinstance(leaf, Float8Weight)
+        assert not leaf.in_blocks
+        found, exact = np.asarray(leaf.values, np.float32).T * np.asarray(leaf.scales), stored.dequantize()
+        if size == 256:
+            np.testing.assert_array_equal(found, exact)
+        else:
+            assert np.abs(found - exact).max() <= 2.0**-4 * np.abs(exact).max()
+    groups = [random_blocks(256, 64, 128, "float8_e4m3fn", False, "float32", seed=seed) for seed in range(3)]
+    monkeypatch.setattr("fastgen_jax.engine.weights.divided_shape", lambda spec, *_: spec.shape)
+    some: Any = prepare_leaf(experts_of(spec), BlockGroups(shape=(3, 256, 64), read=groups.__getitem__), model, config)
+    assert isinstance(some, Int8Weight)
+    exact = np.stack([each.dequantize() for each in groups])
+    found = np.asarray(some.values, np.float32) * np.asarray(some.scales)[:, None, :]
+    assert (np.abs(found - exact) <= np.abs(exact).max(axis=1, keepdims=True) / 254 * 1.001).all()
+
+
+@pytest.mark.slow
+def test_an_engine_answers_with_rounded_activations(multiplies: None) -> None:
+    params, model = tiny_model(stack_layers=True)
+    tokens = [[5, 6, 7, 8], [9, 10, 11]]
+    logits = {}
+    for quantize in ("int8", "w8a8"):
+        engine = Engine(params, model, EngineConfig(**SETTINGS, quantize=quantize, stack_layers=True))
+        research = Research(engine)
+        logits[quantize] = research.put(["a", "b"], tokens)
+        alone = research.put(["c"], tokens[1:])
+        np.testing.assert_allclose(alone[0], logits[quantize][1], rtol=1e-4, atol=1e-4)
+    error = np.abs(logits["w8a8"] - logits["int8"]).max() / np.abs(logits["int8"]).max()
+    assert 1e-4 < error < 0.1
