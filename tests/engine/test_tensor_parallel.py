@@ -40,6 +40,11 @@ def test_tokens_do_not_depend_on_a_number_of_devices_that_divides_nothing() -> N
     run("uneven", PALLAS_KERNELS_NATIVE="0")  # as above
 
 
+@pytest.mark.slow
+def test_each_device_rounds_its_part_of_the_activations() -> None:
+    run("rounded_activations", PALLAS_KERNELS_NATIVE="0")
+
+
 def test_too_many_devices_are_refused_with_the_remedy() -> None:
     _, model = tiny_model()
     with pytest.raises(ValueError, match=r"tensor_parallel=2 but this process has 1 cpu device.*device_count=2"):

@@ -39,6 +39,7 @@ NARROW_PRODUCTS = {"v5e": ("w8a8", "s8"), "v6e": ("w8a8", "s8"), "tpu7x": ("fp8"
 QUICK = (
     "a too large tile is refused",
     "a copied stack of experts is found",
+    "products of int8 are told apart",
     "int4 product: 64 rows, a scale for 32 inputs",
     "attention: 70B on 8 devices, B=128",
     "attention: int8 KV, 70B on 8 devices",

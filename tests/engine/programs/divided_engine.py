@@ -15,10 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
+from fastgen_jax.engine import machine
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
 from fastgen_jax.models.columns import deal_columns
@@ -27,7 +29,8 @@ from fastgen_jax.models.division import divided as divided_model
 from fastgen_jax.models.division import divided_parts
 from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import all_specs, init_params
-from pallas_kernels.matmul import Int4Weight
+from fastgen_jax.models.sharding import TENSOR, tensor_mesh
+from pallas_kernels.matmul import Division, Int4Weight, Int8Weight, linear, quantize_int8
 from pallas_kernels.matmul.weights import unscaled
 from tests.adapters import random_lora
 from tests.checkpoint.tiny_files import write_gguf
@@ -93,6 +96,28 @@ def in_blocks_of_8_bit_floats() -> None:
         parts = {part.data.shape for part in leaf.scales.addressable_shards}
         share = (leaf.scales.shape[0], leaf.scales.shape[-1] // 2) if name == "layers.qkv" else (2, 256)
         assert parts == {share if in_blocks else leaf.scales.shape}, name
+
+
+def rounded_activations() -> None:
+    """Rows of activations in int8: each device rounds its part of a row by itself, and the sums are added in float32."""
+    mesh = tensor_mesh(jax.devices()[:2])
+    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((5, 64), (64, 32)))
+    values, scales = map(jnp.asarray, quantize_int8(w))
+    weight = Int8Weight(values=values, scales=scales, rounds_rows=True)
+    halves = (replace(weight, values=part) for part in jnp.split(values, 2))
+    expected = sum(linear(jnp.asarray(part), half) for part, half in zip(np.split(x, 2, axis=1), halves, strict=True))
+    for of_inputs, wanted in ((True, expected), (False, linear(jnp.asarray(x), weight))):
+        divided = replace(weight, division=Division(mesh=mesh, axis=TENSOR, of_inputs=of_inputs))
+        np.testing.assert_allclose(jax.jit(linear)(x, divided), wanted, rtol=1e-5, atol=1e-5)
+        stack = jax.tree.map(lambda part: part[None], divided)
+        np.testing.assert_allclose(jax.jit(linear)(x, stack.at_layer(0)), wanted, rtol=1e-5, atol=1e-5)
+    machine.multiplies_int8 = lambda device: True
+    params, model = tiny_model("default")
+    engine = Engine(params, model, EngineConfig(**SMALL, quantize="w8a8", tensor_parallel=2))
+    layers: Any = engine.params["layers"]
+    assert all(layers[name].rounds_rows for name in ("qkv", "o", "gate_up", "down"))
+    one, other = Research(engine).put(["a", "b"], [PROMPTS[1], PROMPTS[1]])
+    np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def in_4_bits() -> None:
@@ -235,6 +260,7 @@ def images() -> None:
 if __name__ == "__main__":
     functions = (
         in_8_bits,
+        rounded_activations,
         in_4_bits,
         tied_embeddings,
         experts,
