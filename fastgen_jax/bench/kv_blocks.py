@@ -112,6 +112,7 @@ def _tpu(topology_name: str, blocks: Sequence[int], budgets: Sequence[int]) -> i
                     head_dim=model.head_dim,
                     dtype=jnp.bfloat16,
                     platform="tpu",
+                    values_in_keys=model.values_in_keys,
                 )
             )
         )

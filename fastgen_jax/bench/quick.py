@@ -222,7 +222,7 @@ def cost_model(engine: Engine, peaks: Peaks, *, tokens: int) -> Roofline:
         weights -= (model.vocab_size - tokens) * model.embed_dim * itemsize // num_devices
     kv_bytes = divided(model, num_devices).kv_bytes_per_token(
         jnp.dtype(config.kv_dtype).itemsize,
-        stored_head_dim=stored_head_dim(model.head_dim, platform),
+        stored_head_dim=stored_head_dim(model.head_dim, platform, values_in_keys=model.values_in_keys),
         scale_bytes=scale_bytes(config.kv_dtype),
     )
     here = Device(

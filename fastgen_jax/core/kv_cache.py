@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.pytree import pytree
+from pallas_kernels.pytree import pytree, static
 from pallas_kernels.ragged_attention.quantized import QuantizedCache, is_quantized
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ class KVCache:
 
     k: Float[Array, "LN K B _"] | QuantizedCache
     v: Float[Array, "LN K B D"] | QuantizedCache | None
-    """None: `k` is packed, each row being a key and its value; see `packs_heads`."""
+    """None: values are in the rows of `k`, beside their keys (see `packed`) or as parts of them (`values_in_keys`)."""
     states: dict[str, Float[Array, "_ ..."]] = field(default_factory=dict)
     """What sequences hold beside their blocks: see `core.states`. Empty for most models."""
     chosen: Int32[Array, "T C"] | None = None
     """While the layers of a step run: the positions that each token attends to in the current layer. None otherwise."""
+    values_in_keys: bool = static(default=False)
+    """Whether values are the first numbers of their keys, as in latent attention, so that there is no `v`."""
 
     @staticmethod
     def zeros(
@@ -43,9 +45,11 @@ class KVCache:
         head_dim: int,
         dtype: DTypeLike,
         platform: str = "cpu",
+        values_in_keys: bool = False,
     ) -> KVCache:
         """An empty cache of `num_blocks` blocks per layer, `block_size` tokens each, for heads of `head_dim` numbers."""
-        packed, stored = packs_heads(head_dim, platform), stored_head_dim(head_dim, platform)
+        packed = not values_in_keys and packs_heads(head_dim, platform)
+        stored = stored_head_dim(head_dim, platform, values_in_keys=values_in_keys)
         shape = (num_layers * num_blocks, num_kv_heads, block_size, 2 * stored if packed else stored)
 
         def zeros() -> jax.Array | QuantizedCache:
@@ -53,12 +57,17 @@ class KVCache:
                 return QuantizedCache.zeros(shape, dtype, scales_per_row=2 if packed else 1)
             return jnp.zeros(shape, dtype)
 
-        return KVCache(k=zeros(), v=None if packed else zeros())
+        return KVCache(k=zeros(), v=None if packed or values_in_keys else zeros(), values_in_keys=values_in_keys)
+
+    @property
+    def packed(self) -> bool:
+        """Whether each row of `k` is a key and its value; see `packs_heads`."""
+        return self.v is None and not self.values_in_keys
 
     @property
     def head_dim(self) -> int:
         """Numbers that are stored for a head: those of the model, and zeros."""
-        return self.k.shape[-1] // (2 if self.v is None else 1)
+        return self.k.shape[-1] // (2 if self.packed else 1)
 
     def with_states(self, **states: Float[Array, "_ ..."]) -> KVCache:
         """The cache with some of its states replaced."""
@@ -81,14 +90,14 @@ def scale_bytes(dtype: DTypeLike) -> int:
     return jnp.dtype(jnp.float32).itemsize if is_quantized(dtype) else 0
 
 
-def stored_head_dim(head_dim: int, platform: str) -> int:
+def stored_head_dim(head_dim: int, platform: str, *, values_in_keys: bool = False) -> int:
     """Numbers that the cache stores for a head of `head_dim`: on a TPU 64, or a multiple of its 128 lanes.
 
     XLA:TPU would pad the minor axis to 128 in memory anyway, or store the pool transposed and copy it in every step.
     """
     if platform != "tpu":
         return head_dim
-    return 64 if packs_heads(head_dim, platform) else -(-head_dim // 128) * 128
+    return 64 if packs_heads(head_dim, platform) and not values_in_keys else -(-head_dim // 128) * 128
 
 
 def packs_heads(head_dim: int, platform: str) -> bool:

@@ -149,7 +149,7 @@ def _stored(model: ModelConfig, platform: str, kv_dtype: DType) -> dict[str, int
     """The arguments of `kv_row_bytes`."""
     return {
         "itemsize": jnp.dtype(kv_dtype).itemsize,
-        "stored_head_dim": stored_head_dim(model.cache_head_dim, platform),
+        "stored_head_dim": stored_head_dim(model.cache_head_dim, platform, values_in_keys=model.values_in_keys),
         "scale_bytes": scale_bytes(kv_dtype),
     }
 

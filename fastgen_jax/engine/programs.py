@@ -273,7 +273,8 @@ def step_program(
     whole = NamedSharding(mesh, PartitionSpec())
     blocks = NamedSharding(mesh, PartitionSpec(None, TENSOR))
     states = shardings(mesh, partition_states(state_shapes(model, device.platform).of_layer))
-    return jit(step, out_shardings=(whole, KVCache(k=blocks, v=blocks, states=states), whole))  # pyright: ignore[reportArgumentType]
+    cache = KVCache(k=blocks, v=blocks, states=states, values_in_keys=model.values_in_keys)  # pyright: ignore[reportArgumentType]
+    return jit(step, out_shardings=(whole, cache, whole))
 
 
 def memory_shardings(mesh: Mesh, cache: KVCache, state: SamplerState) -> tuple[KVCache, SamplerState]:

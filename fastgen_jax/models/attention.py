@@ -74,7 +74,8 @@ def attention(
         cache = keep(cache, key, value, _of_layer(step.kept, index))
     elif step.kept is not None:
         key, value = kept(cache, key, _of_layer(step.kept, index))
-    layer, scoring = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks), _scoring_of(config, w, index)
+    layer = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks)
+    scoring = _scoring_of(config, w, cache, index)
     scoring = replace(scoring, rotation=turn) if rotates_later else scoring
     out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, call), layer, scoring)
     cache = replace(cache, k=k_cache, v=v_cache)
@@ -109,14 +110,14 @@ def _is_rotated_last(config: ModelConfig, step: Step, call: LayerCall, cache: KV
     )
 
 
-def _scoring_of(config: ModelConfig, w: LayerWeights, index: jax.Array | int) -> Scoring:
+def _scoring_of(config: ModelConfig, w: LayerWeights, cache: KVCache, index: jax.Array | int) -> Scoring:
     return Scoring(
         scale=1.0 / math.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale,
         sliding_window=_window_of(config, index),
         soft_cap=config.attention_soft_cap,
         alibi_slopes=jnp.asarray(config.alibi_slopes, jnp.float32) if config.alibi_slopes else None,
         sinks=w["sinks"].astype(jnp.float32) if config.attention_sinks else None,
-        latents=latents_of(config.mla),
+        latents=None if cache.packed else latents_of(config.mla),
     )
 
 

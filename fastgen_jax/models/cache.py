@@ -26,5 +26,6 @@ def empty_cache(
         head_dim=config.cache_head_dim,
         dtype=dtype,
         platform=platform,
+        values_in_keys=config.values_in_keys,
     )
     return replace(cache, states=state_shapes(config, platform).zeros(num_slots))

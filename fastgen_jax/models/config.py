@@ -254,6 +254,11 @@ class ModelConfig:
         """The largest size of a head."""
         return self.head_dim if self.full_heads is None else max(self.head_dim, self.full_heads.head_dim)
 
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether values are the first numbers of their keys, so that the cache has no others; see `mla`."""
+        return self.mla is not None and self.mla.indexer is None
+
     def heads_side_by_side(self, layer: int) -> int:
         """How many heads of a layer lie in one head of the cache; see `cache_rows`."""
         if self.full_heads is None:
@@ -318,7 +323,8 @@ class ModelConfig:
 
     def kv_row_bytes(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """Bytes of K and V per token in a row of the cache, with `itemsize` bytes per number and `scale_bytes` per head."""
-        return 2 * self.cache_kv_heads * ((stored_head_dim or self.cache_head_dim) * itemsize + scale_bytes)
+        of_keys = self.cache_kv_heads * ((stored_head_dim or self.cache_head_dim) * itemsize + scale_bytes)
+        return of_keys if self.values_in_keys else 2 * of_keys
 
     def kv_bytes_per_token(self, itemsize: int, *, stored_head_dim: int | None = None, scale_bytes: int = 0) -> int:
         """The same over all layers."""

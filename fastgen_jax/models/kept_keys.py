@@ -29,6 +29,7 @@ def cache_of_pass(config: ModelConfig, num_tokens: int) -> KVCache:
             block_size=1,
             head_dim=config.cache_head_dim,
             dtype=jnp.float32,
+            values_in_keys=config.values_in_keys,
         )
     nothing = jnp.zeros((len(_read(config)), num_tokens, config.cache_kv_heads, config.cache_head_dim), jnp.float32)
     return KVCache(k=nothing, v=nothing)

@@ -123,7 +123,7 @@ def planned(
             num_tokens=num_tokens,
             num_heads=num_heads,
             num_blocks=num_blocks * sharing,
-            packed=kv_cache.v is None,
+            packed=kv_cache.packed,
             latents=latents,
             implementation=implementation,
             independent_pieces=independent_pieces,

@@ -7,8 +7,8 @@ value that begins with c:
 
     queries  [k_up' q | q_rot]   of H heads     cached  [c | r], one head     result  v_up (sum of p c)
 
-The cache keeps [c | r] as key and as value: twice what MLA needs, but far less than the expanded heads would. In models with
-an indexer the value is [c | index key] instead; see `sparse`. Kernels that know of latents read one of the two.
+The cache keeps [c | r] once, as the key. In models with an indexer it also keeps a value [c | index key]; see `sparse`.
+Kernels that know of latents read one of the two.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def prepare_step(
     if has_blocks:
         num_heads, of_device = local.num_heads // num_devices, cache_of_device(kv_cache, num_devices)
         if config.mla is None:
-            attend_rotates = rotates_while_writing(of_device, num_heads, packed=kv_cache.v is None, implementation=kernel)
+            attend_rotates = rotates_while_writing(of_device, num_heads, packed=kv_cache.packed, implementation=kernel)
         kinds = planned(
             kinds,
             kv_cache,
@@ -151,7 +151,7 @@ def prepare_step(
             num_heads=num_heads,
             num_blocks=num_blocks,
             num_devices=num_devices,
-            latents=latents_of(config.mla),
+            latents=None if kv_cache.packed else latents_of(config.mla),
             implementation=kernel,
             independent_pieces=independent_pieces,
         )

@@ -23,6 +23,7 @@ from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.cpu.call import ragged_attention_cpu
 from pallas_kernels.ragged_attention.derivative import with_derivative
 from pallas_kernels.ragged_attention.gpu import support as gpu_support
+from pallas_kernels.ragged_attention.packed import is_packed
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 from pallas_kernels.ragged_attention.rotation import rotating
@@ -100,7 +101,8 @@ def ragged_attention(
       k, v: [T, K, D], converted to the dtype of the caches.
       k_cache, v_cache: [L*N, K, B, D], one flat pool; layer l owns blocks [l*N, (l+1)*N). Donate them to the jitted
         program: they are updated in place. A `QuantizedCache` keeps 8 bits per number, and one scale per token and head.
-        If v_cache is None, k_cache is [L*N, K, B, 2D] and holds both (see `packed`).
+        If v_cache is None, k_cache is [L*N, K, B, 2D] and holds both (see `packed`); with `Scoring.latents` it is
+        [L*N, K, B, D], values are read from it, and v is not used.
       index: which tokens belong to which sequence, and where their keys and values are.
       layer: the layer whose blocks are written and read.
       scoring: scale, window, cap, slopes and sinks, and the rotation of q and k if they are not rotated yet.
@@ -125,7 +127,8 @@ def ragged_attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r} but must be one of {names}, or None for the fastest")
-    if implementation in ("cpu", "gpu") and v_cache is None:
+    packed = is_packed(v_cache, scoring)
+    if implementation in ("cpu", "gpu") and packed:
         raise ValueError(
             f"implementation={implementation!r} needs keys and values in two caches but v_cache is None; pass a v_cache, or "
             "use implementation='xla'"
@@ -139,11 +142,11 @@ def ragged_attention(
     if implementation is not None:
         return with_derivative(IMPLEMENTATIONS[implementation])(*operands)
     kernels: dict[str, Attention] = {}
-    if v_cache is not None and k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
+    if not packed and k_cache.dtype in cpu.CACHE_DTYPES and cpu.available():
         kernels["cpu"] = IMPLEMENTATIONS["cpu"]
     if _runs_on_tpu(k_cache, index):
         kernels["tpu"] = IMPLEMENTATIONS["tpu"]
-    if v_cache is not None and _runs_on_gpu(k_cache, q.shape[1], scoring.latents):
+    if not packed and _runs_on_gpu(k_cache, q.shape[1], scoring.latents):
         kernels["cuda"] = _ragged_attention_gpu
     best = partial(jax.lax.platform_dependent, **kernels, default=IMPLEMENTATIONS["xla"])
     return with_derivative(best)(*operands)
@@ -170,7 +173,7 @@ def plan_layers(
       k_cache: an array or a `jax.ShapeDtypeStruct` like the cache of later calls; H and K are those of one device.
       windows: the sliding window of each kind of layer.
       num_tokens, num_heads, num_blocks: T, H and N of later calls.
-      packed: whether later calls have no v_cache.
+      packed: whether the cache of later calls holds keys and values in one row.
       latents: `Scoring.latents` of later calls.
       implementation: as for `ragged_attention`.
       independent_pieces: whether a GPU's kernel divides a long context by its own length alone. Else the number of pieces,

@@ -67,7 +67,8 @@ class CacheLayer:
 class Latents:
     """Keys and values that are parts of the same rows, as in multi-head latent attention.
 
-    The caller is responsible for it: implementations may read values from either cache.
+    Without a v_cache they are stored once, as keys. With one, the caller is responsible for their being the same:
+    implementations may read values from either cache.
     """
 
     key_dim: int

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import is_packed
 from pallas_kernels.ragged_attention.quantized import QUANTIZED_DTYPES, Cache, QuantizedCache, is_quantized
 
 if TYPE_CHECKING:
@@ -85,11 +86,13 @@ def check(
 
     _require_shape("k", k, (num_tokens, num_kv_heads, head_dim), "[T, K, D], T and D as in q,")
     _require_shape("v", v, tuple(k.shape), "the shape of k")
-    if v_cache is None:
-        packed = (pool, num_kv_heads, block_size, 2 * head_dim)
-        _require_shape("k_cache", k_cache, packed, "[L*N, K, B, 2D], because there is no v_cache, K and D as in k,")
+    packed = is_packed(v_cache, scoring)
+    if packed:
+        rows = (pool, num_kv_heads, block_size, 2 * head_dim)
+        _require_shape("k_cache", k_cache, rows, "[L*N, K, B, 2D], because there is no v_cache, K and D as in k,")
     else:
         _require_shape("k_cache", k_cache, (pool, num_kv_heads, block_size, head_dim), "[L*N, K, B, D], K and D as in k,")
+    if v_cache is not None:
         _require_shape("v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
     _require_shape("kv_slots", kv_slots, (num_tokens,), "[T]")
     _require_shape("query_starts", query_starts, (num_sequences + 1,), "[S+1], S as in block_tables,")
@@ -105,7 +108,7 @@ def check(
         _require_float(name, array)
     for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
         if cache is not None:
-            _check_cache(name, cache, 2 if v_cache is None else 1)
+            _check_cache(name, cache, 2 if packed else 1)
     if v_cache is not None and v_cache.dtype != k_cache.dtype:
         raise ValueError(f"v_cache has dtype {v_cache.dtype} but must be {k_cache.dtype}, the dtype of k_cache")
 

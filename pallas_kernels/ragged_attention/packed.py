@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_attention.arguments import Scoring
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, quantize
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Num
+
+
+def is_packed(v_cache: Cache | None, scoring: Scoring) -> bool:
+    """Whether the other cache of a call is packed: there is none of values, and values are not parts of their keys."""
+    return v_cache is None and scoring.latents is None
 
 
 def pack(k: Num[Array, "*shape D"], v: Num[Array, "*shape D"]) -> Num[Array, "*shape _"]:

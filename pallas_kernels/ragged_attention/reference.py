@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.packed import pack_caches, unpack_cache
+from pallas_kernels.ragged_attention.packed import is_packed, pack_caches, unpack_cache
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache, gather_blocks, quantize
 from pallas_kernels.ragged_attention.rotation import rotated
 
@@ -30,7 +30,7 @@ def ragged_attention_reference(
 ) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """See `pallas_kernels.ragged_attention.ragged_attention`."""
     q, k, scoring = rotated(q, k, scoring)
-    if v_cache is None:
+    if is_packed(v_cache, scoring):
         out, keys, values = ragged_attention_reference(q, k, v, *unpack_cache(k_cache), index, layer, scoring)
         assert values is not None
         return out, pack_caches(keys, values), None
@@ -54,7 +54,7 @@ def ragged_attention_reference(
             scales=cache.scales.at[block, :, offset].set(scales, mode="drop"),
         )
 
-    k_cache, v_cache = put(k_cache, k), put(v_cache, v)
+    k_cache, v_cache = put(k_cache, k), None if v_cache is None else put(v_cache, v)
 
     # 2. Attend. Token t is in chunk s, and the last token of a chunk is the last token of its context.
     def attend(t: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ def ragged_attention_reference(
         blocks = first_block + jnp.clip(index.block_tables[s], 0, num_blocks - 1)
         keys, values = (
             gather_blocks(cache, blocks).swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)  # [K, M*B, D]
-            for cache in (k_cache, v_cache)
+            for cache in (k_cache, k_cache if v_cache is None else v_cache)
         )
         queries = q[t].reshape(num_kv_heads, group, head_dim).astype(jnp.float32)  # [K, G, D]
 

@@ -89,6 +89,7 @@ def _attend_spans(
             tile_blocks=max(1, _TILE_KEYS // block_size),
             scoring=by_head,
             last=jnp.broadcast_to(end - 1, (1, tile)),
+            value_dim=None if scoring.latents is None else scoring.latents.value_dim,
         )[0].swapaxes(0, 1)
         old = lax.dynamic_slice_in_dim(padded, start, tile)
         new = jnp.where((offsets < count)[:, None, None], found.reshape(old.shape).astype(old.dtype), old)

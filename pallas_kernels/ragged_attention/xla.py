@@ -118,7 +118,10 @@ def write_kv(
     kv_slots: Int[Array, " T"],
     layer: CacheLayer,
 ) -> tuple[Cache, Cache | None]:
-    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped."""
+    """The caches with `k[t]`, `v[t]` at slot `kv_slots[t]` of `layer`; slots outside [0, N*B) are dropped.
+
+    Without a v_cache, the rows of k_cache are keys and values of 2D numbers, or keys of D numbers alone.
+    """
     pool, num_kv_heads, block_size, width = k_cache.shape
     # A scatter of whole rows [D]: one that indexes the axes before and after the heads makes XLA:TPU transpose the pool.
     is_real = (kv_slots >= 0) & (kv_slots < layer.num_blocks * block_size)
@@ -154,7 +157,7 @@ def write_kv(
         return flat.at[rows].set(new, mode="drop")
 
     if v_cache is None:
-        return put(k_cache, pack(k, v)), None
+        return put(k_cache, k if width == k.shape[-1] else pack(k, v)), None
     return put(k_cache, k), put(v_cache, v)
 
 
@@ -309,7 +312,7 @@ def attend(
         key_position = (block[:, :, None] * block_size + offset[None, None, :]).reshape(width, -1)  # [W, J], J = t * B
 
         keys = fetch(k_cache, ids)  # [W, K, J, D], or 2D
-        scores = _einsum("wkrd,wkjd->wkrj", rows, keys if v_cache is not None else keys[..., :head_dim])  # [W, K, Q*G, J]
+        scores = _einsum("wkrd,wkjd->wkrj", rows, keys[..., :head_dim])  # [W, K, Q*G, J]
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         distance = key_position[:, None, :] - row_positions[:, :, None]  # [W, Q*G, J]

@@ -114,7 +114,7 @@ def lower_attention(
     cache = array((num_blocks, call.num_kv_heads, call.block_size, parts * call.head_dim), kv_dtype)
     if is_quantized(kv_dtype):
         cache = QuantizedCache(values=cache, scales=array((num_blocks, parts * call.num_kv_heads, call.block_size), f32))
-    caches = (cache, None if call.packed else cache)
+    caches = (cache, None if call.packed or call.latents is not None else cache)
     index = RaggedIndex(
         kv_slots=array((call.num_tokens,), i32),
         query_starts=array((call.num_sequences + 1,), i32),

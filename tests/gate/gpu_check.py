@@ -133,6 +133,8 @@ def check_variant(options: dict[str, Any], chunks: list[tuple[int, int]], kernel
     if turns:
         angle = np.random.default_rng(1).normal(size=(len(batch.arrays["q"]), shape["head_dim"] // 2)).astype(np.float32)
         extras["rotation"] = jnp.cos(angle), jnp.sin(angle)
+    if latents is not None and latents.key_dim == shape["head_dim"]:
+        extras["v_cache"] = None  # others have one, as beside an indexer
     arguments = batch.arguments(**scoring, **extras)
     results = [
         jax.jit(function)(**arguments)

@@ -32,6 +32,7 @@ SECONDS_PER_LARGE_PROGRAM = 360  # with the kernels of 256 or 512 experts, and s
 MOST_OPERATIONS = {("v6e", "step: Llama-3-8B"): 35}
 COLLECTIVES_PER_LAYER = 2
 EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
+WITH_LATENTS = ("DeepSeek-V3, 5 layers",)  # of `WIDE_MODELS`
 INT4_KINDS = ("v5e", "v6e", "tpu7x")
 # Formats in which activations are rounded, too, and the operands of the products as the compiler calls them.
 NARROW_PRODUCTS = {"v5e": ("w8a8", "s8"), "v6e": ("w8a8", "s8"), "tpu7x": ("fp8", "f8e4m3fn")}
@@ -323,6 +324,10 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
         for model, (name, changes, num_devices) in models.SPARSE_MODELS.items():
             some, hf = tensor_mesh(mesh.devices.flat[:num_devices]), models.released(name) | changes
+            checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
+        for model in WITH_LATENTS:
+            hf, num_devices = models.WIDE_MODELS[model]
+            some = tensor_mesh(mesh.devices.flat[:num_devices])
             checks[f"step: {model} on {num_devices}"] = functools.partial(check_step, hf, some)
         for model, (name, num_devices) in models.IMAGE_MODELS.items():
             some, images = tensor_mesh(mesh.devices.flat[:num_devices]), models.tower_of(model)

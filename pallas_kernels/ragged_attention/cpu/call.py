@@ -10,6 +10,7 @@ import numpy as np
 
 from pallas_kernels import native
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
+from pallas_kernels.ragged_attention.packed import is_packed
 from pallas_kernels.ragged_attention.quantized import Cache
 
 if TYPE_CHECKING:
@@ -38,29 +39,30 @@ def ragged_attention_cpu(
     index: RaggedIndex,
     layer: CacheLayer,
     scoring: Scoring,
-) -> tuple[Float[Array, "T H D"], Cache, Cache]:
+) -> tuple[Float[Array, "T H D"], Cache, Cache | None]:
     """Same arguments and results as `pallas_kernels.ragged_attention.ragged_attention`; float32 and bfloat16 caches.
 
     Every bit of a row's result depends only on its query, its keys and its position: not on the other rows, on how the
     prompt was chunked, on the placement of the blocks, or on the number of threads. See `kernel.cc`.
     """
-    assert v_cache is not None, "packed caches are refused before"
+    assert not is_packed(v_cache, scoring), "they are refused before"
+    values = jnp.zeros((0, 0, 0, 0), k_cache.dtype) if v_cache is None else v_cache  # [0]: they are read from the keys
     none = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(
         _TARGETS[jnp.dtype(k_cache.dtype)],
         (
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
             jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype),
-            jax.ShapeDtypeStruct(v_cache.shape, v_cache.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
         ),
-        input_output_aliases={3: 1, 4: 2},  # the caches are updated in place
+        input_output_aliases={3: 1} if v_cache is None else {3: 1, 4: 2},  # the caches are updated in place
     )
-    out, k_cache, v_cache = call(
+    out, k_cache, values = call(
         q.astype(jnp.float32),
         k.astype(jnp.float32),
         v.astype(jnp.float32),
         k_cache,
-        v_cache,
+        values,
         index.kv_slots,
         index.query_starts,
         index.context_lens,
@@ -73,4 +75,4 @@ def ragged_attention_cpu(
         scale=np.float32(scoring.scale),
         soft_cap=np.float32(0.0 if scoring.soft_cap is None else scoring.soft_cap),
     )
-    return out.astype(q.dtype), k_cache, v_cache
+    return out.astype(q.dtype), k_cache, None if v_cache is None else values

@@ -28,7 +28,7 @@ void write(const Problem<Element>& p, ffi::ThreadPool& pool) {
         const int64_t from = (t * p.K + head) * p.D;
         const int64_t to = ((slot / p.B * p.K + head) * p.B + slot % p.B) * p.D;
         convert(p.k + from, p.k_cache + to, static_cast<int>(p.D));
-        convert(p.v + from, p.v_cache + to, static_cast<int>(p.D));
+        if (p.v_cache != p.k_cache) convert(p.v + from, p.v_cache + to, static_cast<int>(p.D));
       }
     }
   };
@@ -159,7 +159,9 @@ ffi::Error ragged_attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, 
                             ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::Buffer<type>> new_k_cache,
                             ffi::Result<ffi::Buffer<type>> new_v_cache, int64_t num_blocks, float scale,
                             float soft_cap) {
-  if (new_k_cache->untyped_data() != k_cache.untyped_data() || new_v_cache->untyped_data() != v_cache.untyped_data()) {
+  const bool values_in_keys = v_cache.element_count() == 0;
+  if (new_k_cache->untyped_data() != k_cache.untyped_data() ||
+      (!values_in_keys && new_v_cache->untyped_data() != v_cache.untyped_data())) {
     return ffi::Error::Internal("ragged_attention: the cache is not updated in place");
   }
   Problem<Element> p{};
@@ -179,7 +181,7 @@ ffi::Error ragged_attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, 
   p.k = k.typed_data();
   p.v = v.typed_data();
   p.k_cache = reinterpret_cast<Element*>(new_k_cache->untyped_data()) + start;
-  p.v_cache = reinterpret_cast<Element*>(new_v_cache->untyped_data()) + start;
+  p.v_cache = values_in_keys ? p.k_cache : reinterpret_cast<Element*>(new_v_cache->untyped_data()) + start;
   p.kv_slots = kv_slots.typed_data();
   p.query_starts = query_starts.typed_data();
   p.context_lens = context_lens.typed_data();
@@ -203,7 +205,7 @@ auto binding() {
       .template Arg<Floats>()              // k
       .template Arg<Floats>()              // v
       .template Arg<ffi::Buffer<type>>()   // k_cache
-      .template Arg<ffi::Buffer<type>>()   // v_cache
+      .template Arg<ffi::Buffer<type>>()   // v_cache, [0] when values are read from the keys
       .template Arg<Ints>()                // kv_slots
       .template Arg<Ints>()                // query_starts
       .template Arg<Ints>()                // context_lens

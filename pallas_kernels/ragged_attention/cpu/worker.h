@@ -17,7 +17,7 @@ struct Problem {
   const float* k;           // [T, K, D]
   const float* v;           // [T, K, D]
   Element* k_cache;         // [N, K, B, D], the blocks of this layer
-  Element* v_cache;         // [N, K, B, D]
+  Element* v_cache;         // [N, K, B, D]; may be k_cache
   const int32_t* kv_slots;  // [T]
   const int32_t* query_starts;  // [S+1]
   const int32_t* context_lens;  // [S]

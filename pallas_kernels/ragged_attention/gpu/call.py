@@ -23,6 +23,7 @@ from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_piec
 from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
 from pallas_kernels.ragged_attention.measured_tiles import Shape
+from pallas_kernels.ragged_attention.packed import is_packed
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.rotation import rotated
 from pallas_kernels.ragged_attention.xla import write_kv
@@ -72,10 +73,12 @@ def ragged_attention_gpu(
     group, num_kv_heads, dtype = call.group, call.num_kv_heads, call.pieces.dtype
     # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
     num_rows = num_tokens * group + max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
-    assert v_cache is not None, "packed caches are refused before"
+    assert not is_packed(v_cache, scoring), "they are refused before"
     number = jnp.asarray(layer.number, jnp.int32).reshape(1)
     can_rotate = bool(interpret) or jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
-    if scoring.rotation is not None and can_rotate and call.pieces.parts == 1 and not isinstance(k_cache, QuantizedCache):
+    has_values = v_cache is not None
+    is_plain = not isinstance(k_cache, QuantizedCache)
+    if scoring.rotation is not None and can_rotate and call.pieces.parts == 1 and is_plain and has_values:
         assert not isinstance(v_cache, QuantizedCache), "both caches have one dtype"
         queries, k_cache, v_cache = write.rotate_and_write(
             q,
@@ -94,14 +97,14 @@ def ragged_attention_gpu(
     else:
         q, k, scoring = rotated(q, k, scoring)
         k_cache, v_cache = write_kv(k, v, k_cache, v_cache, kv_slots=index.kv_slots, layer=layer)
-        assert v_cache is not None, "there is one as before"
         queries = q.reshape(num_tokens, num_kv_heads, group, head_dim).astype(dtype).swapaxes(0, 1)
         queries = queries.reshape(num_kv_heads, num_tokens * group, head_dim)
         queries = jnp.pad(queries, ((0, 0), (0, num_rows - num_tokens * group), (0, 0)))
     queries = queries[..., : call.pieces.head_dim]
 
     operands = {"tables": index.block_tables, "layer": number}
-    for name, cache in (("k", k_cache), *([] if call.pieces.values_in_keys else [("v", v_cache)])):
+    of_values = k_cache if v_cache is None else v_cache
+    for name, cache in (("k", k_cache), *([] if call.pieces.values_in_keys else [("v", of_values)])):
         if isinstance(cache, QuantizedCache):
             operands |= {f"{name}_cache": cache.values, f"{name}_scales": cache.scales}
         else:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.pallas_types import Ref, Scratch
 from pallas_kernels.pytree import pytree
 from pallas_kernels.ragged_attention.arguments import CacheLayer, RaggedIndex, Scoring
-from pallas_kernels.ragged_attention.packed import pack
+from pallas_kernels.ragged_attention.packed import is_packed, pack
 from pallas_kernels.ragged_attention.quantized import Cache, QuantizedCache
 from pallas_kernels.ragged_attention.tpu import tile_sizes
 from pallas_kernels.ragged_attention.tpu.copies import NO_WINDOW, TABLE_PIECE, Refs, Spec
@@ -51,15 +51,17 @@ def ragged_attention_tpu(
     if reason:
         raise ValueError(f"implementation='tpu' {reason}, or use implementation='xla'")
     num_tokens, num_heads, head_dim = q.shape
+    packed = is_packed(v_cache, scoring)
     new, caches = [k, v], [k_cache, v_cache]
-    if v_cache is None:
+    if packed:
         q, new, caches = pack(q, jnp.zeros_like(q)), [pack(k, v)], [k_cache]
+    elif v_cache is None:
+        new, caches = [k], [k_cache]
     write: Any = write_kv_tpu  # the types do not say that both caches are of one form
     product_dtype = k_cache.dtype
     if isinstance(k_cache, QuantizedCache):
         # 8-bit numbers are exact in bfloat16, which the MXU multiplies.
         write, product_dtype = write_kv_quantized_tpu, q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
-    packed = v_cache is None
     shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads, packed=packed)
     tiles = tiles or tile_sizes.choose(shape)
     spec = _spec(
@@ -74,7 +76,7 @@ def ragged_attention_tpu(
     numbers = (layer.first_block, *of_plan, window, plan.first_used, plan.end_used)
     scalars = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
     written = write(new, caches, scalars, granules=plan.granules, interpret=interpret)
-    k_cache, v_cache = written[0], None if packed else written[1]
+    k_cache, v_cache = written[0], None if v_cache is None else written[1]
     out = _attend(
         scalars,
         plan.members,
@@ -121,7 +123,7 @@ def plan_tpu(
 ) -> TpuPlan:
     """What `ragged_attention_tpu` otherwise computes in every such call; only the shape of k_cache is read.
 
-    `packed`: whether the calls have no v_cache.
+    `packed`: whether the cache holds keys and values in one row.
     `first` is the plan for an index with the same chunks, but with other blocks and contexts.
     """
     shape = _shape(k_cache, index, num_tokens=num_tokens, num_heads=num_heads, packed=packed)
@@ -340,13 +342,13 @@ def _attend(
             vmem_limit_bytes=tiles.vmem_limit,
             disable_bounds_checks=True,  # checks would cost twenty scalar instructions per fetched block
         ),
-        cost_estimate=_cost(q, k_cache, tables, spec),
+        cost_estimate=_cost(q, k_cache, tables, spec, num_caches=len(both)),
         interpret=interpret,
         name="ragged_attention",
     )(scalars, members, q, *caches.values(), tables, *optional.values())
 
 
-def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.CostEstimate:
+def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec, *, num_caches: int) -> pl.CostEstimate:
     """Cost estimate for XLA's scheduler: half the cost of full block tables, because the contexts are not known here."""
     num_tokens, num_heads, width = q.shape
     keys = tables.shape[1] * TABLE_PIECE * spec.block_size // 2
@@ -354,5 +356,5 @@ def _cost(q: jax.Array, k_cache: Cache, tables: jax.Array, spec: Spec) -> pl.Cos
     return pl.CostEstimate(
         flops=4 * num_tokens * num_heads * width * keys,
         transcendentals=num_tokens * num_heads * keys,
-        bytes_accessed=(1 if spec.packed else 2) * tiles * keys * spec.num_kv_heads * width * k_cache.dtype.itemsize,
+        bytes_accessed=num_caches * tiles * keys * spec.num_kv_heads * width * k_cache.dtype.itemsize,
     )

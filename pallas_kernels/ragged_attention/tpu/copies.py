@@ -82,7 +82,7 @@ class Refs:
     count: Ref  # number of queries; 0 for a member without work
     q: Ref  # HBM [T, H, W]
     k_cache: Ref  # HBM [L*N, K, B, W]
-    v_cache: Ref  # None if keys and values are packed; likewise the other three of values
+    v_cache: Ref  # None if values are in the rows of keys: packed, or as parts of them; likewise the other three of values
     k_scales: Ref  # HBM f32[L*N, K, B] for an 8-bit cache, 2K if it is packed; otherwise None
     v_scales: Ref
     tables: Ref  # HBM i32[S, W, 1, TABLE_PIECE]

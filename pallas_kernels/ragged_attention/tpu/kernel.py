@@ -251,6 +251,7 @@ class _Kernel:
     def keys_and_values(self, buffer: jax.Array, blocks: Any, h: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         """A head's keys and values in some blocks, [C*B, W] each.
 
+        Without a cache of values, values are the first numbers of their keys: the same rows.
         Rows of a packed cache are both: queries are zero where such a row has its value, and of the result only the part
         where values are is used. The products have 128 numbers on either side, as they have with heads of 128.
         """
@@ -259,7 +260,7 @@ class _Kernel:
             return ref[buffer, blocks, h].reshape(-1, self.spec.width).astype(self.spec.product_dtype)
 
         keys = rows(self.refs.k_buffer)
-        return keys, keys if self.spec.packed else rows(self.refs.v_buffer)
+        return keys, keys if self.refs.v_buffer is None else rows(self.refs.v_buffer)
 
     def scales(
         self, buffer: jax.Array, first: jax.Array | int, count: int, h: int | jax.Array
@@ -274,7 +275,8 @@ class _Kernel:
             return None, None
         if self.spec.packed:
             return rows(refs.k_scale_buffer, 2 * h), rows(refs.k_scale_buffer, 2 * h + 1)
-        return rows(refs.k_scale_buffer, h), rows(refs.v_scale_buffer, h)
+        keys = rows(refs.k_scale_buffer, h)
+        return keys, keys if refs.v_scale_buffer is None else rows(refs.v_scale_buffer, h)
 
     def attend(
         self,

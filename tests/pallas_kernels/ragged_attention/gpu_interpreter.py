@@ -50,6 +50,7 @@ class Case:
     window: bool = True
     pairs: int = 0  # of a head that are rotated
     latents: Latents | None = None
+    has_values: bool = False  # whether there is a cache of values although they are in their keys, as beside an indexer
     dtype: str = "bfloat16"
     chunk_keys: int = 64
     single_keys: int = 64
@@ -72,6 +73,8 @@ class Case:
     def options(self) -> dict[str, Any]:
         heads = self.num_kv_heads * self.group
         options: dict[str, Any] = {"soft_cap": self.soft_cap, "latents": self.latents}
+        if self.latents is not None and not self.has_values:
+            options["v_cache"] = None
         if self.alibi:
             options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
         if self.sinks:
@@ -100,7 +103,7 @@ ALL = [
     Case(num_kv_heads=2, group=2, head_dim=256, block_size=256, soft_cap=3.0, window=False, stages=3),
     Case(num_kv_heads=1, group=6, head_dim=96, block_size=16, sinks=True, window=False, blocks=7, pieces=1),
     Case(num_kv_heads=1, group=128, head_dim=288, block_size=64, latents=NARROW, window=False, blocks=2, pieces=6),
-    Case(num_kv_heads=1, group=40, head_dim=288, block_size=16, latents=NARROW, stages=3),
+    Case(num_kv_heads=1, group=40, head_dim=288, block_size=16, latents=NARROW, stages=3, has_values=True),
     Case(num_kv_heads=1, group=20, head_dim=576, block_size=128, latents=LATENTS, dtype="float16", sinks=True),
     Case(num_kv_heads=2, group=8, head_dim=512, block_size=32, soft_cap=5.0, stages=1),
     Case(num_kv_heads=1, group=2, head_dim=512, block_size=8, alibi=True, sinks=True, pairs=64, stages=1),
@@ -114,10 +117,12 @@ ALL = [
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
     Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
     Case(generation="ampere", num_kv_heads=1, group=71, chunk_keys=32, single_keys=32, pieces=5),
-    Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS, stages=3, **AMPERE_WIDE),
+    Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS, stages=3, has_values=True, **AMPERE_WIDE),
     Case(num_kv_heads=1, group=60, head_dim=288, block_size=16, latents=NARROW, window=False, **AMPERE_WIDE),
     Case(num_kv_heads=2, group=8, head_dim=512, block_size=64, soft_cap=5.0, sinks=True, stages=1, **AMPERE_WIDE),
     Case(generation="ampere", group=2, head_dim=256, block_size=256, chunk_keys=32, single_keys=32, blocks=7),
+    Case(num_kv_heads=1, group=5, head_dim=96, latents=Latents(key_dim=96, value_dim=64), pairs=32),
+    Case(dtype="int8", num_kv_heads=1, group=4, head_dim=96, block_size=64, latents=Latents(key_dim=80, value_dim=64)),
 ]
 
 

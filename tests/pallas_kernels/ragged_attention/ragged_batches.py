@@ -106,13 +106,18 @@ def make_batch(
 
 
 def make_latent(batch: Batch, latents: Latents) -> None:
-    """Makes values of `batch` the first numbers of their keys, whose last numbers are zero where there is a key."""
+    """Makes values of `batch` the first numbers of their keys, whose last numbers are zero where there is a key.
+
+    Only the keys of an 8-bit cache are changed: there, latents have no cache of values.
+    """
     arrays, first = batch.arrays, latents.value_dim
     for name in ("q", "k", "k_cache"):
-        rest = arrays[name][..., latents.key_dim :]
-        rest[~np.isnan(rest)] = 0
+        numbers = arrays[name].values if isinstance(arrays[name], QuantizedCache) else arrays[name]
+        rest = numbers[..., latents.key_dim :]
+        rest[~np.isnan(rest.astype(np.float32))] = 0
     for values, keys in (("v", "k"), ("v_cache", "k_cache")):
-        arrays[values][..., :first] = arrays[keys][..., :first]
+        if not isinstance(arrays[values], QuantizedCache):
+            arrays[values][..., :first] = arrays[keys][..., :first]
 
 
 def as_cache(cache: np.ndarray, dtype: Any) -> np.ndarray | QuantizedCache:

@@ -62,6 +62,18 @@ def lowered(batch: Batch, platform: str = "cpu", **changes: object) -> str:
             r"latents have key_dim=20 and value_dim=8, but must have 1 <= value_dim <= key_dim <= D = 16",
         ),
         ({"latents": Latents(key_dim=8, value_dim=9)}, r"key_dim=8 and value_dim=9, but must"),
+        (
+            {"v_cache": None, "k_cache": zeros(15, 2, 16, 16)},
+            r"k_cache has shape .* but must be \[L\*N, K, B, 2D\], because there is no v_cache, .* = \(15, 2, 16, 32\)",
+        ),
+        (
+            {"v_cache": None, "k_cache": zeros(15, 2, 16, 32), "latents": Latents(key_dim=16, value_dim=8)},
+            r"k_cache has shape \(15, 2, 16, 32\) but must be \[L\*N, K, B, D\]",
+        ),
+        (
+            {"v_cache": None, "k_cache": zeros(15, 2, 16, 32), "implementation": "cpu"},
+            r"implementation='cpu' needs keys and values in two caches but v_cache is None",
+        ),
         ({"number": 3}, r"layer is 3 but must be in \[0, 3\)"),
         ({"number": zeros(1, dtype=jnp.int32)}, r"layer has shape \(1,\) but must be a scalar"),
         ({"num_blocks": 4}, r"num_blocks is 4 but must be at least 1 and divide the 15 blocks"),

@@ -46,7 +46,7 @@ from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, candidates,
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from tests.pallas_kernels.ragged_attention.ragged_batches import make_batch
 
-NUM_CASES = 29  # in `gpu_interpreter.ALL`
+NUM_CASES = 31  # in `gpu_interpreter.ALL`
 TOO_OLD = jax_versions.too_old(jax_versions.GPU_KERNELS)
 NEEDS_KERNELS = pytest.mark.skipif(TOO_OLD is not None, reason=f"the GPU kernel {TOO_OLD}")
 

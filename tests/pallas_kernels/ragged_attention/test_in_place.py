@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ragged_attention import CacheLayer, QuantizedCache, RaggedIndex, Scoring, ragged_attention
+from pallas_kernels.ragged_attention import CacheLayer, Latents, QuantizedCache, RaggedIndex, Scoring, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
@@ -18,7 +18,7 @@ NUM_LAYERS, NUM_BLOCKS = 30, 8
 POOL = (NUM_LAYERS * NUM_BLOCKS, 3, 16, 64)
 
 
-def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Callable:
+def program(implementation: str | None, *, num_layers: int, scanned: bool, latents: Latents | None) -> Callable:
     def run(x, caches, index):
         def one_layer(state, layer):
             x, (k_cache, v_cache) = state
@@ -31,7 +31,7 @@ def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Ca
                 v_cache,
                 index,
                 CacheLayer(number=layer, num_blocks=NUM_BLOCKS),
-                Scoring(scale=0.125),
+                Scoring(scale=0.125, latents=latents),
                 implementation=implementation,
             )
             return (x + out, tuple(caches)), None
@@ -47,7 +47,13 @@ def program(implementation: str | None, *, num_layers: int, scanned: bool) -> Ca
 
 
 def compile_step(
-    implementation: str | None, *, num_tokens: int, num_layers: int, scanned: bool, quantized: bool = False
+    implementation: str | None,
+    *,
+    num_tokens: int,
+    num_layers: int,
+    scanned: bool,
+    quantized: bool = False,
+    latents: Latents | None = None,
 ) -> jax.stages.Compiled:
     f32, i32 = jnp.float32, jnp.int32
     pool = jax.ShapeDtypeStruct(POOL, f32)
@@ -60,8 +66,8 @@ def compile_step(
         block_tables=jax.ShapeDtypeStruct((4, 6), i32),
     )
     x = jax.ShapeDtypeStruct((num_tokens, 9, 64), f32)
-    step = jax.jit(program(implementation, num_layers=num_layers, scanned=scanned), donate_argnums=1)
-    return step.lower(x, (pool, pool), index).compile()
+    run = program(implementation, num_layers=num_layers, scanned=scanned, latents=latents)
+    return jax.jit(run, donate_argnums=1).lower(x, (pool, None if latents else pool), index).compile()
 
 
 def copies_of_the_pool(compiled: jax.stages.Compiled, dtype: str = "f32", pool: tuple[int, ...] = POOL) -> list[str]:
@@ -104,6 +110,16 @@ def test_a_program_over_8_bits_copies_neither_the_pool_nor_its_scales() -> None:
     pool_bytes = math.prod(POOL) + 4 * math.prod(POOL[:-1])
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * pool_bytes
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * pool_bytes  # tiles in float32, not both pools
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=needs_native)])
+def test_latents_are_one_pool_that_no_program_copies(implementation: str) -> None:
+    latents = Latents(key_dim=64, value_dim=48)
+    compiled = compile_step(implementation, num_tokens=40, num_layers=NUM_LAYERS, scanned=True, latents=latents)
+    assert copies_of_the_pool(compiled) == []
+    pool_bytes, memory = 4 * math.prod(POOL), compiled.memory_analysis()
+    assert pool_bytes <= memory.alias_size_in_bytes < 1.2 * pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes
 
 
 def test_the_search_for_copies_finds_one_without_donation() -> None:

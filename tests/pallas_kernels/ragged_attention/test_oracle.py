@@ -16,7 +16,7 @@ from pallas_kernels import gpu_target
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES, Latents, ragged_attention
 from pallas_kernels.ragged_attention.cpu import call as cpu
 from pallas_kernels.ragged_attention.quantized import gather_blocks, is_quantized, quantize
-from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, make_batch, make_latent
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch, make_latent
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 72, 330  # more than one segment (256 keys) of the native kernel
 # Scores are sums of D products of float32: a few units in the last place of values near 1, more for a long head.
@@ -174,6 +174,27 @@ def test_latents_give_the_results_of_separate_values(implementation: str, chunks
         np.testing.assert_array_equal(again, out)
         np.testing.assert_array_equal(same_keys, k_cache)
         assert not out[..., 32:].any()
+    once = run(batch, implementation, v_cache=None, v=jnp.full_like(batch.arrays["v"], jnp.nan), latents=latents)
+    np.testing.assert_array_equal(once[0][..., :32], out[..., :32])
+    np.testing.assert_array_equal(once[1], k_cache)
+    assert np.isfinite(once[0]).all()
+    assert len(once) == 2
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_8_bit_latents_without_a_cache_of_values_have_one_scale_for_both(dtype: str) -> None:
+    latents = Latents(key_dim=40, value_dim=32)
+    batch = make_batch([(20, 300), (1, 200), (0, 0)], group=5, head_dim=48, unused_kv=0.0)
+    make_latent(batch, latents)
+    plain = batch.arrays["k_cache"]
+    batch.arrays["k_cache"] = as_cache(plain, jnp.dtype(dtype))
+    expected = run(batch, "reference", v_cache=None, latents=latents)
+    out, *caches = run(batch, "xla", v_cache=None, latents=latents)
+    np.testing.assert_allclose(out[..., :32], expected[0][..., :32], atol=TOLERANCE)
+    for cache, expected_cache in zip(caches, expected[1:], strict=True):
+        np.testing.assert_array_equal(cache, expected_cache)
+    batch.arrays["k_cache"] = plain
+    np.testing.assert_allclose(out[..., :32], run(batch, "xla", v_cache=None, latents=latents)[0][..., :32], atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fastgen_jax.core import packs_heads, stored_head_dim
 from pallas_kernels import ragged_attention as ragged_attention_room
-from pallas_kernels.ragged_attention import CacheLayer, ragged_attention
+from pallas_kernels.ragged_attention import CacheLayer, Latents, ragged_attention
 from pallas_kernels.ragged_attention.autotune import autotune, candidates
 from pallas_kernels.ragged_attention.measured_tiles import entries
 from pallas_kernels.ragged_attention.packed import pack_caches, unpack_cache
@@ -31,7 +31,7 @@ from pallas_kernels.ragged_attention.tpu.write_quantized import write_kv_quantiz
 from pallas_kernels.ragged_attention.xla import write_kv
 from tests.pallas_kernels.abstract_tpu import lowering_for_tpu
 from tests.pallas_kernels.races import races_found
-from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch
+from tests.pallas_kernels.ragged_attention.ragged_batches import Batch, as_cache, make_batch, make_latent
 
 NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 300  # contexts of three pieces
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # bfloat16: weights are rounded to 8 bits before the product with the values
@@ -52,15 +52,22 @@ class Case:
     queries: int = 8
     sequences: int = 2
     cores: int = 1
+    latents: Latents | None = None  # without a cache of values
 
     def options(self) -> dict[str, object]:
         heads = self.num_kv_heads * self.group
-        options: dict[str, object] = {"soft_cap": self.soft_cap}
+        options: dict[str, object] = {"soft_cap": self.soft_cap, "latents": self.latents}
+        if self.latents is not None:
+            options["v_cache"] = None
         if self.alibi:
             options["alibi_slopes"] = jnp.asarray(2.0 ** -np.linspace(1, 8, heads), jnp.float32)
         if self.sinks:
             options["sinks"] = jnp.asarray(np.linspace(-3, 6, heads), jnp.float32)
         return options
+
+    @property
+    def stored_head_dim(self) -> int:
+        return stored_head_dim(self.head_dim, "tpu", values_in_keys=self.latents is not None)
 
     @property
     def tiles(self) -> Tiles:
@@ -71,6 +78,7 @@ class Case:
 
 QUICK = [
     (Case(head_dim=64, dtype="int8", q_dtype="bfloat16", block_size=128), "eager"),
+    (Case(num_kv_heads=1, group=5, head_dim=48, latents=Latents(key_dim=40, value_dim=32)), "eager"),
 ]
 CASES = [
     Case(num_kv_heads=1, group=4, alibi=True, dtype="bfloat16", queries=16),
@@ -89,6 +97,8 @@ CASES = [
     Case(group=2, cores=2, dtype="bfloat16", queries=16),
     Case(num_kv_heads=1, group=4, dtype="int8", q_dtype="bfloat16", block_size=128, queries=16, alibi=True),
     Case(num_kv_heads=3, dtype="float8_e4m3fn", block_size=256, soft_cap=5.0, sequences=1),
+    Case(num_kv_heads=1, group=16, head_dim=576, dtype="bfloat16", latents=Latents(key_dim=576, value_dim=512)),
+    Case(num_kv_heads=1, dtype="int8", block_size=128, latents=Latents(key_dim=128, value_dim=96)),
 ]
 
 
@@ -103,17 +113,17 @@ def ragged_chunks(draw: st.DrawFn) -> list[tuple[int, int]]:
     return chunks
 
 
-def as_on_a_tpu(arguments: dict[str, object], head_dim: int) -> dict[str, object]:
+def as_on_a_tpu(arguments: dict[str, object], case: Case) -> dict[str, object]:
     """The arguments with heads as wide as in the TPU cache, and with that cache, as in the decoder."""
-    more = stored_head_dim(head_dim, "tpu") - head_dim
+    more = case.stored_head_dim - case.head_dim
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+    def pad(x: jax.Array | None) -> jax.Array | None:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more and x is not None else x
 
     arguments = arguments | {name: pad(arguments[name]) for name in ("q", "k", "v")}
     if more:
         arguments |= {name: pad(arguments[name]) for name in ("k_cache", "v_cache")}
-    if packs_heads(head_dim, "tpu"):
+    if case.latents is None and packs_heads(case.head_dim, "tpu"):
         arguments |= {"k_cache": pack_caches(arguments["k_cache"], arguments["v_cache"]), "v_cache": None}
     return arguments
 
@@ -129,12 +139,12 @@ def compiled(implementation: str, case: Case, mode: str):
 def run(implementation: str, batch: Batch, case: Case, mode: str, **options: object) -> list[np.ndarray]:
     arguments = batch.arguments(**case.options(), **options)
     if implementation == "tpu":
-        arguments = as_on_a_tpu(arguments, case.head_dim)
+        arguments = as_on_a_tpu(arguments, case)
     out, k_cache, v_cache = compiled(implementation, case, mode)(**arguments)
-    if implementation == "tpu" and v_cache is None:
+    if implementation == "tpu" and v_cache is None and case.latents is None:
         k_cache, v_cache = unpack_cache(k_cache)
     results = jax.tree.leaves((out, k_cache, v_cache))
-    if case.head_dim == stored_head_dim(case.head_dim, "tpu"):
+    if case.head_dim == case.stored_head_dim:
         return [np.asarray(x, np.float32) for x in results]
     return [np.asarray(x, np.float32)[..., : case.head_dim] for x in results]
 
@@ -157,6 +167,8 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
             num_blocks=NUM_SEQUENCES * max_blocks,
             dtype=jnp.dtype(case.dtype),
         )
+        if case.latents is not None:
+            make_latent(batch, case.latents)
         q_dtype = case.q_dtype or ("bfloat16" if case.dtype == "bfloat16" else "float32")
         for name in ("q", "k", "v"):
             batch.arrays[name] = batch.arrays[name].astype(jnp.dtype(q_dtype))
@@ -165,7 +177,9 @@ def check_case(case: Case, mode: str, *, examples: int) -> None:
         pltpu.reset_tpu_interpret_mode_state()
         out, *caches = run("tpu", batch, case, mode, sliding_window=window_array)
         assert not races_found()
-        np.testing.assert_allclose(out, expected[0], atol=TOLERANCE[q_dtype], rtol=0)
+        width = case.head_dim if case.latents is None else case.latents.value_dim
+        np.testing.assert_allclose(out[..., :width], expected[0][..., :width], atol=TOLERANCE[q_dtype], rtol=0)
+        assert np.isfinite(out).all()
         for cache, expected_cache in zip(caches, expected[1:], strict=True):
             np.testing.assert_array_equal(cache, expected_cache)
 
