@@ -10,6 +10,7 @@ so the time is that of the sequences alone, not of T x T scores.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -180,9 +181,8 @@ def _backward(kept: tuple, out_gradient: jax.Array) -> tuple:
     nothing = jnp.zeros(tiles.heads, jnp.float32)
     start = (jnp.zeros_like(tiles.keys), jnp.zeros_like(tiles.values), nothing, nothing)
     (dk, dv, dslopes, dsinks), dq = lax.scan(of_queries, start, jnp.arange(tiles.count, dtype=jnp.int32))
-    of_scoring = Scoring(
-        scale=scoring.scale,
-        soft_cap=scoring.soft_cap,
+    of_scoring = dataclasses.replace(  # of the same structure, with all that is static
+        scoring,
         sliding_window=None if scoring.sliding_window is None else _no_gradient(scoring.sliding_window),  # pyright: ignore
         alibi_slopes=None if scoring.alibi_slopes is None else dslopes.reshape(-1),
         sinks=None if scoring.sinks is None else dsinks.reshape(-1),
