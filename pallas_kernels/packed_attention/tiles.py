@@ -183,6 +183,7 @@ def _backward(kept: tuple, out_gradient: jax.Array) -> tuple:
     (dk, dv, dslopes, dsinks), dq = lax.scan(of_queries, start, jnp.arange(tiles.count, dtype=jnp.int32))
     of_scoring = dataclasses.replace(  # of the same structure, with all that is static
         scoring,
+        rotation=None,  # these are rotated before
         sliding_window=None if scoring.sliding_window is None else _no_gradient(scoring.sliding_window),  # pyright: ignore
         alibi_slopes=None if scoring.alibi_slopes is None else dslopes.reshape(-1),
         sinks=None if scoring.sinks is None else dsinks.reshape(-1),
