@@ -189,8 +189,8 @@ def resolve(
         )
     if config.cuda_graphs is not None and platform != "gpu":
         raise ValueError(f"cuda_graphs={config.cuda_graphs}, but this is {platform}; omit it, it is for GPUs")
-    if config.cuda_graphs and (reason := too_old(COMMAND_BUFFERS)):
-        raise ValueError(f"cuda_graphs=True {reason}, or omit it")
+    if config.cuda_graphs is not None and (reason := too_old(COMMAND_BUFFERS)):
+        raise ValueError(f"cuda_graphs={config.cuda_graphs} {reason}, or omit it")
     dtype, quantize, kv_dtype = formats_of(config, platform)
     num_devices = config.tensor_parallel or 1
     if config.tensor_parallel is not None:

@@ -77,9 +77,9 @@ def _prepared(
         kept = _kept_int4(spec, array, model, 1, platform) if quantize == "int4" else None
         if kept is not None:
             return jax.tree.map(jnp.asarray, kept)
-        array = _dequantized(array)
+        array = array.dequantize()
     if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
-        array = _dequantized(array)
+        array = array.dequantize()
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
         blocks = platform != "tpu"  # which multiplies without rounding activations then
@@ -158,12 +158,6 @@ def _kept_int4(
     return _int4(array, platform)
 
 
-def _dequantized(array: BlockWeight | BlockGroups) -> np.ndarray:
-    if isinstance(array, BlockWeight):
-        return array.dequantize()
-    return np.stack([array.read(group).dequantize() for group in range(array.shape[0])])
-
-
 def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups, *, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
     """(8-bit floats [..., out, in], scales [..., out] or of blocks [..., in / 128, out]).
 
@@ -222,9 +216,9 @@ def _divided(
         kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
         if kept is not None:
             return divide_leaf(spec, kept, mesh, model)
-        array = _dequantized(array)
+        array = array.dequantize()
     if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
-        array = _dequantized(array)
+        array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)
     return divide_leaf(spec, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks), mesh, model)

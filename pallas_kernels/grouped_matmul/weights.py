@@ -26,7 +26,7 @@ from pallas_kernels.matmul.blocks import pack, rounds_to_bfloat16
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32, Int, Num
+    from jaxtyping import Array, Float, Float32, Int, Num
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +36,13 @@ class BlockGroups:
     shape: tuple[int, int, int]
     read: Callable[[int], BlockWeight]
     """The weight [K, N] of a group."""
+
+    def dequantize(self, dtype: DTypeLike = np.float32) -> Float[np.ndarray, "G K N"]:
+        """The matrices that the blocks stand for, read one after another."""
+        whole = np.empty(self.shape, jnp.dtype(dtype))
+        for group in range(len(whole)):
+            whole[group] = self.read(group).dequantize()
+        return whole
 
 
 @pytree
@@ -129,7 +136,7 @@ def prepare(
             each = [pack_int4(w.read(group), scale_dtype=kind) for group in range(w.shape[0])]
             return jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *each)
     if isinstance(w, BlockGroups):
-        return _packed_blocks(w, gated=gated, dtype=whole) if packed else _dequantized(w, whole)
+        return _packed_blocks(w, gated=gated, dtype=whole) if packed else jnp.asarray(w.dequantize(whole))
     if isinstance(w, Int8Weight):
         values, scales = np.asarray(w.values), np.asarray(w.scales)
     elif quantize is None and not packed:
@@ -161,13 +168,6 @@ def _packed(w: np.ndarray, scales: np.ndarray | None, *, gated: bool) -> PackedG
 def _quantized(w: np.ndarray) -> BlockGroups:
     groups, k, n = w.shape
     return BlockGroups(shape=(groups, k, n), read=lambda group: quantize_int4(w[group]))
-
-
-def _dequantized(w: BlockGroups, dtype: DTypeLike) -> jax.Array:
-    whole = np.empty(w.shape, jnp.dtype(dtype))
-    for group in range(len(whole)):
-        whole[group] = w.read(group).dequantize()
-    return jnp.asarray(whole)
 
 
 def _packed_blocks(w: BlockGroups, *, gated: bool, dtype: DTypeLike) -> PackedGroups:

@@ -50,8 +50,8 @@ def test_graphs_are_for_gpus(wanted: bool) -> None:
         resolve(EngineConfig(cuda_graphs=wanted), tiny_model()[1])
     gpu = Machine(platform="gpu", kind=H100.device_kind, memory=Memory(limit=70 * 2**30))
     config = EngineConfig(cuda_graphs=wanted)
-    if wanted and too_old(COMMAND_BUFFERS):
-        with pytest.raises(ValueError, match=r"cuda_graphs=True needs jax 0\.12 or newer"):
+    if too_old(COMMAND_BUFFERS):
+        with pytest.raises(ValueError, match=rf"cuda_graphs={wanted} needs jax 0\.12 or newer"):
             resolve(config, tiny_model()[1], machine=gpu)
     else:
         assert resolve(config, tiny_model()[1], machine=gpu).cuda_graphs == wanted
