@@ -320,7 +320,7 @@ def _step(
     logits = head(hidden, params, batch.num_sample_rows, config=config)
     if mesh is not None:  # every device samples all rows; sharded sampling would need a hundred small collectives
         logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec()))
-        logits = logits[:, : config.vocab_size]
+    logits = logits[:, : config.vocab_size]
     last_tokens = None if logits_processor is None else jnp.take(batch.token_ids, batch.sample_rows)
     sampled, state = sample_rows(logits, last_tokens, state, sampling, logits_processor=logits_processor, work=work)
     return StepOutput(sampled=sampled, logits=logits, hidden=hidden, last_tokens=last_tokens), kv_cache, state

@@ -91,7 +91,7 @@ def _check_shapes(params: Params, current: Params, model: ModelConfig, num_devic
             raise ValueError(f"{name} is not a weight of this model; remove it")
         if not isinstance(leaf, jax.Array | np.ndarray | ScaledWeight | PackedWeight | PackedGroups | Expansions):
             raise ValueError(f"{name} is a {type(leaf).__name__}, but must be an array {list(wanted[name])}")
-        is_prepared = _is_on_a_mesh(leaf) or platform == "tpu"  # on a TPU experts are wider
+        is_prepared = _is_on_a_mesh(leaf) or platform != "cpu"  # where experts and the vocabulary may be wider
         if tuple(leaf.shape) not in (wanted[name], shapes_of_divided.get(name) if is_prepared else None):
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but this model has {list(wanted[name])}")
         if isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jnp.floating):

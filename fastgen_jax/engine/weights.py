@@ -83,6 +83,8 @@ def _prepared(
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
         blocks = platform != "tpu"  # which multiplies without rounding activations then
+        if divided_shape(spec, model, 1, platform) != spec.shape:
+            array = _filled_up(spec, array.dequantize() if in_blocks else array, model, platform)
         return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks))
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
@@ -186,7 +188,7 @@ def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
 def _filled_up(
     spec: WeightSpec, array: np.ndarray | jax.Array | Int8Weight, model: ModelConfig, platform: str
 ) -> np.ndarray | jax.Array | Int8Weight:
-    """A weight of experts with the widths that the kernel of the platform needs; others as they are."""
+    """A weight with the widths that the kernels of the platform need."""
     wanted = divided_shape(spec, model, 1, platform)
     if array.shape[-len(wanted) :] == wanted:
         return array

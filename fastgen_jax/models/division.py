@@ -6,7 +6,8 @@
     queries  q0 q1   q2 q3  |  q4 q5   - -                               queries  q0 q1|  q2 q3|  q4 q5|  - -
 
 A head that is only padding (-) has queries, keys and values of zero, and the output projection multiplies its result by
-zero. The same is true of the additional columns of an MLP and of the vocabulary, so the logits are those of the model.
+zero. The same is true of the additional columns of an MLP and of the vocabulary, so the logits are those of the model. On an
+accelerator the vocabulary is filled up on a single device, too.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def divided_heads(num_heads: int, num_kv_heads: int, num_devices: int) -> Heads:
 def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> ModelConfig:
     """The model that the devices compute; `config` itself if they divide it as it is.
 
-    Of what depends on the `platform` only weights and cache know: the widths of experts, and of what states keep.
+    Of what depends on the `platform` only weights and cache know: the vocabulary, the widths of experts, and of what states
+    keep.
     """
     heads = divided_heads(config.num_heads, config.num_kv_heads, num_devices)
     moe, inputs, full = config.moe, config.layer_inputs, config.full_heads
@@ -106,8 +108,8 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
         full_heads=full,
         mlp_dim=_wide(config.mlp_dim, num_devices),
         reader_mlp_dim=config.reader_mlp_dim and _wide(config.reader_mlp_dim, num_devices),
-        vocab_size=_wide(config.vocab_size, num_devices),
-        layer_inputs=inputs and dataclasses.replace(inputs, num_rows=_wide(inputs.num_rows, num_devices)),
+        vocab_size=_vocabulary(config.vocab_size, num_devices, platform),
+        layer_inputs=inputs and dataclasses.replace(inputs, num_rows=_vocabulary(inputs.num_rows, num_devices, platform)),
         alibi_slopes=slopes,
         state=config.state and divided_state(config.state, num_devices, platform),
         moe=moe
@@ -130,6 +132,13 @@ def _wide(size: int, num_devices: int) -> int:
     if num_devices > 1 and share > _TILE:
         share = -(-share // _TILE) * _TILE
     return share * num_devices
+
+
+def _vocabulary(size: int, num_devices: int, platform: str) -> int:
+    """The number of tokens that a divided model has for `size`: that of `_wide` or, on accelerators, whole tiles also on a
+    single device: 50,257 become 50,304."""
+    width = _wide(size, num_devices)
+    return width if num_devices > 1 or platform == "cpu" else -(-width // _TILE) * _TILE
 
 
 def _expert_width(size: int, num_devices: int, platform: str, *, gated: bool) -> int:
@@ -212,6 +221,8 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int,
         is_expert = letter == "F" and spec.axes[0] == "X"
         if is_expert:
             widths = [_expert_width(part, num_devices, platform, gated=gated) for part in parts]
+        elif letter == "V":
+            widths = [_vocabulary(part, num_devices, platform) for part in parts]
         else:
             widths = [_wide(part, num_devices) for part in parts]
         wide = [np.arange(width) for width in widths]

@@ -76,7 +76,7 @@ def logits(params: Params, batch: TrainingBatch, *, config: ModelConfig, options
     """f32[R, V]: logits of the rows of `batch`; those of padding are finite and have no meaning."""
     params = _in_dtype(params, config, options)
     rows = _hidden_rows(params, batch, config, options)
-    return head(rows, _head(params, config), batch.ragged.num_sample_rows, config=config)
+    return head(rows, _head(params, config), batch.ragged.num_sample_rows, config=config)[:, : config.vocab_size]
 
 
 def logprobs(
@@ -102,7 +102,7 @@ def logprobs(
 
     def of_piece(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         rows, targets, first = piece
-        scores = head(rows, weights, jnp.clip(count - first, 0, size), config=config)
+        scores = head(rows, weights, jnp.clip(count - first, 0, size), config=config)[:, : config.vocab_size]
         # One divisor per row, as in the engine: XLA divides by a constant in another way, which rounds differently.
         return token_logprobs(scores, targets, jnp.where(targets < 0, 1.0, jnp.float32(temperature)))
 

@@ -33,6 +33,14 @@ def test_a_step_on_a_gpu_is_a_graph_with_loops_and_branches(device: Any) -> None
     assert alone["xla_gpu_enable_triton_gemm"] is False
 
 
+@pytest.mark.parametrize("device", [H100, T4])
+@pytest.mark.parametrize("has_int8_weights", [False, True])
+def test_nothing_is_computed_twice_because_weights_and_cache_fill_a_gpu(device: Any, has_int8_weights: bool) -> None:
+    options = step_options(device, has_int8_weights=has_int8_weights)
+    assert options is not None
+    assert "rematerialization" in str(options["xla_disable_hlo_passes"]).split(",")
+
+
 @pytest.mark.skipif(too_old(COMMAND_BUFFERS) is None, reason="this jax is newer")
 def test_an_older_jax_is_not_asked_for_what_it_does_not_know() -> None:
     assert GRAPH not in (step_options(H100) or {})

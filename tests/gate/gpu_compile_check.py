@@ -45,6 +45,7 @@ from tests.gate.gpu_steps import (
     check_tower,
 )
 from tests.gate.models import (
+    GPT_OSS_20B,
     IMAGE_MODELS,
     LLAMA_3_8B,
     LLAMA_3_70B,
@@ -137,6 +138,20 @@ def main() -> int:
     checks["H100 step: Llama-3-70B on 8"] = functools.partial(step, LLAMA_3_70B, eight_h100, launches=LAUNCHES_ON_SEVERAL)
     checks["H100 step: Mixtral-8x7B on 8"] = functools.partial(
         step, MIXTRAL_8X7B, eight_h100, work="greedy", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
+    )
+    # The cache fills the GPU's memory, as in use: XLA then used to compute much of a layer twice.
+    checks["H100 step of 64: gpt-oss-20b, full"] = functools.partial(
+        step, GPT_OSS_20B, h100, tokens=64, work="greedy", num_blocks=40_000, launches=LAUNCHES_PER_LAYER_WITH_EXPERTS
+    )
+    # A vocabulary of 100,278 is no whole number of tiles.
+    checks["H100 step of 64: Olmo-3.1-32B, int8"] = functools.partial(
+        step,
+        released("allenai/Olmo-3.1-32B-Instruct"),
+        h100,
+        tokens=64,
+        work="greedy",
+        quantize="int8",
+        launches=LAUNCHES_ON_SEVERAL,
     )
     for name, (hf, num_devices) in STATE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
