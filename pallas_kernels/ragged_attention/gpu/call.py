@@ -75,7 +75,7 @@ def ragged_attention_gpu(
     num_rows = num_tokens * group + max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
     assert not is_packed(v_cache, scoring), "they are refused before"
     number = jnp.asarray(layer.number, jnp.int32).reshape(1)
-    can_rotate = bool(interpret) or jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
+    can_rotate = jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
     has_values = v_cache is not None
     is_plain = not isinstance(k_cache, QuantizedCache)
     if scoring.rotation is not None and can_rotate and call.pieces.parts == 1 and is_plain and has_values:
@@ -92,7 +92,7 @@ def ragged_attention_gpu(
             num_blocks=layer.num_blocks,
             num_rows=num_rows,
             dtype=dtype,
-            interpret=bool(interpret),
+            interpret=interpret,
         )
     else:
         q, k, scoring = rotated(q, k, scoring)

@@ -185,8 +185,10 @@ def check_case(case: Case, *, examples: int) -> None:
         width = case.head_dim if case.latents is None else case.latents.value_dim
         np.testing.assert_allclose(out[..., :width], expected[0][..., :width], atol=TOLERANCE[case.dtype], rtol=0)
         assert np.isfinite(out).all()
-        for cache, expected_cache in zip(caches, expected[1:], strict=True):
-            np.testing.assert_array_equal(cache, expected_cache)
+        for i, (cache, expected_cache) in enumerate(zip(caches, expected[1:], strict=True)):
+            # A compiler may or may not round a product before another is added, which can change a rotated key's last bit.
+            is_rotated = case.pairs > 0 and i == 0
+            np.testing.assert_allclose(cache, expected_cache, rtol=2.0**-7 if is_rotated else 0, atol=1e-6 * is_rotated)
 
     check()
 
