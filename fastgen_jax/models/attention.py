@@ -13,7 +13,15 @@ from fastgen_jax.core import KVCache
 from fastgen_jax.models.cache_rows import own_part, side_by_side
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, same_for_all
-from fastgen_jax.models.heads import heads_of, latent_heads_of, layer_rotates, queries_of, rotation_of, unit_norms
+from fastgen_jax.models.heads import (
+    heads_of,
+    latent_heads_of,
+    layer_rotates,
+    queries_of,
+    rotation_of,
+    rotation_row,
+    unit_norms,
+)
 from fastgen_jax.models.kept_keys import keep, kept
 from fastgen_jax.models.layer_kinds import NO_WINDOW
 from fastgen_jax.models.layers import project
@@ -76,7 +84,10 @@ def attention(
         key, value = kept(cache, key, _of_layer(step.kept, index))
     layer = CacheLayer(number=_row_of(step, index), num_blocks=step.num_blocks)
     scoring = _scoring_of(config, w, cache, index)
-    scoring = replace(scoring, rotation=turn) if rotates_later else scoring
+    if rotates_later and (step.stacked_rotations is None or isinstance(index, int)):
+        scoring = replace(scoring, rotation=turn)
+    elif rotates_later:
+        scoring = replace(scoring, rotation=step.stacked_rotations, rotation_row=rotation_row(config, index))
     out, k_cache, v_cache = step.attend(q, key, value, cache.k, cache.v, _index_of(step, call), layer, scoring)
     cache = replace(cache, k=k_cache, v=v_cache)
     if step.sparse is not None:

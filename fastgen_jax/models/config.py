@@ -310,6 +310,11 @@ class ModelConfig:
         return tuple(dict.fromkeys(rope for rope in self.layer_ropes or (self.rope,) if rope is not None))
 
     @property
+    def rope_kinds(self) -> tuple[RopeConfig | None, ...]:
+        """The distinct rotary embeddings of the layers, with None for those without."""
+        return tuple(dict.fromkeys(self.layer_ropes or (self.rope,)))
+
+    @property
     def rope_depends_on_length(self) -> bool:
         """Whether the keys of a prefix depend on the length of the sequence, so that they cannot be shared."""
         return any(rope.kind in LENGTH_DEPENDENT for rope in self.ropes)

@@ -166,12 +166,12 @@ def rotation_of(step: Step, config: ModelConfig, index: Int[Array, ""] | int) ->
     if same_for_all(ropes) or isinstance(index, int):
         rope = ropes[0] if same_for_all(ropes) else ropes[int(index)]
         return None if rope is None else step.rotations[rope]
-    kinds = tuple(dict.fromkeys(ropes))
-    some_cos, some_sin = next(iter(step.rotations.values()))
-    # A layer without rotation rotates by an angle of zero.
-    tables = [
-        (jnp.ones_like(some_cos), jnp.zeros_like(some_sin)) if rope is None else step.rotations[rope] for rope in kinds
-    ]
-    kind = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[index]
-    cos, sin = (jnp.stack(table)[kind] for table in zip(*tables, strict=True))
+    assert step.stacked_rotations is not None, "layers differ"
+    cos, sin = (table[rotation_row(config, index)] for table in step.stacked_rotations)
     return cos, sin
+
+
+def rotation_row(config: ModelConfig, index: Int[Array, ""] | int) -> Int[Array, ""]:
+    """Where the rotation of a layer is in `Step.stacked_rotations`."""
+    kinds = config.rope_kinds
+    return jnp.asarray([kinds.index(rope) for rope in config.layer_ropes], jnp.int32)[index]

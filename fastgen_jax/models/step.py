@@ -55,6 +55,7 @@ class Step:
     side_by_side: tuple[int, ...]  # heads of each layer in one head of the cache
     num_tokens: Int[Array, ""]  # tokens from this index on are padding
     rotations: dict[RopeConfig, Rotation]
+    stacked_rotations: Rotation | None  # those of `config.rope_kinds`; None: all layers have the same
     query_scale: Float[Array, " T"] | None  # for models that scale queries by position
     row_norm_heads: tuple[int, int]  # query and key heads over which a norm of all heads averages
     num_blocks: int  # N
@@ -87,6 +88,17 @@ class LayerCall:
     def mixes(self) -> bool:
         """Whether the layer has attention or a state, so that tokens depend on others."""
         return self.has_attention or self.state_row is not None
+
+
+def _stacked(rotations: dict[RopeConfig, Rotation], config: ModelConfig) -> Rotation | None:
+    """`Step.stacked_rotations`. A layer without rotation rotates by an angle of zero."""
+    if len(config.rope_kinds) < 2 or len({cos.shape for cos, _ in rotations.values()}) > 1:
+        return None
+    cos, sin = next(iter(rotations.values()))
+    none = (jnp.ones_like(cos), jnp.zeros_like(sin))
+    tables = [none if rope is None else rotations[rope] for rope in config.rope_kinds]
+    cosines, sines = (jnp.stack(table) for table in zip(*tables, strict=True))
+    return cosines, sines
 
 
 def take_rows(x: Float[Array, "T ..."], rows: Int[Array, " R"] | None) -> Float[Array, "_ ..."]:
@@ -164,7 +176,8 @@ def prepare_step(
         sharing=tuple(map(local.layers_sharing_row, range(config.num_layers))),
         side_by_side=tuple(map(local.heads_side_by_side, range(config.num_layers))),
         num_tokens=batch.index.query_starts[-1],
-        rotations=dict(zip(rotations, values, strict=True)),
+        rotations=(given := dict(zip(rotations, values, strict=True))),
+        stacked_rotations=_stacked(given, config),
         query_scale=scale,
         row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
         num_blocks=num_blocks,

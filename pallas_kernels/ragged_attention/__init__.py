@@ -187,7 +187,7 @@ def plan_layers(
     if implementation == "tpu" or (implementation is None and _runs_on_tpu(k_cache, index)):
         from pallas_kernels.ragged_attention.tpu.call import plan_tpu
     if implementation == "gpu" or (implementation is None and not packed and _runs_on_gpu(k_cache, num_heads, latents)):
-        from pallas_kernels.ragged_attention.gpu.call import plan_gpu
+        from pallas_kernels.ragged_attention.gpu.call import plan_gpu, stack_plans
     if plan_tpu is None and plan_gpu is None:
         return list(indices)
     shape: dict[str, int] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
@@ -202,6 +202,8 @@ def plan_layers(
     # Without the barrier XLA moves parts of a plan into every layer.
     tpu, gpu = jax.lax.optimization_barrier((tpu, gpu))
     tpu = tpu * len(indices) if len(tpu) == 1 else tpu
+    if plan_gpu is not None:
+        gpu = stack_plans(gpu, indices)
     return [
         dataclasses.replace(i, plans=Plans(tpu=of_tpu, gpu=of_gpu))
         for i, of_tpu, of_gpu in zip(indices, tpu, gpu, strict=True)

@@ -92,8 +92,10 @@ class Scoring:
     """float32; slope * (j - p) is added after the cap."""
     sinks: Float[Array, " H"] | None = None
     """float32; one additional logit per head that receives probability but has no value."""
-    rotation: tuple[Float[Array, "T P"], Float[Array, "T P"]] | None = None
+    rotation: tuple[Float[Array, "*R T P"], Float[Array, "*R T P"]] | None = None
     """Cosines and sines, float32, with which q and k are rotated first, as by `rotary.rotate`; None: no rotation."""
+    rotation_row: Int[Array, ""] | None = None
+    """Which of R rotations it is; may be traced. None: `rotation` has the axes T and P alone."""
     latents: Latents | None = static(default=None)
     """None: keys and values are of their own."""
 

@@ -130,7 +130,7 @@ def check(
 
     _check_scoring(scoring, num_heads, head_dim)
     if scoring.rotation is not None:
-        _check_rotation(*scoring.rotation, num_tokens=num_tokens, head_dim=head_dim)
+        _check_rotation(*scoring.rotation, scoring.rotation_row, num_tokens=num_tokens, head_dim=head_dim)
 
 
 def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
@@ -158,10 +158,11 @@ def _check_scoring(scoring: Scoring, num_heads: int, head_dim: int) -> None:
                 raise ValueError(f"{name} has dtype {array.dtype} but must be float32")
 
 
-def _check_rotation(cos: jax.Array, sin: jax.Array, *, num_tokens: int, head_dim: int) -> None:
-    _require_rank("rotation", cos, "[T, P]")
-    pairs = cos.shape[1]
-    _require_shape("rotation", cos, (num_tokens, pairs), "[T, P], T as in q,")
+def _check_rotation(cos: jax.Array, sin: jax.Array, row: object, *, num_tokens: int, head_dim: int) -> None:
+    axes = "[T, P]" if row is None else "[R, T, P]"
+    _require_rank("rotation", cos, axes)
+    *rows, _, pairs = cos.shape
+    _require_shape("rotation", cos, (*rows, num_tokens, pairs), f"{axes}, T as in q,")
     _require_shape("rotation", sin, tuple(cos.shape), "the shape of the cosines")
     if 2 * pairs > head_dim:
         raise ValueError(f"rotation has {pairs} pairs but q has D = {head_dim}; pass at most {head_dim // 2} pairs")

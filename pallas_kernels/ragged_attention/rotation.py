@@ -15,7 +15,9 @@ def rotated(q: jax.Array, k: jax.Array, scoring: Scoring) -> tuple[jax.Array, ja
     """q [T, H, D] and k [T, K, D] after the rotation that `scoring` asks for, and `scoring` without it."""
     if scoring.rotation is None:
         return q, k, scoring
-    return rotate(q, *scoring.rotation), rotate(k, *scoring.rotation), dataclasses.replace(scoring, rotation=None)
+    row = scoring.rotation_row
+    cos, sin = scoring.rotation if row is None else (table[row] for table in scoring.rotation)
+    return rotate(q, cos, sin), rotate(k, cos, sin), dataclasses.replace(scoring, rotation=None, rotation_row=None)
 
 
 def rotating(attention: Attention) -> Attention:

@@ -19,8 +19,8 @@ from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.pallas_types import Ref
 from pallas_kernels.ragged_attention.arguments import CacheLayer, Latents, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.gpu import ampere, hopper, hopper_wide, merge, support, write
-from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step
-from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, Spec
+from pallas_kernels.ragged_attention.gpu.plan import GpuPlan, combine, most_pieces, plan_step, stack_plans
+from pallas_kernels.ragged_attention.gpu.softmax_tile import GRANULE, KIND, Spec, of_layer
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles, choose
 from pallas_kernels.ragged_attention.measured_tiles import Shape
 from pallas_kernels.ragged_attention.packed import is_packed
@@ -29,7 +29,9 @@ from pallas_kernels.ragged_attention.rotation import rotated
 from pallas_kernels.ragged_attention.xla import write_kv
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
+
+__all__ = ["plan_gpu", "ragged_attention_gpu", "stack_plans"]
 
 BODIES = {"hopper": hopper, "ampere": ampere}
 NO_WINDOW = 2**30  # far beyond any context, and position - window stays in int32
@@ -74,7 +76,7 @@ def ragged_attention_gpu(
     # Rows of the G heads of a KV head are adjacent. Both kernels read these rows; a tile may extend past T.
     num_rows = num_tokens * group + max(call.pieces.rows_in, call.chunks.rows_in) + -(num_tokens * group) % GRANULE
     assert not is_packed(v_cache, scoring), "they are refused before"
-    number = jnp.asarray(layer.number, jnp.int32).reshape(1)
+    numbers = _numbers(layer, plan, scoring)
     can_rotate = jax_versions.too_old(jax_versions.WRITE_KERNEL) is None
     has_values = v_cache is not None
     is_plain = not isinstance(k_cache, QuantizedCache)
@@ -87,8 +89,8 @@ def ragged_attention_gpu(
             scoring.rotation,
             k_cache,
             v_cache,
-            kv_slots=index.kv_slots,
-            layer=number,
+            kv_slots=index.kv_slots if plan.slots is None else plan.slots,
+            numbers=numbers,
             num_blocks=layer.num_blocks,
             num_rows=num_rows,
             dtype=dtype,
@@ -102,7 +104,7 @@ def ragged_attention_gpu(
         queries = jnp.pad(queries, ((0, 0), (0, num_rows - num_tokens * group), (0, 0)))
     queries = queries[..., : call.pieces.head_dim]
 
-    operands = {"tables": index.block_tables, "layer": number}
+    operands = {"tables": index.block_tables if plan.tables is None else plan.tables, "numbers": numbers}
     of_values = k_cache if v_cache is None else v_cache
     for name, cache in (("k", k_cache), *([] if call.pieces.values_in_keys else [("v", of_values)])):
         if isinstance(cache, QuantizedCache):
@@ -125,10 +127,13 @@ def ragged_attention_gpu(
 
     if merge.supports(group, call.pieces.value_dim, interpreted=bool(interpret)):
         blocks = call.tiles.blocks * merge.BLOCKS
-        out = merge.merge(partial, lse, rows, plan.merge, group=group, dtype=q.dtype, blocks=blocks, interpret=interpret)
+        out = merge.merge(
+            partial, lse, rows, plan.merge, numbers, group=group, dtype=q.dtype, blocks=blocks, interpret=interpret
+        )
         return of_heads_of(out), k_cache, v_cache
     most = most_pieces(index.block_tables.shape[0], num_kv_heads, call.tiles)
     first_row = index.query_starts[:-1] * group % GRANULE
+    plan = plan.alone()
     single = combine(partial, lse, plan.first_piece, plan.num_pieces, first_row, group=group, most=most)
     out = single[plan.sequence].astype(q.dtype)  # [T, K, G, D]
     if rows is not None and plan.tile is not None and plan.row is not None:
@@ -144,20 +149,31 @@ def ragged_attention_gpu(
 def plan_gpu(
     k_cache: Cache,
     index: RaggedIndex,
-    window: int | None,
+    window: int | jax.Array | None,
     *,
     num_tokens: int,
     num_heads: int,
     num_blocks: int,
     independent: bool = False,
     latents: Latents | None = None,
+    tiles: GpuTiles | None = None,
+    generation: str | None = None,
 ) -> GpuPlan:
     """What `ragged_attention_gpu` otherwise computes in every such call; only the shape of k_cache is read.
 
-    `independent` as for `plan_pieces`.
+    `independent` as for `plan_pieces`, `tiles` and `generation` as for `ragged_attention_gpu`.
     """
     scoring = Scoring(scale=1.0, sliding_window=window, latents=latents)
-    call = _Call.of(k_cache, index, scoring, num_tokens=num_tokens, num_heads=num_heads, num_blocks=num_blocks)
+    call = _Call.of(
+        k_cache,
+        index,
+        scoring,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_blocks=num_blocks,
+        tiles=tiles,
+        generation=generation,
+    )
     return call.plan(index, scoring, independent=independent)
 
 
@@ -262,6 +278,14 @@ class _Call:
         )
 
 
+def _numbers(layer: CacheLayer, plan: GpuPlan, scoring: Scoring) -> Int[Array, " numbers"]:
+    """What kernels are told of a layer; see `softmax_tile.LAYER`."""
+    number = jnp.asarray(layer.number, jnp.int32)
+    if plan.kind is None and scoring.rotation_row is None:
+        return number.reshape(1)
+    return jnp.stack([number, *(jnp.int32(0) if row is None else row for row in (plan.kind, scoring.rotation_row))])
+
+
 def _by_row(x: Float[Array, " H"], group: int, rows: int) -> Float[Array, "K _"]:
     """[K, GRANULE + rows]: the value of each row's head, with the first head at row GRANULE."""
     return x.reshape(-1, group)[:, jnp.arange(-GRANULE, rows, dtype=jnp.int32) % group]
@@ -271,7 +295,7 @@ def launch(
     body: ModuleType, work: jax.Array, operands: dict[str, jax.Array], *, spec: Spec, interpret: object
 ) -> Sequence[jax.Array]:
     """The results of all tiles, [tiles, K, rows, D], and with `spec.partial` their log2-sum-exp, f32[tiles, K, rows]."""
-    num_tiles, num_kv_heads = work.shape[0] - 1, operands["k_cache"].shape[1] * spec.parts
+    num_tiles, num_kv_heads = work.shape[-2] - 1, operands["k_cache"].shape[1] * spec.parts
     spec = dataclasses.replace(spec, blocks=min(spec.blocks, num_tiles * num_kv_heads))
     names = ["work", *operands, "out"]
     shape = (num_tiles, num_kv_heads, spec.rows_out)
@@ -281,7 +305,8 @@ def launch(
         results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def kernel(*refs: Ref) -> None:
-        body.attend_tiles(dict(zip(names, refs, strict=True)), spec)
+        given = dict(zip(names, refs, strict=True))
+        body.attend_tiles(given | {name: of_layer(given, name, KIND, 2) for name in ("work", "tables")}, spec)
 
     return plgpu.kernel(
         kernel,

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import jax_versions
 from pallas_kernels.pallas_types import Layout, Ref
 from pallas_kernels.ragged_attention.gpu.plan import CHUNK, FIRST_HEAD, PLACE, SINGLE, TILE, TILES, UNUSED
-from pallas_kernels.ragged_attention.gpu.softmax_tile import NO_KEY
+from pallas_kernels.ragged_attention.gpu.softmax_tile import KIND, NO_KEY, of_layer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -47,7 +47,8 @@ def merge(
     partial: Float[Array, "pieces K R D"],
     lse: Float[Array, "pieces K R"],
     chunks: Float[Array, "tiles K rows D"] | None,
-    places: Int[Array, "T columns"],
+    places: Int[Array, "*kinds T columns"],
+    numbers: Int[Array, " numbers"],
     *,
     group: int,
     dtype: DTypeLike,
@@ -60,26 +61,29 @@ def merge(
       partial, lse: the results of pieces of contexts, and their log2-sum-exp. Others may be uninitialized.
       chunks: the results of chunk tiles; None: there are none.
       places: `GpuPlan.merge`.
+      numbers: of the layer; see `softmax_tile.LAYER`.
       group: G, query heads per KV head.
       dtype: of the result.
       blocks: how many thread blocks share the tokens and heads.
       interpret: passed to `plgpu.kernel`.
     """
-    num_tokens, num_kv_heads, head_dim = places.shape[0], partial.shape[1], partial.shape[-1]
+    num_tokens, num_kv_heads, head_dim = places.shape[-2], partial.shape[1], partial.shape[-1]
     num_pairs = num_tokens * num_kv_heads
     blocks = min(blocks, num_pairs)
     heads = _heads_per_step(group, head_dim)
-    numbers = heads * head_dim
-    vector = next(n for n in (4, 2, 1) if numbers % (THREADS * n) == 0 and head_dim % n == 0)
+    vector = next(n for n in (4, 2, 1) if heads * head_dim % (THREADS * n) == 0 and head_dim % n == 0)
     layout = None if interpret else plgpu.Layout.WG_STRIDED((heads, head_dim), vec_size=vector)
-    names = ["places", "partial", "lse", *(["chunks"] if chunks is not None else []), "out"]
+    names = ["places", "numbers", "partial", "lse", *(["chunks"] if chunks is not None else []), "out"]
 
-    def kernel(*refs: Ref) -> None:
+    def kernel(*all_refs: Ref) -> None:
+        refs = dict(zip(names, all_refs, strict=True))
+        refs["places"] = of_layer(refs, "places", KIND, 2)
+
         def pair(i: jax.Array, _: None) -> None:
             ordinal = lax.axis_index("block") + i * blocks
             token = lax.div(ordinal, jnp.int32(num_kv_heads))
             place = _Place(token=token, head=ordinal - token * num_kv_heads, group=group, heads=heads, layout=layout)
-            _merge_head(dict(zip(names, refs, strict=True)), place)
+            _merge_head(refs, place)
 
         mine = lax.div(num_pairs - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
         lax.fori_loop(0, mine, pair, None)
@@ -92,7 +96,7 @@ def merge(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
         kernel_name="ragged_attention_merge",
-    )(places, partial, lse, *([chunks] if chunks is not None else []))
+    )(places, numbers, partial, lse, *([chunks] if chunks is not None else []))
 
 
 class _Place(NamedTuple):

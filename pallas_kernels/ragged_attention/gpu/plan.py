@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -25,7 +27,11 @@ _MOST_INDEPENDENT = 512  # pieces: their float32 results are 32 MiB for 8 KV hea
 
 @pytree
 class GpuPlan:
-    """The tiles of both kernels, and where the result of each token is."""
+    """The tiles of both kernels, and where the result of each token is.
+
+    With a `kind`, it is one of several plans, whose arrays are stacked: kernels read theirs where it is, since a slice would
+    be one more kernel in every layer.
+    """
 
     pieces: Int[Array, "rows columns"]
     """Work list of the kernel for pieces of the contexts of single queries."""
@@ -43,6 +49,29 @@ class GpuPlan:
     """Whether the token is the only one of its chunk."""
     is_used: Bool[Array, " T"]
     """Whether the token belongs to a chunk."""
+    tables: Int[Array, "kinds S M"] | None = None
+    slots: Int[Array, "kinds T"] | None = None
+    """`RaggedIndex.block_tables` and `kv_slots` of all kinds, if they differ."""
+    kind: Int[Array, ""] | None = None
+
+    def alone(self) -> GpuPlan:
+        """The plan with its own parts of the arrays."""
+        if self.kind is None:
+            return self
+        kind, plan = self.kind, dataclasses.replace(self, tables=None, slots=None, kind=None)
+        return jax.tree.map(lambda stacked: stacked[kind], plan)
+
+
+def stack_plans(plans: Sequence[GpuPlan], indices: Sequence[RaggedIndex]) -> list[GpuPlan]:
+    """The plans of several kinds of layers, as parts of one; `indices` are those that they were made for."""
+    if len(plans) == 1:
+        return list(plans)
+    whole = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
+    if any(index.block_tables is not indices[0].block_tables for index in indices):
+        whole = dataclasses.replace(whole, tables=jnp.stack([index.block_tables for index in indices]))
+    if any(index.kv_slots is not indices[0].kv_slots for index in indices):
+        whole = dataclasses.replace(whole, slots=jnp.stack([index.kv_slots for index in indices]))
+    return [dataclasses.replace(whole, kind=jnp.int32(kind)) for kind in range(len(plans))]
 
 
 def plan_step(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,16 @@ NO_KEY = -1e30
 SEQUENCE, ROW, POSITION, FIRST, END, WINDOW, HAS_SINK = range(7)
 NUM_COLUMNS = 7
 
+# What a kernel is told of its layer, i32[1] or i32[3]: its number, and which part it reads of what is stacked for several
+# kinds of layers.
+LAYER, KIND, ROTATION = range(3)
+
 State = TypeVar("State")
+
+
+def of_layer(refs: Mapping[Any, Ref], name: str, number: int, ndim: int) -> Ref:
+    """What a layer reads of a reference that may have one axis more than `ndim`, for kinds of layers."""
+    return refs[name] if len(refs[name].shape) == ndim else refs[name].at[refs["numbers"][number]]
 
 
 def rows_of_query(group: int) -> int:
@@ -93,7 +102,7 @@ class Tile:
         self.head = ordinal - self.index * num_kv_heads
         self.kv_head = self.head if spec.parts == 1 else lax.div(self.head, jnp.int32(spec.parts))  # of the cache
         self.columns = [refs["work"][self.index, column] for column in range(NUM_COLUMNS)]
-        self.first_block = refs["layer"][0] * spec.num_blocks
+        self.first_block = refs["numbers"][LAYER] * spec.num_blocks
         self.first, self.end = self.columns[FIRST], self.columns[END]
         self.num_steps = lax.div(self.end - self.first + (spec.keys - 1), jnp.int32(spec.keys))
         # A tile begins at a granule boundary, so its own first row may come later.

@@ -35,6 +35,7 @@ from jax.extend.mlir.dialects import arith, vector
 from jax.typing import DTypeLike
 
 from pallas_kernels.pallas_types import Layout, Ref
+from pallas_kernels.ragged_attention.gpu.softmax_tile import KIND, LAYER, ROTATION, of_layer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -49,12 +50,12 @@ def rotate_and_write(
     q: Float[Array, "T H D"],
     k: Float[Array, "T K D"],
     v: Float[Array, "T K D"],
-    rotation: tuple[Float[Array, "T P"], Float[Array, "T P"]],
+    rotation: tuple[Float[Array, "*R T P"], Float[Array, "*R T P"]],
     k_cache: Float[Array, "blocks K B D"],
     v_cache: Float[Array, "blocks K B D"],
     *,
-    kv_slots: Int[Array, " T"],
-    layer: jax.Array,
+    kv_slots: Int[Array, "*kinds T"],
+    numbers: Int[Array, " numbers"],
     num_blocks: int,
     num_rows: int,
     dtype: DTypeLike,
@@ -66,7 +67,7 @@ def rotate_and_write(
       q, k, v: parts of one projection, which is read where it is if they are adjacent slices of it.
       rotation: cosines and sines f32[T, P] with P up to D / 2; see `rotary.rotate`.
       kv_slots: as for `ragged_attention`; what is outside of the layer's blocks is not written.
-      layer: its number, i32[1].
+      numbers: of the layer; see `softmax_tile.LAYER`.
       num_blocks: of a layer.
       num_rows: at least T * G; later rows are zeros.
       dtype: of the queries.
@@ -80,16 +81,18 @@ def rotate_and_write(
         num_heads=num_heads,
         num_kv_heads=k.shape[1],
         head_dim=head_dim,
-        pairs=rotation[0].shape[1],
+        pairs=rotation[0].shape[-1],
         num_blocks=num_blocks,
         num_rows=num_rows,
         interpreted=bool(interpret),
     )
     qkv = columns.reshape(num_tokens, spec.all_heads, head_dim)
-    names = ("slots", "layer", "cos", "sin", "qkv", "keys", "values", "queries")
+    names = ("slots", "numbers", "cos", "sin", "qkv", "keys", "values", "queries")
 
     def kernel(*refs: Ref) -> None:
-        _write(dict(zip(names, refs, strict=True)), spec)
+        given = dict(zip(names, refs, strict=True))
+        own = {name: of_layer(given, name, ROTATION, 2) for name in ("cos", "sin")}
+        _write(given | own | {"slots": of_layer(given, "slots", KIND, 1)}, spec)
 
     call: Any = pl.kernel(
         kernel,
@@ -105,7 +108,7 @@ def rotate_and_write(
     @pl.run_state  # unlike references from `jax.new_ref`, its own have no effect that a `custom_jvp` would have to know
     def write(state: tuple[Ref, Ref, Ref]) -> None:
         queries, *caches = state
-        (queries[...],) = call(kv_slots, layer, *rotation, qkv, *caches)
+        (queries[...],) = call(kv_slots, numbers, *rotation, qkv, *caches)
 
     unused = jnp.zeros((spec.num_kv_heads, num_rows, head_dim), dtype)
     return write((unused, k_cache, v_cache))
@@ -197,7 +200,7 @@ def _write(refs: dict[str, Ref], spec: _Spec) -> None:
     def _() -> None:
         block_of_slot = lax.div(slot, jnp.int32(block_size))
         offset = slot - block_of_slot * block_size
-        block_of_layer = refs["layer"][0] * spec.num_blocks + block_of_slot
+        block_of_layer = refs["numbers"][LAYER] * spec.num_blocks + block_of_slot
         for name, first_head in (("keys", spec.num_heads), ("values", spec.num_heads + spec.num_kv_heads)):
             own = head - first_head
             is_own = (own >= 0) & (own < spec.num_kv_heads)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax._src import core
 from jax._src.pallas.mosaic.interpret import thread_map
@@ -25,7 +25,8 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.ragged_attention import Latents
-from pallas_kernels.ragged_attention.gpu.call import ragged_attention_gpu
+from pallas_kernels.ragged_attention.arguments import Plans
+from pallas_kernels.ragged_attention.gpu.call import plan_gpu, ragged_attention_gpu, stack_plans
 from pallas_kernels.ragged_attention.gpu.tile_sizes import GpuTiles
 from pallas_kernels.ragged_attention.quantized import is_quantized
 from pallas_kernels.ragged_attention.reference import ragged_attention_reference
@@ -35,6 +36,7 @@ NUM_SEQUENCES, NUM_TOKENS, MAX_CONTEXT = 5, 40, 330  # contexts of three steps a
 # Weights are rounded to the dtype of the cache before they are multiplied by the values, and so are the results.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 NO_WINDOW = 2**31 - 1
+MIXED = [(16, 271), (1, 15), (0, 0), (2, 2), (1, 240)]  # (new tokens, context) of each sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Case:
     sinks: bool = False
     window: bool = True
     pairs: int = 0  # of a head that are rotated
+    kinds: bool = False  # whether plan, places and rotation are one of two, as in a model with several kinds of layers
     latents: Latents | None = None
     has_values: bool = False  # whether there is a cache of values although they are in their keys, as beside an indexer
     dtype: str = "bfloat16"
@@ -88,7 +91,7 @@ class Case:
 LATENTS = Latents(key_dim=576, value_dim=512)  # of DeepSeek V2 and V3
 NARROW = Latents(key_dim=288, value_dim=256)  # of MiniCPM3
 QUICK = [
-    Case(soft_cap=5.0, sinks=True, pairs=32),
+    Case(soft_cap=5.0, sinks=True, pairs=32, kinds=True),
     Case(num_kv_heads=1, group=16, head_dim=640, block_size=32, latents=LATENTS),
 ]
 AMPERE_WIDE: Any = {"generation": "ampere", "chunk_keys": 32, "single_keys": 32}
@@ -112,7 +115,7 @@ ALL = [
     Case(dtype="float8_e4m3fn", num_kv_heads=1, group=4, head_dim=128, block_size=128, sinks=True, stages=3, chunk_keys=128),
     Case(generation="ampere", dtype="int8", block_size=64, soft_cap=5.0),
     Case(generation="ampere", dtype="int8", num_kv_heads=1, group=40, head_dim=128, block_size=128, stages=3),
-    Case(generation="ampere", alibi=True, block_size=8, head_dim=128, pairs=16),
+    Case(generation="ampere", alibi=True, block_size=8, head_dim=128, pairs=16, kinds=True),
     Case(generation="ampere", num_kv_heads=3, group=1, block_size=128, dtype="float16", soft_cap=5.0),
     Case(generation="ampere", num_kv_heads=1, group=17, head_dim=80, block_size=32, sinks=True, blocks=1),
     Case(generation="ampere", num_kv_heads=1, group=40, block_size=64, alibi=True, stages=3),
@@ -149,16 +152,47 @@ def compiled(implementation: str, case: Case) -> Any:
 
 def run(implementation: str, batch: Batch, case: Case, **options: Any) -> list[np.ndarray]:
     arguments = batch.arguments(**case.options(), **options)
+    if case.kinds and implementation == "gpu":
+        arguments |= second_of_two_kinds(arguments, case)
     return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(implementation, case)(**arguments))]
+
+
+def second_of_two_kinds(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Index and scoring that read theirs from stacks, in which those of another kind of layer come first."""
+    index, scoring, q = arguments["index"], arguments["scoring"], arguments["q"]
+    nowhere = jnp.full_like(index.kv_slots, -1)
+    other = dataclasses.replace(index, block_tables=jnp.zeros_like(index.block_tables), kv_slots=nowhere)
+    plans = [
+        plan_gpu(
+            arguments["k_cache"],
+            each,
+            window,
+            num_tokens=q.shape[0],
+            num_heads=q.shape[1],
+            num_blocks=arguments["layer"].num_blocks,
+            tiles=case.tiles,
+            generation=case.generation,
+        )
+        for each, window in ((other, 3), (index, scoring.sliding_window))
+    ]
+    plan = stack_plans(plans, [other, index])[1]
+    if scoring.rotation is not None:
+        rotation = tuple(jnp.stack([jnp.zeros_like(table), table]) for table in scoring.rotation)
+        scoring = dataclasses.replace(scoring, rotation=rotation, rotation_row=jnp.int32(1))
+    return {"index": dataclasses.replace(index, plans=Plans(gpu=plan)), "scoring": scoring}
 
 
 def check_case(case: Case, *, examples: int) -> None:
     max_blocks = -(-MAX_CONTEXT // case.block_size)
     windows = st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]) if case.window else st.none()
 
-    # Without the phase that explains failures, whose tracing of every line slows the tracing of programs.
-    @settings(max_examples=examples, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+    # Without the phase that explains failures, whose tracing of every line slows the tracing of programs. The first batch that
+    # is generated is empty, so a single one is that of `example`.
+    phases = [Phase.explicit, *([Phase.generate] if examples > 1 else [])]
+
+    @settings(max_examples=examples, phases=phases, deadline=None, derandomize=True, database=None)
     @given(chunks=ragged_chunks(), window=windows, layer=st.integers(0, 2))
+    @example(chunks=MIXED, window=20 if case.window else None, layer=1)
     def check(chunks: list[tuple[int, int]], window: int | None, layer: int) -> None:
         dtype = jnp.dtype(case.dtype)
         batch = make_batch(
