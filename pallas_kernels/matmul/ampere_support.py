@@ -12,9 +12,14 @@ from pallas_kernels import gpu_target, jax_versions
 from pallas_kernels.matmul.hopper_support import INT4, bits_of, whole_steps
 
 DEPTH = 64  # inputs per step
+COLUMNS = 128  # of a thread block
 MULTIPROCESSORS = 108  # of an A100, if the device does not report it
-SHARED_BYTES = 96 * 1024  # of 99 KiB on GPUs of compute capability 8.6 and 8.9
+SHARED_BYTES = {"8.0": 164 * 1024, "8.7": 164 * 1024}  # of a multiprocessor
+LEAST_SHARED_BYTES = 100 * 1024  # of one of another compute capability
+RESERVED_BYTES = 1024  # of them, for each thread block
+ALONE = 1.35  # how much longer a step takes, estimated, if no other block computes while one waits
 MOST_STAGES, MOST_SPLITS = 4, 8
+FUSED_SPLITS = 4  # whose sum XLA computes in the kernel that uses it, such as a norm; of more it makes a kernel
 LARGEST_ROWS = 128
 
 
@@ -22,12 +27,9 @@ LARGEST_ROWS = 128
 class Tiles:
     """How the kernel divides its work. Only `splits` changes the order in which a result is summed."""
 
-    rows: int  # of a tile, a power of two of at least 16
-    columns: int  # of a program of the grid, likewise
+    rows: int  # of a tile: 16, 32, 64 or 128
     splits: int  # parts of the inputs, whose products are summed separately
     stages: int  # steps whose operands are in shared memory at the same time
-    warps: int
-    depth: int = DEPTH
 
 
 def supported(
@@ -54,11 +56,11 @@ def fits(shape: tuple[int, ...], stored: DTypeLike, dtype: DTypeLike, *, size: i
         return False
     if size is not None and not whole_steps(shape[-2], size):
         return False
-    return shape[-2] % DEPTH == 0 and shape[-1] % 16 == 0
+    return shape[-2] % DEPTH == 0 and shape[-1] % 16 == 0 and shape[-1] >= COLUMNS
 
 
 def modeled(num_tiles: int, shape: tuple[int, ...], stored: DTypeLike, *, rows: int, splits: int | None = None) -> Tiles:
-    """Two programs for each multiprocessor, if the inputs can be split into so many parts, and as many stages as fit.
+    """The division with which the thread blocks read the fewest bytes in the longest of them, as `hopper_support.modeled`.
 
     Args:
       num_tiles: how many tiles are expected to have work.
@@ -67,14 +69,30 @@ def modeled(num_tiles: int, shape: tuple[int, ...], stored: DTypeLike, *, rows: 
       rows: of a tile.
       splits: how many parts the inputs have; None: as many as are best.
     """
-    columns = 128 if rows == LARGEST_ROWS else 64
-    steps = shape[-2] // DEPTH
+    depth, num_columns = shape[-2:]
+    steps, bits = depth // DEPTH, bits_of(stored)
+    multiprocessors = gpu_target.multiprocessors() or MULTIPROCESSORS
+    parts = num_tiles * -(-num_columns // COLUMNS)
+
+    def cost(splits: int) -> float:
+        per_item = -(-steps // splits) * DEPTH * (COLUMNS * bits // 8 + rows)
+        longest = max(ALONE, -(-parts * splits // multiprocessors))
+        sums = 4 * splits * num_tiles * rows * num_columns if splits > 1 else 0
+        return longest * per_item * multiprocessors + 2 * sums
+
     if splits is None:
-        wanted = 2 * (gpu_target.multiprocessors() or MULTIPROCESSORS)
-        programs = num_tiles * -(-shape[-1] // columns)
-        splits = max(1, min(-(-wanted // programs), MOST_SPLITS, steps // MOST_STAGES))
-    stages = min(MOST_STAGES, SHARED_BYTES // stage_bytes(rows, columns, stored))
-    return Tiles(rows=rows, columns=columns, splits=splits, stages=stages, warps=8 if rows == LARGEST_ROWS else 4)
+        most = MOST_SPLITS if parts * FUSED_SPLITS < multiprocessors else FUSED_SPLITS
+        # Every split must have a step.
+        splits = min((n for n in range(1, most + 1) if (n - 1) * -(-steps // n) < steps), key=cost)
+    shared = SHARED_BYTES.get(gpu_target.compute_capability() or "8.0", LEAST_SHARED_BYTES)
+    together = min(blocks_together(rows), -(-parts * splits // multiprocessors))
+    stages = (shared // together - RESERVED_BYTES) // stage_bytes(rows, stored)
+    return Tiles(rows=rows, splits=splits, stages=max(2, min(MOST_STAGES, stages)))
+
+
+def blocks_together(rows: int) -> int:
+    """How many thread blocks of a multiprocessor hide each other's latency: as many as their registers allow."""
+    return 2 if rows == LARGEST_ROWS else 3
 
 
 def tile_rows(num_rows: int) -> int:
@@ -82,8 +100,6 @@ def tile_rows(num_rows: int) -> int:
     return next((rows for rows in (16, 32, 64) if num_rows <= rows), LARGEST_ROWS)
 
 
-def stage_bytes(rows: int, columns: int, stored: DTypeLike) -> int:
+def stage_bytes(rows: int, stored: DTypeLike) -> int:
     """Of shared memory, for the operands of a step."""
-    # Of int4 at most two scales and two offsets of an output, in float32.
-    factors = columns * 2 * 2 * 4 if stored == INT4 else 0
-    return DEPTH * (2 * rows + columns * bits_of(stored) // 8) + factors
+    return DEPTH * (2 * rows + COLUMNS * bits_of(stored) // 8)

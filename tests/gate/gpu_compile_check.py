@@ -202,6 +202,10 @@ def main() -> int:
             f"8.9 product: int4, {product.name}": functools.partial(check_product, product, ada) for product in INT4_PRODUCTS
         }
         checks |= {
+            f"A100 product: int4, {product.name}": functools.partial(check_product, product, a100)
+            for product in INT4_PRODUCTS
+        }
+        checks |= {
             f"A100 attention: {call.name}": functools.partial(check_kernel, call, a100)
             for call in (*AMPERE_CALLS, *WIDE_CALLS)
         }

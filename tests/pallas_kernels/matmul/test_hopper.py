@@ -31,7 +31,7 @@ def test_the_product_in_the_interpreter_is_that_of_plain_matrices(which: str) ->
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-m", "tests.pallas_kernels.matmul.hopper_interpreter", which]
+    command = [sys.executable, "-m", "tests.pallas_kernels.matmul.gpu_interpreter", which]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "equal: " in done.stdout

@@ -1,6 +1,6 @@
-"""Compares the Hopper product, run in the Pallas Mosaic-GPU interpreter, with plain products, in a separate process:
+"""Compares the GPU products, run in the Pallas Mosaic-GPU interpreter, with plain products, in a separate process:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.matmul.hopper_interpreter quick
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.pallas_kernels.matmul.gpu_interpreter quick
 
 As in `ragged_attention.gpu_interpreter`, which says why it is one.
 """
@@ -19,9 +19,18 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.matmul import FLOAT8_BLOCK, Float8Weight, Int4Weight, Int8Weight, quantize_float8, quantize_int8
-from pallas_kernels.matmul.hopper import multiply
-from pallas_kernels.matmul.hopper_support import Tiles
+from pallas_kernels.matmul import (
+    FLOAT8_BLOCK,
+    Float8Weight,
+    Int4Weight,
+    Int8Weight,
+    ampere,
+    ampere_support,
+    hopper,
+    hopper_support,
+    quantize_float8,
+    quantize_int8,
+)
 from pallas_kernels.matmul.narrow import float8_rows
 from tests.pallas_kernels.matmul.random_int4 import random_int4
 from tests.pallas_kernels.ragged_attention.gpu_interpreter import compile_once
@@ -31,6 +40,7 @@ LAYERS, LAYER = 3, 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
+    generation: str = "hopper"
     groups: tuple[int, ...] = ()
     """Rows of each group; none: a product of all rows with one matrix."""
     num_rows: int = 20
@@ -53,8 +63,12 @@ class Case:
     blocks: int = 3
 
     @property
-    def tiles(self) -> Tiles:
-        return Tiles(rows=self.rows, columns=self.columns, splits=self.splits, stages=self.stages, blocks=self.blocks)
+    def tiles(self) -> hopper_support.Tiles | ampere_support.Tiles:
+        if self.generation == "ampere":
+            return ampere_support.Tiles(rows=self.rows, splits=self.splits, stages=self.stages)
+        return hopper_support.Tiles(
+            rows=self.rows, columns=self.columns, splits=self.splits, stages=self.stages, blocks=self.blocks
+        )
 
 
 QUICK = [Case(splits=3, depth=320), Case(groups=(5, 0, 70, 9), num_rows=90, stored="", num_columns=128)]
@@ -74,12 +88,25 @@ ALL = [
     Case(stored="int4", size=64, offsets=True, scales="float32", num_rows=90, rows=128, columns=128, num_columns=384),
     Case(stored="int4", size=128, groups=(5, 0, 70, 9), num_rows=90, dtype="float16", stages=3),
     Case(stored="int4", offsets=True, groups=(0, 130, 1), num_rows=131, rows=128, num_columns=128, blocks=5),
+    Case(generation="ampere", num_rows=5, rows=16, splits=3, depth=320, num_columns=144),
+    Case(generation="ampere", num_rows=40, rows=32, dtype="float16", stages=3, num_columns=304),
+    Case(generation="ampere", num_rows=200, rows=128, num_columns=256),
+    Case(generation="ampere", num_rows=64, splits=4, depth=256, stages=4, num_columns=128),
+    Case(generation="ampere", groups=(5, 0, 21, 9), num_rows=40, rows=16, depth=192, num_columns=208),
+    Case(generation="ampere", groups=(5, 0, 70, 9), num_rows=90, stored="", num_columns=160),
+    Case(generation="ampere", groups=(0, 130, 1), num_rows=131, rows=128, stored="", dtype="float16", stages=3),
+    Case(generation="ampere", groups=(0, 0, 0), num_rows=9, rows=16),
+    Case(generation="ampere", stored="int4", num_rows=21, rows=32, splits=3, depth=384, num_columns=144, stages=3),
+    Case(generation="ampere", stored="int4", num_rows=90, size=64, offsets=True, scales="float32", rows=128),
+    Case(generation="ampere", stored="int4", size=128, groups=(5, 0, 70, 9), num_rows=90, dtype="float16", stages=4),
+    Case(generation="ampere", stored="int4", offsets=True, groups=(1, 1, 30, 8), num_rows=40, rows=16),
 ]
 
 
 @functools.cache
 def compiled(case: Case, grouped: bool):
     interpret = InterpretGPUParams(detect_races=True)
+    multiply = {"hopper": hopper.multiply, "ampere": ampere.multiply}[case.generation]
     function = grouped_matmul_gpu if grouped else multiply
     return jax.jit(functools.partial(function, tiles=case.tiles, interpret=interpret))
 
