@@ -78,12 +78,15 @@ def _prepared(
         if kept is not None:
             return jax.tree.map(jnp.asarray, kept)
         array = array.dequantize()
-    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
-        array = array.dequantize()
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
         blocks = platform != "tpu"  # which multiplies without rounding activations then
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks))
+        leaf = host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks)
+        if not blocks and isinstance(leaf, Float8Weight) and _has_other_widths(spec, leaf, model, platform):
+            values = np.asarray(leaf.values).swapaxes(-1, -2)
+            values, scales = _filled_parts(spec, values, np.asarray(leaf.scales), model, platform)
+            return Float8Weight(values=jnp.asarray(values.swapaxes(-1, -2)), scales=jnp.asarray(scales))
+        return jax.tree.map(jnp.asarray, leaf)
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if isinstance(array, BlockGroups):
@@ -187,16 +190,30 @@ def _filled_up(
     spec: WeightSpec, array: np.ndarray | jax.Array | Int8Weight, model: ModelConfig, platform: str
 ) -> np.ndarray | jax.Array | Int8Weight:
     """A weight of experts with the widths that the kernel of the platform needs; others as they are."""
-    wanted = divided_shape(spec, model, 1, platform)
-    if array.shape[-len(wanted) :] == wanted:
+    if not _has_other_widths(spec, array, model, platform):
         return array
+    if isinstance(array, Int8Weight):
+        values, scales = _filled_parts(spec, np.asarray(array.values), np.asarray(array.scales), model, platform)
+        return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+    every_axis = range(-len(spec.axes), 0)
+    return divided_array(spec, np.asarray(array), model, 1, axes=every_axis, fill=0, platform=platform)
+
+
+def _has_other_widths(
+    spec: WeightSpec, array: np.ndarray | jax.Array | ScaledWeight, model: ModelConfig, platform: str
+) -> bool:
+    wanted = divided_shape(spec, model, 1, platform)
+    return array.shape[-len(wanted) :] != wanted
+
+
+def _filled_parts(
+    spec: WeightSpec, values: np.ndarray, scales: np.ndarray, model: ModelConfig, platform: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of values [..., in, out] and the scales of outputs."""
     every_axis = range(-len(spec.axes), 0)
     fill = partial(divided_array, spec, config=model, num_devices=1, platform=platform)
-    if not isinstance(array, Int8Weight):
-        return fill(array=np.asarray(array), axes=every_axis, fill=0)
-    scales = fill(array=np.asarray(array.scales), axes=[axis for axis in every_axis if axis != -2], fill=1)
-    values = fill(array=np.asarray(array.values), axes=every_axis, fill=0)
-    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+    scales = fill(array=scales, axes=[axis for axis in every_axis if axis != -2], fill=1)
+    return fill(array=values, axes=every_axis, fill=0), scales
 
 
 def _divided(
@@ -216,8 +233,6 @@ def _divided(
         kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
         if kept is not None:
             return divide_leaf(spec, kept, mesh, model)
-        array = array.dequantize()
-    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
         array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)

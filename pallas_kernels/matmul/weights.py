@@ -36,7 +36,7 @@ class Int8Weight:
       scales: float32[..., N], positive.
       layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
       division: over which devices `linear` runs a kernel, which XLA cannot divide; None: it does not have to.
-      rounds_rows: `linear` and `swiglu` multiply int8 by int8, with rows of x as `narrow.int8_rows`; no other product does.
+      rounds_rows: int8 is multiplied by int8, with rows of x as `narrow.int8_rows`; its derivative is not.
     """
 
     values: Int8[Array, "*layers K N"]
