@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from pallas_kernels.matmul import (
     Int8Weight,
     ScaledWeight,
     Weight,
+    halves,
     pack_int4,
     prepare,
     quantize_float8,
@@ -41,6 +43,7 @@ from pallas_kernels.matmul import (
     quantize_int8,
 )
 
+_Leaf = TypeVar("_Leaf")
 HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight | BlockGroups
 """A weight as loaded from a checkpoint: floating point, int8 from a quantized snapshot, or in the blocks of the file."""
 
@@ -57,10 +60,25 @@ def prepare_leaf(
 
 
 def _as_multiplied(spec: WeightSpec, leaf: Leaf, model: ModelConfig, config: ResolvedConfig) -> Leaf:
-    """A prepared weight that says whether rows of activations are rounded, too."""
+    """A prepared weight that says whether rows of activations are rounded, too, and how the GPU here reads it."""
+    leaf = _in_order(spec, leaf)
     if config.quantize != "w8a8" or not isinstance(leaf, Int8Weight):
         return leaf
     return replace(leaf, rounds_rows=_quantization(spec, model, config, jax.default_backend()) == "w8a8")
+
+
+def _in_order(spec: WeightSpec, leaf: _Leaf) -> _Leaf:
+    """`leaf`, on the host or on devices, with its inputs last if it is multiplied in halves."""
+    if (
+        not isinstance(leaf, Int8Weight)
+        or spec.kind is not Kind.MATRIX
+        or leaf.inputs_last
+        or not halves.is_used(leaf.shape)
+    ):
+        return leaf
+    if isinstance(leaf.values, np.ndarray):
+        return replace(leaf, values=np.ascontiguousarray(leaf.values.swapaxes(-1, -2)), inputs_last=True)
+    return replace(leaf, values=jnp.swapaxes(leaf.values, -1, -2), inputs_last=True)
 
 
 def _prepared(
@@ -95,7 +113,8 @@ def _prepared(
         array = _filled_up(spec, array, model, platform)
         if quantize is None and not isinstance(array, Int8Weight):
             return jnp.asarray(array, dtype)
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, platform=platform))
+        leaf = host_leaf(spec, array, dtype=dtype, quantize=quantize, platform=platform)
+        return jax.tree.map(jnp.asarray, _in_order(spec, leaf))
     if not isinstance(array, Int8Weight):
         array = np.asarray(array).astype(dtype, copy=False)
         if spec.kind is Kind.HEADS:
@@ -236,7 +255,8 @@ def _divided(
         array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)
-    return divide_leaf(spec, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks), mesh, model)
+    leaf = host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks)
+    return divide_leaf(spec, _in_order(spec, leaf), mesh, model)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

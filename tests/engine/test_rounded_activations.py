@@ -15,16 +15,17 @@ from fastgen_jax import Engine, EngineConfig, Research
 from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, INT8_KINDS
 from fastgen_jax.engine import machine
 from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.programs import has_int8
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf, prepare_params
 from fastgen_jax.models.division import divided_shape
 from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind, WeightSpec
-from pallas_kernels import native, tpu_target
+from pallas_kernels import gpu_target, native, tpu_target
 from pallas_kernels.grouped_matmul import BlockGroups, grouped_matmul
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.matmul import Float8Weight, Int8Weight, quantize_int8
+from pallas_kernels.matmul import Float8Weight, Int8Weight, halves, quantize_int8
 from pallas_kernels.matmul.narrow import int8_rows
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
 from tests.tiny import tiny_model
@@ -154,6 +155,66 @@ def test_rows_of_experts_are_rounded() -> None:
         found = grouped_matmul(x, stored, sizes, implementation=implementation)
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert 1e-3 < np.abs(np.asarray(wanted) - grouped_matmul_reference(x, stored, sizes, jnp.int32(0))).max() < 1
+
+
+@pytest.fixture
+def on_a_t4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU whose int8 matrices are stored, and multiplied, as on a GPU of compute capability 7.5."""
+    monkeypatch.setattr(gpu_target, "compute_capability", lambda: halves.CAPABILITY)
+    monkeypatch.setattr(native, "available", lambda: False)
+
+
+@pytest.mark.parametrize("stack_layers", [True, False])
+def test_int8_matrices_of_a_t4_have_their_inputs_last(stack_layers: bool, on_a_t4: None) -> None:
+    params, model = tiny_model("multi_head_tied", stack_layers=stack_layers)
+    config = resolve(EngineConfig(**SETTINGS, quantize="int8", stack_layers=stack_layers), model)
+    prepared = prepare_params(params, model, config)
+    layers: Any = prepared["layers"] if stack_layers else prepared["layers"][0]
+    plain: Any = params["layers"] if stack_layers else params["layers"][0]
+    assert {name for name, leaf in layers.items() if isinstance(leaf, Int8Weight)} == {"qkv", "o", "gate_up", "down"}
+    for name, leaf in layers.items():
+        if isinstance(leaf, Int8Weight):
+            assert leaf.inputs_last
+            assert leaf.shape == plain[name].shape
+            values, scales = quantize_int8(np.asarray(plain[name]))
+            np.testing.assert_array_equal(leaf.inputs_first, values)
+            np.testing.assert_array_equal(leaf.scales, scales)
+    head: Any = prepared["lm_head"]
+    assert head.inputs_last
+    assert not has_int8(prepared), "the options of products apply"
+    as_saved = prepare_params(params, model, replace(config, quantize="int8"))
+    again = prepare_params(_with_inputs_first(as_saved), model, config)  # those of a snapshot in int8
+    assert jax.tree.structure(again) == jax.tree.structure(prepared)
+    jax.tree.map(np.testing.assert_array_equal, again, prepared)
+
+
+def _with_inputs_first(params: Any) -> Any:
+    def in_order(leaf: Any) -> Any:
+        return replace(leaf, values=leaf.inputs_first, inputs_last=False) if isinstance(leaf, Int8Weight) else leaf
+
+    return jax.tree.map(in_order, params, is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
+
+
+def test_experts_of_a_t4_are_as_elsewhere(on_a_t4: None) -> None:
+    moe = MoEConfig(num_experts=2, experts_per_token=1, expert_dim=24, layers=(0,))
+    model = replace(tiny_model()[1], moe=moe)
+    config: Any = resolve(EngineConfig(**SETTINGS, quantize="int8", stack_layers=True), model)
+    spec = all_specs(model)["layers.expert_down"]
+    leaf: Any = prepare_leaf(spec, np.random.default_rng(0).standard_normal(spec.shape, np.float32), model, config)
+    assert isinstance(leaf, Int8Weight)
+    assert not leaf.inputs_last
+    assert has_int8({"experts": leaf})
+
+
+@pytest.mark.slow
+def test_an_engine_answers_as_on_a_t4(on_a_t4: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, model = tiny_model(stack_layers=True)
+    logits = []
+    for capability in (halves.CAPABILITY, "8.0"):
+        monkeypatch.setattr(gpu_target, "compute_capability", lambda known=capability: known)
+        engine = Engine(params, model, EngineConfig(**SETTINGS, quantize="int8", stack_layers=True))
+        logits.append(Research(engine).put(["a", "b"], [[5, 6, 7, 8], [9, 10, 11]]))
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 1e-3 * np.abs(logits[1]).max()
 
 
 @pytest.mark.slow
