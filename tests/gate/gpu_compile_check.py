@@ -29,6 +29,7 @@ from tests.gate.gpu_kernels import (
     check_spills,
 )
 from tests.gate.gpu_steps import (
+    LAUNCHES_IN_HALVES,
     LAUNCHES_OF_SPARSE_ATTENTION,
     LAUNCHES_ON_SEVERAL,
     LAUNCHES_PER_LAYER_IN_FP8,
@@ -180,7 +181,7 @@ def main() -> int:
                 work="greedy",
                 dtype="float16",
                 quantize=quantize,
-                launches=LAUNCHES_WITHOUT_A_KERNEL,
+                launches=LAUNCHES_IN_HALVES if quantize else LAUNCHES_WITHOUT_A_KERNEL,
                 has_kernel=False,
             )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
