@@ -91,9 +91,9 @@ class EngineConfig:
     """Weight-only quantization: "int8" with one scale per output channel; "int4" with one per 32 inputs, and int8 for the
     head, where integers of 4 bits of a checkpoint keep their values except on CPUs. Two formats round activations, too,
     with one scale per token: "fp8", on H100, H200 and TPU7x, multiplies 8-bit floats, and "w8a8", on TPU v5e and v6e, int8;
-    head and experts are as for "int8" with "w8a8", and experts with "fp8" on a TPU. None: as in the checkpoint where
-    the kernels multiply its format (on CPUs most types of GGUF, and 4 and 8 bits of most other formats), with exactly the
-    values that it stands for, else `dtype`. "none": `dtype` in any case."""
+    the head is as for "int8" with "w8a8". None: as in the checkpoint where the kernels multiply its format (on CPUs most
+    types of GGUF, and 4 and 8 bits of most other formats), with exactly the values that it stands for, else `dtype`.
+    "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None

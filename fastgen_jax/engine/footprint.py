@@ -30,15 +30,12 @@ def quantization_of(
     """The format of a weight of a model that is divided over devices, in an engine with this `quantize`.
 
     With "int4", the head, which is sensitive, and matrices that whole blocks (on accelerators pairs of them) do not fill on
-    each device have 8 bits. "fp8" and "w8a8" need the products of `linear`: experts (on TPUs) are int8, and with "w8a8" the
-    head, too.
+    each device have 8 bits. With "w8a8" only matrices and experts of layers round activations.
     """
     if not spec.quantizable:
         return None
-    if quantize == "fp8" and platform == "tpu":
-        return "int8" if spec.kind is Kind.EXPERTS else "fp8"
     if quantize == "w8a8":
-        return "w8a8" if spec.kind is Kind.MATRIX and spec.per_layer else "int8"
+        return "w8a8" if spec.kind in (Kind.MATRIX, Kind.EXPERTS) and spec.per_layer else "int8"
     if quantize != "int4":
         return quantize
     share = num_devices if spec.axes[-2] in DIVIDED_AXES else 1

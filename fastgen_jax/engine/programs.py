@@ -33,7 +33,7 @@ from fastgen_jax.models.states import state_shapes
 from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.version import VERSION
 from pallas_kernels.folders import Folder
-from pallas_kernels.matmul import Int8Weight
+from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight, inputs_last
 from pallas_kernels.pytree import pytree
 
 FOLDER = "executables"  # within the cache folder
@@ -176,9 +176,9 @@ def load_or_compile(
 
 
 def has_int8(params: Any) -> bool:
-    """Whether some of the weights, arrays or shapes, are `Int8Weight`."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
-    return any(isinstance(leaf, Int8Weight) for leaf in leaves)
+    """Whether some of the weights, arrays or shapes, have to be converted by XLA where no kernel of ours multiplies them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, ScaledWeight))
+    return any(isinstance(leaf, Int8Weight | Int4Weight) and not inputs_last(leaf) for leaf in leaves)
 
 
 def works_on(platform: str) -> tuple[Work, ...]:

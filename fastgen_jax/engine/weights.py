@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from pallas_kernels.matmul import (
     Int8Weight,
     ScaledWeight,
     Weight,
+    halves,
     pack_int4,
     prepare,
     quantize_float8,
@@ -41,6 +43,7 @@ from pallas_kernels.matmul import (
     quantize_int8,
 )
 
+_Leaf = TypeVar("_Leaf")
 HostWeight = np.ndarray | jax.Array | Int8Weight | BlockWeight | BlockGroups
 """A weight as loaded from a checkpoint: floating point, int8 from a quantized snapshot, or in the blocks of the file."""
 
@@ -57,10 +60,25 @@ def prepare_leaf(
 
 
 def _as_multiplied(spec: WeightSpec, leaf: Leaf, model: ModelConfig, config: ResolvedConfig) -> Leaf:
-    """A prepared weight that says whether rows of activations are rounded, too."""
+    """A prepared weight that says whether rows of activations are rounded, too, and how the GPU here reads it."""
+    leaf = _in_order(spec, leaf)
     if config.quantize != "w8a8" or not isinstance(leaf, Int8Weight):
         return leaf
     return replace(leaf, rounds_rows=_quantization(spec, model, config, jax.default_backend()) == "w8a8")
+
+
+def _in_order(spec: WeightSpec, leaf: _Leaf) -> _Leaf:
+    """`leaf`, on the host or on devices, with its inputs last if it is multiplied in halves."""
+    if (
+        not isinstance(leaf, Int8Weight)
+        or spec.kind is not Kind.MATRIX
+        or leaf.inputs_last
+        or not halves.is_used(leaf.shape)
+    ):
+        return leaf
+    if isinstance(leaf.values, np.ndarray):
+        return replace(leaf, values=np.ascontiguousarray(leaf.values.swapaxes(-1, -2)), inputs_last=True)
+    return replace(leaf, values=jnp.swapaxes(leaf.values, -1, -2), inputs_last=True)
 
 
 def _prepared(
@@ -78,23 +96,22 @@ def _prepared(
         if kept is not None:
             return jax.tree.map(jnp.asarray, kept)
         array = array.dequantize()
-    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
-        array = array.dequantize()
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
         blocks = platform != "tpu"  # which multiplies without rounding activations then
-        if divided_shape(spec, model, 1, platform) != spec.shape:
-            array = _filled_up(spec, array.dequantize() if in_blocks else array, model, platform)
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks))
+        leaf = host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks)
+        return jax.tree.map(jnp.asarray, _filled_up(spec, leaf, model, platform))
     if isinstance(array, BlockWeight):
         return prepare(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if isinstance(array, BlockGroups):
         return prepare_groups(array, platform="cpu", gated=spec.gated, dtype=dtype)
     if not (config.packed_weights and spec.is_product):
-        array = _filled_up(spec, array, model, platform)
-        if quantize is None and not isinstance(array, Int8Weight):
-            return jnp.asarray(array, dtype)
-        return jax.tree.map(jnp.asarray, host_leaf(spec, array, dtype=dtype, quantize=quantize, platform=platform))
+        filled = _filled_up(spec, array, model, platform)
+        if quantize is None and not isinstance(filled, ScaledWeight):
+            return jnp.asarray(filled, dtype)
+        assert not isinstance(filled, Int4Weight | Float8Weight), "only the forms of host weights"
+        leaf = host_leaf(spec, filled, dtype=dtype, quantize=quantize, platform=platform)
+        return jax.tree.map(jnp.asarray, _in_order(spec, leaf))
     if not isinstance(array, Int8Weight):
         array = np.asarray(array).astype(dtype, copy=False)
         if spec.kind is Kind.HEADS:
@@ -186,19 +203,45 @@ def _expansions(array: np.ndarray, model: ModelConfig) -> Expansions:
 
 
 def _filled_up(
-    spec: WeightSpec, array: np.ndarray | jax.Array | Int8Weight, model: ModelConfig, platform: str
-) -> np.ndarray | jax.Array | Int8Weight:
+    spec: WeightSpec, array: np.ndarray | jax.Array | ScaledWeight, model: ModelConfig, platform: str
+) -> np.ndarray | jax.Array | ScaledWeight:
     """A weight with the widths that the kernels of the platform need."""
-    wanted = divided_shape(spec, model, 1, platform)
-    if array.shape[-len(wanted) :] == wanted:
+    if not _has_other_widths(spec, array, model, platform):
         return array
+    assert not isinstance(array, Int4Weight), "it is made of what is filled up"
+    fill = partial(_filled_parts, spec, model=model, platform=platform)
+    if isinstance(array, Int8Weight):
+        values, scales = fill(np.asarray(array.values), np.asarray(array.scales))
+        return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+    if isinstance(array, Float8Weight):
+        values = np.asarray(array.values).swapaxes(-1, -2)
+        values, scales = fill(values, np.asarray(array.scales), of_blocks=array.in_blocks)
+        return Float8Weight(values=values.swapaxes(-1, -2), scales=scales)  # pyright: ignore[reportArgumentType]
+    every_axis = range(-len(spec.axes), 0)
+    return divided_array(spec, np.asarray(array), model, 1, axes=every_axis, fill=0, platform=platform)
+
+
+def _has_other_widths(
+    spec: WeightSpec, array: np.ndarray | jax.Array | ScaledWeight, model: ModelConfig, platform: str
+) -> bool:
+    wanted = divided_shape(spec, model, 1, platform)
+    return array.shape[-len(wanted) :] != wanted
+
+
+def _filled_parts(
+    spec: WeightSpec,
+    values: np.ndarray,
+    scales: np.ndarray,
+    *,
+    model: ModelConfig,
+    platform: str,
+    of_blocks: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of values [..., in, out] and scales [..., out] of outputs, or [in / size, out] of blocks of inputs."""
     every_axis = range(-len(spec.axes), 0)
     fill = partial(divided_array, spec, config=model, num_devices=1, platform=platform)
-    if not isinstance(array, Int8Weight):
-        return fill(array=np.asarray(array), axes=every_axis, fill=0)
-    scales = fill(array=np.asarray(array.scales), axes=[axis for axis in every_axis if axis != -2], fill=1)
-    values = fill(array=np.asarray(array.values), axes=every_axis, fill=0)
-    return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
+    axes = [-1] if of_blocks else [axis for axis in every_axis if axis != -2]
+    return fill(array=values, axes=every_axis, fill=0), fill(array=scales, axes=axes, fill=1)
 
 
 def _divided(
@@ -219,11 +262,10 @@ def _divided(
         if kept is not None:
             return divide_leaf(spec, kept, mesh, model)
         array = array.dequantize()
-    if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
-        array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)
-    return divide_leaf(spec, host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks), mesh, model)
+    leaf = host_leaf(spec, array, dtype=dtype, quantize=quantize, blocks=blocks)
+    return divide_leaf(spec, _in_order(spec, leaf), mesh, model)
 
 
 def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -> Params:

@@ -24,7 +24,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import DIVIDED_AXES, divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.matmul import Division, Float8Weight, Int4Weight, ScaledWeight, reads_in_place
+from pallas_kernels.matmul import Division, Int4Weight, ScaledWeight, inputs_last, reads_in_place
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
@@ -54,7 +54,7 @@ def partition_leaf(spec: WeightSpec, leaf: Leaf) -> Leaf:
     if isinstance(leaf, ScaledWeight):
         in_blocks = leaf.scales.ndim == leaf.values.ndim  # of inputs, and divided like them
         of_scales = partition(axes if in_blocks else (*axes[:-2], axes[-1]), leaf.scales.ndim)
-        if isinstance(leaf, Float8Weight):
+        if inputs_last(leaf):
             axes = (*axes[:-2], axes[-1], axes[-2])
         parts = {"values": partition(axes, leaf.values.ndim)} | ({} if leaf.layer is None else {"layer": PartitionSpec()})
         return dataclasses.replace(jax.tree.map(lambda _: of_scales, leaf), **parts)
@@ -91,7 +91,7 @@ def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -
     if isinstance(leaf, Int4Weight):
         offsets = None if leaf.offsets is None else columns(leaf.offsets, 0)
         leaf = dataclasses.replace(leaf, values=columns(leaf.values, 0), scales=scales, offsets=offsets)
-    elif isinstance(leaf, Float8Weight):
+    elif inputs_last(leaf):
         values = divide_array(spec, np.asarray(leaf.values).swapaxes(-1, -2), mesh, config).swapaxes(-1, -2)
         leaf = dataclasses.replace(leaf, values=values, scales=scales)
     else:

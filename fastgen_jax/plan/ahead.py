@@ -22,7 +22,7 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.programs import FOLDER, further_arguments, program_name, step_program, works_on
+from fastgen_jax.engine.programs import FOLDER, further_arguments, has_int8, program_name, step_program, works_on
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.models.cache_groups import cache_groups
@@ -215,7 +215,7 @@ def _compile(
         attention=config.choices.attention,
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
-        has_int8_weights=config.quantize in ("int8", "int4"),
+        has_int8_weights=has_int8(arguments[0]),
         cuda_graphs=config.cuda_graphs,
         work=work,
         device=devices[0],

@@ -163,13 +163,23 @@ def layer_products(hlo: str) -> list[tuple[str, ...]]:
 
     Those are the types that the matrix units multiply: a weight that is converted before has the type that it is given.
     """
-    computations, found = _instructions(hlo), []
+    return sorted(types for name, types in _operand_types(hlo, ("convolution", "dot")))
+
+
+def layer_kernels(hlo: str, name: str) -> list[tuple[str, ...]]:
+    """The element types of all operands of every call of a Pallas kernel of this name in the loop over layers."""
+    return sorted(types for found, types in _operand_types(hlo, ("custom-call",)) if found.startswith(name))
+
+
+def _operand_types(hlo: str, operations: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(name, element types of the operands) of these operations in the loop over layers."""
+    computations = _instructions(hlo)
     for computation, instruction in _of_layer(hlo):
-        if instruction.operation in ("convolution", "dot"):
+        if instruction.operation in operations:
             rest = instruction.line.partition(f" {instruction.operation}")[2]
             types = {other.name: other.result.partition("[")[0] for other in computations[computation]}
-            found.append(tuple(types[name] for name in re.findall(r"%([\w.\-]+)", rest[: _balanced(rest)])))
-    return sorted(found)
+            operands = re.findall(r"%([\w.\-]+)", rest[: _balanced(rest)])
+            yield instruction.name, tuple(types[operand] for operand in operands)
 
 
 def _of_layer(hlo: str) -> Iterator[tuple[str, _Instruction]]:

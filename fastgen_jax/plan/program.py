@@ -24,7 +24,7 @@ from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.config import wide_enough
 from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.engine.packing import Bucket
-from fastgen_jax.engine.programs import further_arguments, memory_shardings, step_program
+from fastgen_jax.engine.programs import further_arguments, has_int8, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
 from fastgen_jax.engine.sampling.state import SamplerState, init_state
 from fastgen_jax.models.cache import empty_cache
@@ -33,11 +33,11 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import check_num_devices, divided
 from fastgen_jax.models.params import head_spec, init_params, param_specs
 from fastgen_jax.models.sharding import partition_params, shardings, tensor_mesh
-from fastgen_jax.models.weight_spec import DType, Leaf, Params, WeightSpec
+from fastgen_jax.models.weight_spec import DType, Kind, Leaf, Params, WeightSpec
 from fastgen_jax.plan import hlo, thunks
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.jax_versions import COMMAND_BUFFERS, COMPILE_WITHOUT_DEVICE, AbstractGpu, too_old
-from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS, Float8Weight, Int4Weight, Int8Weight
+from pallas_kernels.matmul import FLOAT8_BLOCK, INT4_BLOCK, INT4_ROWS, Float8Weight, Int4Weight, Int8Weight, halves
 
 # JAX on a v4 chip treats its two cores as one device; without this the compiler assumes two.
 _CHIP_CONFIGS = {"v4": "megacore"}
@@ -196,7 +196,7 @@ def compile_step(
         attention=attention,
         activation_dtype=wide_enough(jnp.dtype(dtype).name, exceeds_float16=model.exceeds_float16),  # pyright: ignore[reportArgumentType]
         mesh=mesh,
-        has_int8_weights=quantize in ("int8", "int4"),
+        has_int8_weights=has_int8(arguments[0]),
         work=work,
         deterministic=deterministic,
         cuda_graphs=cuda_graphs,
@@ -281,6 +281,7 @@ def step_arguments(
         in_blocks=in_blocks,
         num_devices=1 if mesh is None else mesh.size,
         platform=device.platform,
+        capability=str(getattr(device, "compute_capability", "")),
     )
     params = jax.tree.map(as_stored, param_specs(model), params)
     if quantize is not None and mesh is None and "lm_head" not in params:  # a tied head is stored separately
@@ -317,6 +318,7 @@ def _as_stored(
     in_blocks: bool,
     num_devices: int,
     platform: str,
+    capability: str,
 ) -> Leaf:
     """The shapes of a weight of the divided model in the form that the engine stores."""
     form = quantization_of(spec, quantize, packed=False, num_devices=num_devices, platform=platform)
@@ -335,6 +337,9 @@ def _as_stored(
             scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // FLOAT8_BLOCK, shape[-1]), jnp.float32)
         values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
         return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
+    if spec.kind is Kind.MATRIX and halves.is_used(shape, capability):
+        values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.int8)
+        return Int8Weight(values=values, scales=scales, inputs_last=True)  # pyright: ignore[reportArgumentType] (shapes)
     values = jax.ShapeDtypeStruct(shape, jnp.int8)
     return Int8Weight(values=values, scales=scales, rounds_rows=form == "w8a8")  # pyright: ignore[reportArgumentType] (shapes)
 

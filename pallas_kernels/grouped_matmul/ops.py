@@ -14,10 +14,10 @@ from pallas_kernels.grouped_matmul.paired import PairedGroups
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.weights import GroupedWeight, PackedGroups
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_ragged_dot, grouped_matmul_tiles
-from pallas_kernels.matmul import Int4Weight, Int8Weight, ScaledWeight, tpu_support
+from pallas_kernels.matmul import Float8Weight, Int4Weight, Int8Weight, ScaledWeight, tpu_support
 from pallas_kernels.matmul.int4 import size_of
-from pallas_kernels.matmul.narrow import float16_rows, is_narrowed
-from pallas_kernels.matmul.ops import gated, has_kernel
+from pallas_kernels.matmul.narrow import float8_rows, float16_rows, int8_rows, is_narrowed
+from pallas_kernels.matmul.ops import gated, has_kernel, rounds_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -60,7 +60,9 @@ def grouped_matmul(
         rows of x     | group 0 | group 1 |   | group 3      | no group |      group_sizes: 2, 2, 0, 3
 
     Work is proportional to the number of rows that have a group. Rows past the last group are zero in the result. With
-    `PackedGroups`, the result of a row is bit-identical regardless of the number and contents of the other rows.
+    `PackedGroups`, the result of a row is bit-identical regardless of the number and contents of the other rows. Rows of x
+    are rounded to the 8 bits of w, each with its own scale, as in `matmul.linear`: with `Int8Weight.rounds_rows`, and with a
+    `Float8Weight` where a device multiplies 8-bit floats.
 
     Args:
       x: [T, E], float32, bfloat16 or float16, rows sorted by group.
@@ -70,10 +72,10 @@ def grouped_matmul(
         all layers' weights.
       out_dtype: dtype of the result; None means the dtype of x.
       implementation: a key of `IMPLEMENTATIONS`. None picks the fastest for the platform that the program is lowered
-        for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles, or an `Int4Weight` in
-        whole tiles, and the program is for one device or inside a shard_map; on GPUs of compute capability 8.x and 9.0 it
-        is ours if w consists of whole tiles; elsewhere it is a loop over tiles of rows. `PackedGroups` have a single
-        implementation.
+        for. On TPUs this is the compiler's grouped kernel, or ours if w is a stack of whole tiles, or in whole tiles and an
+        `Int4Weight` or one that rounds rows of x, and the program is for one device or inside a shard_map; on GPUs of
+        compute capability 8.x and 9.0 it is ours if w consists of whole tiles; elsewhere it is a loop over tiles of rows.
+        `PackedGroups` have a single implementation.
 
     Raises:
       ValueError: a shape or dtype is invalid, or the implementation is unknown.
@@ -146,20 +148,36 @@ def _plain_product(
     first: jax.Array,
     implementation: str | None,
 ) -> jax.Array:
+    rounds = rounds_rows(w)
     if implementation is not None:
+        x = _rounded(x, w) if rounds and implementation != "tpu" else x
         return IMPLEMENTATIONS[implementation](x, w, group_sizes, first)
     if isinstance(w, Int4Weight):
         ours = tpu_support.multiplies(w, w.shape)
     else:
         is_stack = w.shape[0] != group_sizes.shape[0]
-        ours = is_stack and tpu_support.supports(w.shape) and tpu_support.may_be_lowered()
+        ours = (is_stack or rounds) and tpu_support.supports(w.shape) and tpu_support.may_be_lowered()
     on_tpu = _grouped_matmul_tpu if ours else grouped_matmul_ragged_dot
     stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
     if is_narrowed(x.dtype, stored):
         rows, factors = float16_rows(x)
         return _plain_product(rows, w, group_sizes, first, implementation) * factors
+    if rounds:
+        on_tpu = on_tpu if ours else _of_rounded_rows
+        return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, default=_of_rounded_rows)
     kernels = {"cuda": _grouped_matmul_gpu} if has_kernel(w.shape, stored, x.dtype, size=size_of(w)) else {}
     return jax.lax.platform_dependent(x, w, group_sizes, first, tpu=on_tpu, **kernels, default=grouped_matmul_tiles)
+
+
+def _rounded(x: jax.Array, w: object) -> jax.Array:
+    """float32[T, E]: the numbers that the 8 bits of each row stand for."""
+    rows, factors = float8_rows(x) if isinstance(w, Float8Weight) else int8_rows(x)
+    return rows.astype(jnp.float32) * factors
+
+
+def _of_rounded_rows(x: jax.Array, w: jax.Array | ScaledWeight, group_sizes: jax.Array, first: jax.Array) -> jax.Array:
+    """Where the kernel does not run, which multiplies 8 bits by 8 bits."""
+    return grouped_matmul_tiles(_rounded(x, w), w, group_sizes, first)
 
 
 @_plain_product.defjvp

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.matmul import Int4Weight, Int8Weight
+from pallas_kernels.matmul import Float8Weight, Int4Weight, Int8Weight, ScaledWeight
+from pallas_kernels.matmul.narrow import float8_rows, int8_rows
 from pallas_kernels.matmul.tpu import Work, multiply_items, tiles_of
 from pallas_kernels.matmul.tpu_support import LANES, fits_int4
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def grouped_matmul_tpu(
     x: Float[Array, "T E"],
-    w: Float[Array, "G E F"] | Int8Weight | Int4Weight,
+    w: Float[Array, "G E F"] | ScaledWeight,
     group_sizes: Int[Array, " X"],
     first_group: Int[Array, ""],
     *,
@@ -40,10 +41,11 @@ def grouped_matmul_tpu(
     narrow: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T F"]:
-    """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`.
+    """float32[T, F]; see `pallas_kernels.grouped_matmul.grouped_matmul`. A `Float8Weight` also rounds rows to 8 bits.
 
-    If `tile_rows` is None, it is chosen from the number of rows. `narrow` and `interpret` as for `multiply_items`. Raises
-    ValueError if the kernel does not support an `Int4Weight`.
+    If `tile_rows` is None, it is chosen from the number of rows; with rows of 8 bits it must be a multiple of 32. `narrow`
+    and `interpret` as for `multiply_items`. Raises ValueError if the kernel does not support an `Int4Weight`, or the
+    `Float8Weight` is in blocks.
     """
     if isinstance(w, Int4Weight) and not fits_int4(w, w.shape):
         raise ValueError(
@@ -51,10 +53,20 @@ def grouped_matmul_tpu(
             f"64, 128 or 256 inputs share a float32 scale, but w is {list(w.shape)} and {w.size} share one of "
             f"{w.scales.dtype}; pass implementation='tiles'"
         )
+    if isinstance(w, Float8Weight) and w.in_blocks:
+        raise ValueError(
+            "implementation='tpu' multiplies 8-bit floats with one scale per output, but w has scales of blocks; pass "
+            "implementation='tiles'"
+        )
     num_rows, num_groups = x.shape[0], group_sizes.shape[0]
+    factors = None
+    if isinstance(w, Float8Weight):
+        x, factors = float8_rows(x)
+    elif isinstance(w, Int8Weight) and w.rounds_rows:
+        x, factors = int8_rows(x)
     tiles = tiles_of(w, num_rows=num_rows, num_groups=num_groups, itemsize=x.dtype.itemsize, tile_rows=tile_rows)
     work = _plan(group_sizes, first_group, rows=tiles.rows, row_tiles=pl.cdiv(num_rows, tiles.rows))
-    return multiply_items(x, w, work, tiles=tiles, narrow=narrow, interpret=interpret)
+    return multiply_items(x, w, work, tiles=tiles, factors=factors, narrow=narrow, interpret=interpret)
 
 
 def _plan(group_sizes: Int[Array, " X"], first_group: Int[Array, ""], *, rows: int, row_tiles: int) -> Work:

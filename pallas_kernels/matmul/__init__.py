@@ -5,6 +5,7 @@
 scale for every few inputs. A `PairedWeight` is differentiable and has the products of a `PackedWeight`.
 """
 
+from pallas_kernels.matmul import halves
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import INT4_ROWS, Int4Weight, pack_int4
@@ -17,6 +18,7 @@ from pallas_kernels.matmul.weights import (
     PackedWeight,
     ScaledWeight,
     Weight,
+    inputs_last,
     prepare,
     quantize_float8,
     quantize_int8,
@@ -39,6 +41,8 @@ __all__ = [
     "Weight",
     "concatenate",
     "gated",
+    "halves",
+    "inputs_last",
     "linear",
     "pack_int4",
     "pair",

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target, tpu_target
-from pallas_kernels.matmul import ampere_support, cpu, hopper_support, tpu_support
+from pallas_kernels.matmul import ampere_support, cpu, halves, hopper_support, tpu_support
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import Int4Weight, size_of
 from pallas_kernels.matmul.narrow import float8_rows, float16_rows, int8_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
-from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, unscaled
+from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, inputs_last, unscaled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -97,7 +97,8 @@ def reads_in_place(w: object, dtype: DTypeLike, division: Division | None = None
     """
     if not isinstance(w, ScaledWeight):
         return False
-    if rounds_rows(w):  # XLA fuses the slice of a layer; but each device rounds its part of a row by itself
+    if rounds_rows(w) or (isinstance(w, Int8Weight) and w.inputs_last):
+        # XLA reads the slice of a layer where it is; but each device rounds its part of a row by itself.
         return division is not None and division.of_inputs
     if division is None:
         return has_kernel(w.shape, w.values.dtype, dtype, size=size_of(w)) or tpu_support.multiplies(w, w.shape)
@@ -148,6 +149,8 @@ def _product(x: jax.Array, w: jax.Array | ScaledWeight) -> jax.Array:
         return _divided_product(x, w, w.division)
     if rounds_rows(w):
         return _rounded_product(x, w)
+    if isinstance(w, Int8Weight) and w.inputs_last:
+        return _product_of_halves(x, w)
     if tpu_support.multiplies(w, w.shape):
         return jax.lax.platform_dependent(x, w, tpu=_product_on_tpu, default=_scaled_product)
     if not has_kernel(w.shape, w.values.dtype, x.dtype, size=size_of(w)):
@@ -186,6 +189,21 @@ def _rounded_product(x: jax.Array, w: Int8Weight | Float8Weight) -> jax.Array:
     return sums * factors * scales
 
 
+@jax.custom_jvp
+def _product_of_halves(x: jax.Array, w: Int8Weight) -> jax.Array:
+    w = _of_layer(w)
+    y = halves.multiply(x.reshape(-1, x.shape[-1]), w.values).reshape(*x.shape[:-1], -1)
+    return y * jnp.expand_dims(w.scales, range(x.ndim - 1))
+
+
+@_product_of_halves.defjvp
+def _derivative_of_halves(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """That of rows that are not rounded."""
+    x, w = primals
+    w_in_order = replace(w, values=w.inputs_first, inputs_last=False)
+    return _product_of_halves(x, w), jax.jvp(lambda x: _scaled_product(x, w_in_order), (x,), tangents[:1])[1]
+
+
 def _of_layer(w: _Scaled) -> _Scaled:
     """The matrix that a weight selects, as one without layers."""
     if w.layer is None:
@@ -197,7 +215,7 @@ def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.A
     mesh, axis, of_inputs = division
     lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
     of_matrix = (axis, None) if of_inputs else (None, axis)
-    of_values = of_matrix[::-1] if isinstance(w, Float8Weight) else of_matrix
+    of_values = of_matrix[::-1] if inputs_last(w) else of_matrix
     # Scales of blocks of inputs are divided like the inputs.
     of_scales = of_matrix if w.scales.ndim == w.values.ndim else of_matrix[1:]
     parts = replace(

@@ -19,12 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_target
 from pallas_kernels.matmul import tpu_int4
 from pallas_kernels.matmul.int4 import Int4Weight
-from pallas_kernels.matmul.tpu_support import Tiles, modeled, modeled_int4
-from pallas_kernels.matmul.weights import Int8Weight
+from pallas_kernels.matmul.tpu_support import LANES, Tiles, modeled, modeled_int4
+from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, ScaledWeight
 from pallas_kernels.pallas_types import Ref
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Float32, Num
 
 
 class Work(NamedTuple):
@@ -72,12 +72,12 @@ def multiply(
 
 
 def tiles_of(
-    w: jax.Array | Int8Weight | Int4Weight, *, num_rows: int, num_groups: int, itemsize: int, tile_rows: int | None = None
+    w: jax.Array | ScaledWeight, *, num_rows: int, num_groups: int, itemsize: int, tile_rows: int | None = None
 ) -> Tiles:
-    """The modeled division of a product with matrices of a stack, see `tpu_support`."""
+    """The modeled division of a product with matrices of a stack, see `tpu_support`. `itemsize` is that of a row."""
     if not isinstance(w, Int4Weight):
-        stored = w.values.dtype if isinstance(w, Int8Weight) else w.dtype
-        return modeled(w.shape, stored.itemsize, num_rows=num_rows, num_groups=num_groups, tile_rows=tile_rows)
+        stored = w.values.dtype if isinstance(w, ScaledWeight) else w.dtype
+        return modeled(w.shape, stored.itemsize, itemsize, num_rows=num_rows, num_groups=num_groups, tile_rows=tile_rows)
     return modeled_int4(
         w.shape,
         w.size,
@@ -90,11 +90,12 @@ def tiles_of(
 
 
 def multiply_items(
-    x: Float[Array, "T K"],
-    w: Float[Array, "G K N"] | Int8Weight | Int4Weight,
+    x: Num[Array, "T K"],
+    w: Float[Array, "G K N"] | ScaledWeight,
     work: Work,
     *,
     tiles: Tiles,
+    factors: Float32[Array, "T one"] | None = None,
     narrow: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T N"]:
@@ -102,18 +103,21 @@ def multiply_items(
     rows without a group are zero.
 
     Args:
-      x: float32 or bfloat16.
-      w: an `Int4Weight` in whole tiles, see `tpu_support.fits_int4`.
+      x: float32 or bfloat16; or rows in the 8 bits of `w`, which are multiplied as they are. Sums of int8 are int32.
+      w: an `Int4Weight` in whole tiles, see `tpu_support.fits_int4`; a `Float8Weight` with scales of outputs.
       work: with the rows of `tiles`.
       tiles: how the kernel divides its work.
+      factors: f32[T, 1], by which the results of each row are multiplied.
       narrow: whether int4 is multiplied with its scales in bfloat16; None: if x is bfloat16, and the TPU can.
       interpret: passed to `pl.pallas_call`.
     """
     num_rows, depth = x.shape
     num_columns = w.shape[-1]
     device = tpu_target.device()
-    scratch = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)]
+    scratch = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.int32 if x.dtype == jnp.int8 else jnp.float32)]
     is_int4 = isinstance(w, Int4Weight)
+    # Whole rows of a TPU's memory have the inputs last. XLA itself stores the others with the outputs last.
+    inputs_last = isinstance(w, Float8Weight) and depth % LANES == 0
     if narrow is None:
         narrow = is_int4 and x.dtype == jnp.bfloat16 and device.computes_bfloat16
     if isinstance(w, Int4Weight):
@@ -121,9 +125,11 @@ def multiply_items(
         if narrow and w.offsets is not None:
             scratch.append(pltpu.VMEM((2, w.scales.shape[1], tiles.columns), jnp.float32))
     else:
-        operands = [w.values if isinstance(w, Int8Weight) else w]
+        operands = [w.values if isinstance(w, ScaledWeight) else w]
+        if isinstance(w, Float8Weight) and not inputs_last:
+            operands = [jnp.swapaxes(w.values, 1, 2)]
     scales = []
-    if isinstance(w, Int8Weight):  # those of these groups, as rows of their own
+    if isinstance(w, Int8Weight | Float8Weight):  # those of these groups, as rows of their own
         scales = [jax.lax.dynamic_slice_in_dim(w.scales, work.counts[2], work.starts.shape[0])[:, None, :]]
     num_parts = depth // tiles.depth
 
@@ -136,19 +142,33 @@ def multiply_items(
     def w_block(column, item, k, group, tile, starts, ends, counts):
         return counts[2] + group[item], part_of(item, k, counts), column
 
+    def inputs_last_block(column, item, k, group, tile, starts, ends, counts):
+        return counts[2] + group[item], column, part_of(item, k, counts)
+
     def scales_block(column, item, k, group, *_):
         return group[item], 0, column
+
+    def factors_block(column, item, k, group, tile, starts, ends, counts):
+        return jnp.minimum(tile[item], counts[1]), 0
 
     def out_block(column, item, k, group, tile, *_):
         return tile[item], column
 
-    column_bytes = sum(part.shape[1] * part.dtype.itemsize for part in operands)
+    if inputs_last:
+        of_weights = [pl.BlockSpec((pl.squeezed, tiles.columns, tiles.depth), inputs_last_block)]
+        column_bytes = depth
+    else:
+        of_weights = [pl.BlockSpec((pl.squeezed, part.shape[1] // num_parts, tiles.columns), w_block) for part in operands]
+        column_bytes = sum(part.shape[1] * part.dtype.itemsize for part in operands)
+    of_rows = [] if factors is None else [factors]
     return pl.pallas_call(
         functools.partial(
             _kernel,
             tiles=tiles,
             num_parts=num_parts,
-            num_operands=len(operands) + len(scales),
+            num_operands=len(operands),
+            num_scales=len(scales) + len(of_rows),
+            contracted=int(inputs_last),
             is_int4=is_int4,
             narrow=bool(narrow),
         ),
@@ -158,8 +178,9 @@ def multiply_items(
             grid=(pl.cdiv(num_columns, tiles.columns), work.num_items, num_parts),
             in_specs=[
                 pl.BlockSpec((tiles.rows, tiles.depth), x_block),
-                *(pl.BlockSpec((pl.squeezed, part.shape[1] // num_parts, tiles.columns), w_block) for part in operands),
+                *of_weights,
                 *(pl.BlockSpec((pl.squeezed, 1, tiles.columns), scales_block) for _ in scales),
+                *(pl.BlockSpec((tiles.rows, 1), factors_block) for _ in of_rows),
             ],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), out_block),
             scratch_shapes=scratch,
@@ -176,7 +197,7 @@ def multiply_items(
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(*work[:5], x, *operands, *scales)
+    )(*work[:5], x, *operands, *scales, *of_rows)
 
 
 def _kernel(
@@ -190,11 +211,15 @@ def _kernel(
     tiles: Tiles,
     num_parts: int,
     num_operands: int,
+    num_scales: int,
+    contracted: int,
     is_int4: bool,
     narrow: bool,
 ) -> None:
-    # x [rows, depth], weights [depth, columns] and their scales, out and sums [rows, columns]
-    weights, (out, sums, *shares) = refs[:num_operands], refs[num_operands:]
+    # x [rows, depth], weights [depth, columns] or, if axis 1 is contracted, [columns, depth], scales of columns and of rows,
+    # out and sums [rows, columns]
+    weights, (out, sums, *shares) = refs[:num_operands], refs[num_operands + num_scales :]
+    of_results = refs[num_operands : num_operands + num_scales]
     item, part = pl.program_id(1), pl.program_id(2)
 
     @pl.when(part == 0)
@@ -210,10 +235,11 @@ def _kernel(
             tpu_int4.add_product(sums, x, values, scales, some, memory, step=tiles.step, narrow=narrow)
             return
         exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
-        sums[...] += jax.lax.dot(
+        sums[...] += jax.lax.dot_general(
             x[...],
             weights[0][...].astype(x.dtype),
-            preferred_element_type=jnp.float32,
+            (((1,), (contracted,)), ((), ())),
+            preferred_element_type=sums.dtype,
             precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         )
 
@@ -222,7 +248,8 @@ def _kernel(
         row = tile[item] * tiles.rows + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
-        of_outputs = [scales[...] for scales in weights[1:]] if not is_int4 else [1 / tpu_int4.FACTOR]
-        result = sums[...] * of_outputs[0] if of_outputs else sums[...]
+        result = sums[...].astype(jnp.float32)
+        for factor in [1 / tpu_int4.FACTOR] if is_int4 else [scales[...] for scales in of_results]:
+            result = result * factor
         # Before the first group writes to the tile, its memory is uninitialized.
         out[...] = jnp.where(mine, result, jnp.where(first_of_tile, 0.0, out[...]))

@@ -15,7 +15,7 @@ from pallas_kernels.tpu_target import MIB, Device
 LANES, SUBLANES = 128, 8
 _LARGEST_DEPTH = 4096  # a tile of float32 weights with so many inputs has 2 MiB
 _LARGEST_SIZE = 256  # inputs that share a scale: a step has whole tiles of 8 rows of scales
-_SMALLEST_ROWS, _MOST_ROWS = 16, 512  # of a tile; a bfloat16 tile of memory has 16, one of float32 8
+_SMALLEST_ROWS, _MOST_ROWS = 16, 512  # of a tile; a bfloat16 tile of memory has 16, one of float32 8, one of 8 bits 32
 _WEIGHT_TILE_BYTES = 2 << 20  # two are in flight: copies of a few MiB come close to the full memory bandwidth
 _MANY_TILES = 8  # nothing is computed while the first is copied
 _WEIGHTS_OF_STEP = 2**21  # a longer step begins and ends less often, but takes longer to compile
@@ -68,19 +68,29 @@ class Tiles:
     """Inputs of a tile that are unpacked, if they have to be, and multiplied together."""
 
 
-def modeled(shape: tuple[int, ...], itemsize: int, *, num_rows: int, num_groups: int, tile_rows: int | None = None) -> Tiles:
+def modeled(
+    shape: tuple[int, ...],
+    itemsize: int,
+    row_itemsize: int = 2,
+    *,
+    num_rows: int,
+    num_groups: int,
+    tile_rows: int | None = None,
+) -> Tiles:
     """The division of a product with weights [G, K, N] in 8 bits or more.
 
     Args:
       shape: [G, K, N].
       itemsize: bytes of a weight.
+      row_itemsize: bytes of a number of x.
       num_rows: of all groups.
       num_groups: of which the product reads the weights.
       tile_rows: if it has been decided.
     """
     depth, columns = shape[-2:]
     tile_depth, width = _weight_tile(depth, columns, itemsize)
-    rows = tile_rows or _tile_rows(num_rows, num_groups)
+    smallest = _SMALLEST_ROWS * (2 if row_itemsize == 1 else 1)
+    rows = tile_rows or _tile_rows(num_rows, num_groups, smallest=smallest)
     return Tiles(rows=rows, depth=tile_depth, columns=width, step=tile_depth)
 
 
@@ -121,11 +131,11 @@ def modeled_int4(
     return Tiles(rows=rows, depth=depth, columns=width, step=min(even[-1] if even else limit, depth))
 
 
-def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows per tile: about one group's share, so that few rows are wasted; in [16, 512]."""
+def _tile_rows(num_rows: int, num_groups: int, *, smallest: int = _SMALLEST_ROWS) -> int:
+    """Rows per tile: about one group's share, so that few rows are wasted; in [smallest, 512]."""
     share = -(-num_rows // num_groups)
-    wanted = min(max(1 << (share - 1).bit_length(), _SMALLEST_ROWS), _MOST_ROWS)
-    return min(wanted, -(-num_rows // _SMALLEST_ROWS) * _SMALLEST_ROWS)
+    wanted = min(max(1 << (share - 1).bit_length(), smallest), _MOST_ROWS)
+    return min(wanted, -(-num_rows // smallest) * smallest)
 
 
 def _weight_tile(depth: int, columns: int, itemsize: int) -> tuple[int, int]:

@@ -32,11 +32,12 @@ class Int8Weight:
     Both arrays may have a leading layer axis, which `lax.scan` or indexing removes, by a copy on a GPU; see `at_layer`.
 
     Attributes:
-      values: int8[..., K, N] in [-127, 127].
+      values: int8[..., K, N] in [-127, 127]; with `inputs_last` [..., N, K].
       scales: float32[..., N], positive.
       layer: i32 scalar, the selected layer; None: the weights of all layers, or a weight without a layer axis.
       division: over which devices `linear` runs a kernel, which XLA cannot divide; None: it does not have to.
-      rounds_rows: `linear` and `swiglu` multiply int8 by int8, with rows of x as `narrow.int8_rows`; no other product does.
+      rounds_rows: int8 is multiplied by int8, with rows of x as `narrow.int8_rows`; its derivative is not.
+      inputs_last: `linear` and `swiglu` multiply as in `halves`, rows of x rounded to 16 bits; no other product takes it.
     """
 
     values: Int8[Array, "*layers K N"]
@@ -44,11 +45,18 @@ class Int8Weight:
     layer: Int[Array, ""] | None = None
     division: Division | None = static(default=None)
     rounds_rows: bool = static(default=False)
+    inputs_last: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(K, N) of a layer, or (L, K, N) of all layers."""
-        return self.values.shape if self.layer is None else self.values.shape[1:]
+        *layers, first, last = self.values.shape if self.layer is None else self.values.shape[1:]
+        return (*layers, last, first) if self.inputs_last else (*layers, first, last)
+
+    @property
+    def inputs_first(self) -> Int8[Array, "*layers K N"]:
+        """The values [..., K, N]."""
+        return jnp.swapaxes(self.values, -1, -2) if self.inputs_last else self.values
 
     def at_layer(self, layer: int | jax.Array) -> Int8Weight:
         """The weight [K, N] of one layer, in the same memory, for `linear` and `swiglu` where `reads_in_place` holds."""
@@ -88,6 +96,11 @@ class Float8Weight:
     def at_layer(self, layer: int | jax.Array) -> Float8Weight:
         """The weight [K, N] of one layer, in the same memory; see `Int8Weight.at_layer`."""
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+
+def inputs_last(w: object) -> bool:
+    """Whether the last axis of the values are the inputs."""
+    return isinstance(w, Float8Weight) or (isinstance(w, Int8Weight) and w.inputs_last)
 
 
 def unscaled(w: Float8Weight, values: jax.Array, scales: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from tests.gate.gpu_kernels import (
     check_spills,
 )
 from tests.gate.gpu_steps import (
+    LAUNCHES_IN_HALVES,
     LAUNCHES_OF_SPARSE_ATTENTION,
     LAUNCHES_ON_SEVERAL,
     LAUNCHES_PER_LAYER_IN_FP8,
@@ -186,16 +187,18 @@ def main() -> int:
             images=images,
         )
     for name in ("Qwen2.5-1.5B", "Gemma-3-1B"):  # the activations of the second are float32
-        checks[f"T4 step of 64: {name}, float16"] = functools.partial(
-            step,
-            SMALL_GPU_MODELS[name],
-            t4,
-            tokens=64,
-            work="greedy",
-            dtype="float16",
-            launches=LAUNCHES_WITHOUT_A_KERNEL,
-            has_kernel=False,
-        )
+        for quantize in (None, "int8"):  # int8 is multiplied in halves: see `pallas_kernels.matmul.halves`
+            checks[f"T4 step of 64: {name}, {quantize or 'float16'}"] = functools.partial(
+                step,
+                SMALL_GPU_MODELS[name],
+                t4,
+                tokens=64,
+                work="greedy",
+                dtype="float16",
+                quantize=quantize,
+                launches=LAUNCHES_IN_HALVES if quantize else LAUNCHES_WITHOUT_A_KERNEL,
+                has_kernel=False,
+            )
     too_old = jax_versions.too_old(jax_versions.AMPERE_KERNEL)
     if too_old is None:
         checks |= {

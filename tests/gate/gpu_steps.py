@@ -24,6 +24,7 @@ LAUNCHES_ON_SEVERAL = 20  # with two sums over devices
 LAUNCHES_PER_LAYER_IN_FP8 = 20  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
+LAUNCHES_IN_HALVES = 46  # the same, with rows that become two halves before each product, and one result after it
 LAUNCHES_WITH_A_STATE = {
     "Granite-4.0-H-Micro": 190,
     "Qwen3-Next, 8 layers": 193,

@@ -103,7 +103,7 @@ def check_step(
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
     The minimum of collectives per layer is one sum after each half. `operands` is the type of both operands of all products
-    with weights.
+    with weights, except that of a router, and of those of experts.
     """
     import jax.numpy as jnp
 
@@ -132,9 +132,13 @@ def check_step(
     if program.copies:
         words = words or f"{program.copies[0].name} copies a weight, cache or state: {program.copies[0].bytes / MIB:.0f} MiB"
     if operands is not None:
-        products = hlo.layer_products(program.compiled.as_text() or "")
-        if set(products) != {(operands, operands)}:
-            words = words or f"the products of a layer are {products}, not of two {operands}"
+        text = program.compiled.as_text() or ""
+        products, experts = hlo.layer_products(text), hlo.layer_kernels(text, "grouped_matmul")
+        wanted = {(operands, operands)} | ({("bf16", "bf16")} if model.moe else set())
+        if set(products) != wanted or len(experts) != (2 if model.moe else 0):
+            words = words or f"the products of a layer are {products} and {experts}, not of two {operands}"
+        if any(types.count(operands) != 2 for types in experts):
+            words = words or f"the experts' products have {experts}, not two {operands}"
     return program.temporaries, words, program.operations
 
 
@@ -314,6 +318,16 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 quantize=quantize,
                 operands=operands,
             )
+        for model, hf, kinds in (
+            ("Mixtral-8x7B", models.MIXTRAL_8X7B, ("v6e", "tpu7x")),
+            ("Qwen3-30B-A3B", models.QWEN3_30B_A3B, ("tpu7x",)),
+        ):
+            for num_devices in (4, 8) if model == "Qwen3-30B-A3B" else (8,):  # on four, an expert has 192 inputs
+                some = tensor_mesh(mesh.devices.flat[:num_devices])
+                if kind in kinds:
+                    checks[f"step: {model} {quantize} on {num_devices}"] = functools.partial(
+                        check_step, hf, some, quantize=quantize, operands=operands
+                    )
     checks["step: Llama-3-8B, int8 weights"] = functools.partial(check_step, models.LLAMA_3_8B, mesh, quantize="int8")
     if kind in EXPERT_KINDS:
         for model, (hf, num_devices) in models.EXPERT_MODELS.items():

@@ -17,6 +17,7 @@ from fastgen_jax.plan.estimate import read_weight_bytes
 from fastgen_jax.plan.hlo import (
     copied_weights,
     count_in_loops,
+    layer_kernels,
     layer_products,
     operations_of_inner_loops,
     operations_per_layer,
@@ -155,6 +156,7 @@ def test_products_have_the_types_of_their_operands_after_conversions() -> None:
   %w = s8[64,32] get-tuple-element(%p), index=1
   %f = s32[8,32] fusion(%x, %w), kind=kOutput, calls=%product
   %g = f32[8,32] fusion(%x, %w), kind=kOutput, calls=%converted
+  %grouped_matmul.1 = f32[8,32] custom-call(%g, %x, %w), custom_call_target="tpu_custom_call"
   ROOT %t = (s8[8,64], s8[64,32]) tuple(%x, %w)
 }
 ENTRY %main (p: (s8[8,64], s8[64,32])) -> (s8[8,64], s8[64,32]) {
@@ -162,6 +164,8 @@ ENTRY %main (p: (s8[8,64], s8[64,32])) -> (s8[8,64], s8[64,32]) {
 }
 """
     assert layer_products(hlo) == [("bf16", "bf16"), ("s8", "s8")]
+    assert layer_kernels(hlo, "grouped_matmul") == [("f32", "s8", "s8")]
+    assert layer_kernels(hlo, "ragged_attention") == []
 
 
 PROGRAM = """

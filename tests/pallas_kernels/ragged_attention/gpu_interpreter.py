@@ -186,8 +186,8 @@ def check_case(case: Case, *, examples: int) -> None:
     max_blocks = -(-MAX_CONTEXT // case.block_size)
     windows = st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 20, 150]) if case.window else st.none()
 
-    # Without the phase that explains failures, whose tracing of every line slows the tracing of programs. The first batch that
-    # is generated is empty, so a single one is that of `example`.
+    # Without the phase that explains failures, whose tracing of every line slows the tracing of programs. The first batch
+    # that is generated is empty, so a single one is that of `example`.
     phases = [Phase.explicit, *([Phase.generate] if examples > 1 else [])]
 
     @settings(max_examples=examples, phases=phases, deadline=None, derandomize=True, database=None)
