@@ -99,8 +99,9 @@ def _state(config: ModelConfig) -> str:
 
 def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
-    from fastgen_jax.checkpoint import kept_in_blocks
+    from fastgen_jax.checkpoint import kept_in_blocks, quantized_weights
     from fastgen_jax.checkpoint.base import HoldsBlocks
+    from fastgen_jax.engine.int4_forms import choose_forms, counted
     from fastgen_jax.models.params import all_specs, head_spec, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
@@ -119,7 +120,18 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     ]
     if not parts:
         return "dequantized"
-    return f"CPUs with native kernels: {', '.join(parts)}; else dequantized"
+    places = [f"CPUs with native kernels: {', '.join(parts)}"]
+    for name, kernel, platform in (("TPUs", "tpu", "tpu"), ("GPUs with kernels for 4 bits", "hopper", "gpu")):
+        found = choose_forms(
+            tuple(quantized_weights(checkpoint).items()),
+            checkpoint.config,
+            kernel=kernel,
+            platform=platform,
+            activations="bfloat16",
+        )
+        if found.kept:
+            places.append(f"{name}: {100 * counted(found.kept, checkpoint.config) / stored.total():.1f} % in 4 bits")
+    return f"{'; '.join(places)}; else dequantized"
 
 
 def _vision(checkpoint: Checkpoint) -> str:

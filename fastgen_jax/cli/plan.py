@@ -51,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "fp8", "w8a8"),
+        choices=("int8", "int4", "fp8", "w8a8", "none"),
         default=None,
         help="quantize matrices to 8 bits with one scale per output channel, or to 4 with one per 32 inputs; fp8 for H100, "
-        "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too (default: as in the snapshot, else none)",
+        "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too; none: all in --dtype (default: as in the "
+        "checkpoint where kernels multiply its 4 bits, or in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -83,6 +84,7 @@ def run(options: Options) -> int:
     plan = make_plan(
         model.config,
         stored_as=model.stored_as,
+        stored=model.stored,
         quantize=options["quantize"] or model.quantize,
         topology=options["topology"],
         context=options["context"],

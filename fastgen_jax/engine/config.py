@@ -12,6 +12,7 @@ import jax
 
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import generation
+from fastgen_jax.engine.int4_forms import NOTHING, Choice
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor
 from fastgen_jax.models.vision.config import ImagesConfig
@@ -71,6 +72,8 @@ class Formats:
     kv_dtype: KVDType
     kept: tuple[tuple[str, float], ...] = ()
     """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
+    int4: Choice = NOTHING
+    """On an accelerator, the form of those of `kept`, and why the other quantized weights of the checkpoint are not kept."""
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
 
@@ -92,8 +95,9 @@ class EngineConfig:
     head, where integers of 4 bits of a checkpoint keep their values except on CPUs. Two formats round activations, too,
     with one scale per token: "fp8", on H100, H200 and TPU7x, multiplies 8-bit floats, and "w8a8", on TPU v5e and v6e, int8;
     head and experts are as for "int8" with "w8a8", and experts with "fp8" on a TPU. None: as in the checkpoint where
-    the kernels multiply its format (on CPUs most types of GGUF, and 4 and 8 bits of most other formats), with exactly the
-    values that it stands for, else `dtype`. "none": `dtype` in any case."""
+    the kernels multiply its format (on CPUs most types of GGUF, and 4 and 8 bits of most other formats; on TPUs and on GPUs
+    with a kernel for them, integers of 4 bits), with exactly the values that it stands for, else `dtype`. "none": `dtype`
+    in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None

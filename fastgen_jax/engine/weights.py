@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from jax.typing import DTypeLike
 
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.int4_forms import Int4Form, in_form
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_shape, keeps_blocks
@@ -27,7 +27,6 @@ from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import (
     FLOAT8_BLOCK,
-    INT4_ROWS,
     BlockWeight,
     Float8Weight,
     Int4Weight,
@@ -72,11 +71,11 @@ def _prepared(
     if config.tensor_parallel is not None:
         return _divided(spec, array, model, config, dtype)
     platform = jax.default_backend()
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
+        kept = _kept_int4(array, config.int4_forms[spec.path])
+        return jax.tree.map(jnp.asarray, _filled_columns(spec, kept, model, platform))
     quantize = _quantization(spec, model, config, platform)
     if config.quantize == "int4" and not config.packed_weights and isinstance(array, BlockWeight | BlockGroups):
-        kept = _kept_int4(spec, array, model, 1, platform) if quantize == "int4" else None
-        if kept is not None:
-            return jax.tree.map(jnp.asarray, kept)
         array = array.dequantize()
     if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
         array = array.dequantize()
@@ -136,26 +135,18 @@ def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, 
     return quantization_of(divided, config.quantize, packed=packed, num_devices=num_devices, platform=platform)
 
 
-def _int4(array: np.ndarray | BlockWeight | BlockGroups, platform: str) -> Int4Weight:
-    """A matrix, or those of experts, on the host."""
-    if isinstance(array, BlockGroups) or (isinstance(array, np.ndarray) and array.ndim > 2):
-        read = array.read if isinstance(array, BlockGroups) else array.__getitem__
-        each = [_int4(read(group), platform) for group in range(array.shape[0])]
-        return jax.tree.map(lambda *parts: np.stack(parts), *each)
-    blocks = array if isinstance(array, BlockWeight) else quantize_int4(array)
-    return pack_int4(blocks, scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
+def _int4(array: np.ndarray, platform: str) -> Int4Weight:
+    """A matrix, or those of experts, quantized on the host."""
+    if array.ndim > 2:
+        return jax.tree.map(lambda *parts: np.stack(parts), *(_int4(group, platform) for group in array))
+    return pack_int4(quantize_int4(array), scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
 
 
-def _kept_int4(
-    spec: WeightSpec, array: BlockWeight | BlockGroups, model: ModelConfig, num_devices: int, platform: str
-) -> Int4Weight | None:
-    """The numbers of a checkpoint, if they are such as `Int4Weight` holds, and each device has whole blocks."""
-    first = array.read(0) if isinstance(array, BlockGroups) else array
-    if first.format.numbers != "uint4" or first.size % INT4_ROWS:
-        return None
-    if not keeps_blocks(spec, math.lcm(first.size, 2 * INT4_ROWS), model, num_devices, platform):
-        return None
-    return _int4(array, platform)
+def _kept_int4(array: BlockWeight | BlockGroups, form: Int4Form) -> Int4Weight:
+    """The numbers of a checkpoint, on the host."""
+    if isinstance(array, BlockWeight):
+        return in_form(array, form)
+    return jax.tree.map(lambda *parts: np.stack(parts), *(in_form(array.read(i), form) for i in range(array.shape[0])))
 
 
 def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups, *, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -199,6 +190,12 @@ def _filled_up(
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays)
 
 
+def _filled_columns(spec: WeightSpec, kept: Int4Weight, model: ModelConfig, platform: str) -> Int4Weight:
+    """The same for numbers of a checkpoint, which stay only if their inputs are as they are."""
+    fill = partial(divided_array, spec, config=model, num_devices=1, platform=platform, axes=[-1], fill=0)
+    return jax.tree.map(lambda part: fill(array=part), kept)
+
+
 def _divided(
     spec: WeightSpec, array: HostWeight, model: ModelConfig, config: ResolvedConfig, dtype: DTypeLike
 ) -> jax.Array | ScaledWeight:
@@ -212,10 +209,9 @@ def _divided(
     num_devices, platform = mesh.size, mesh.devices.flat[0].platform
     quantize = _quantization(spec, model, config, platform)
     blocks = spec.quantizable and platform != "tpu" and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
+        return divide_leaf(spec, _kept_int4(array, config.int4_forms[spec.path]), mesh, model)
     if config.quantize == "int4" and isinstance(array, BlockWeight | BlockGroups):
-        kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
-        if kept is not None:
-            return divide_leaf(spec, kept, mesh, model)
         array = array.dequantize()
     if quantize == "int8" and config.quantize == "fp8" and isinstance(array, BlockWeight | BlockGroups):
         array = array.dequantize()

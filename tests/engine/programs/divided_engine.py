@@ -82,7 +82,13 @@ def in_blocks_of_8_bit_floats() -> None:
     """A device has the scales of its own inputs, or all scales of its own outputs; what ends within a block is rounded."""
     model = replace(tiny_model("default")[1], embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=320)
     config: Any = SimpleNamespace(
-        num_adapters=0, dtype="float32", activation_dtype="float32", quantize="fp8", packed_weights=False, tensor_parallel=2
+        num_adapters=0,
+        dtype="float32",
+        activation_dtype="float32",
+        quantize="fp8",
+        packed_weights=False,
+        tensor_parallel=2,
+        int4_forms={},
     )
     for name, in_blocks in {"layers.qkv": True, "layers.o": True, "layers.down": False}.items():
         spec = all_specs(model)[name]
