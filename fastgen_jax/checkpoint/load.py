@@ -147,7 +147,7 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, BlockKind | str]:
         types = sorted({checkpoint.dtype(name) for name in tensors if name in checkpoint.tensor_names})
         if kind is not None:
             found[path] = kind
-        elif not FLOATS.issuperset(types):
+        elif not FLOATS.issuperset(types) and not isinstance(checkpoint, SnapshotCheckpoint):  # whose int8 stays
             found[path] = ", ".join(types)
     return found
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastgen_jax.checkpoint import Checkpoint
     from fastgen_jax.checkpoint.block_kind import BlockKind
     from fastgen_jax.models.config import ModelConfig
+    from pallas_kernels.matmul import Int4Kernel
 
 _PLAIN = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number
@@ -99,7 +100,7 @@ def _state(config: ModelConfig) -> str:
 
 def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
-    from fastgen_jax.checkpoint import kept_in_blocks, quantized_weights
+    from fastgen_jax.checkpoint import SnapshotCheckpoint, kept_in_blocks, quantized_weights
     from fastgen_jax.checkpoint.base import HoldsBlocks
     from fastgen_jax.engine.int4_forms import choose_forms, counted
     from fastgen_jax.models.params import all_specs, head_spec, layers_with
@@ -119,9 +120,13 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
         if count
     ]
     if not parts:
-        return "dequantized"
+        return "" if isinstance(checkpoint, SnapshotCheckpoint) else "dequantized"
     places = [f"CPUs with native kernels: {', '.join(parts)}"]
-    for name, kernel, platform in (("TPUs", "tpu", "tpu"), ("GPUs with kernels for 4 bits", "hopper", "gpu")):
+    devices: tuple[tuple[str, Int4Kernel, str], ...] = (
+        ("TPUs", "tpu", "tpu"),
+        ("GPUs with kernels for 4 bits", "hopper", "gpu"),
+    )
+    for name, kernel, platform in devices:
         found = choose_forms(
             tuple(quantized_weights(checkpoint).items()),
             checkpoint.config,

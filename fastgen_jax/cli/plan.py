@@ -8,7 +8,8 @@ import json
 import math
 
 from fastgen_jax.cli.parser import Options
-from fastgen_jax.devices import DEVICES
+from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, parse_topology
+from fastgen_jax.engine.config import quantize_of_snapshot
 from fastgen_jax.flags import MODEL_HELP
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.plan.report import Plan, make_plan, table
@@ -85,7 +86,7 @@ def run(options: Options) -> int:
         model.config,
         stored_as=model.stored_as,
         stored=model.stored,
-        quantize=options["quantize"] or model.quantize,
+        quantize=quantize_of_snapshot(model.quantize, options["quantize"], packs=False, float8=_float8(options["topology"])),
         topology=options["topology"],
         context=options["context"],
         budgets=sorted(set(options["budget"])),
@@ -98,6 +99,10 @@ def run(options: Options) -> int:
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))
     return 0 if plan.fits else 1
+
+
+def _float8(topology: str) -> bool:
+    return parse_topology(topology).device.kind in FLOAT8_KINDS
 
 
 def as_json(plan: Plan) -> JsonObject:

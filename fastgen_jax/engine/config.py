@@ -297,6 +297,27 @@ def quantization(config: EngineConfig) -> Quantization | None:
     return None if config.quantize == "none" else config.quantize
 
 
+def quantize_of_snapshot(stored: str | None, chosen: str | None, *, packs: bool, float8: bool) -> Any:
+    """The `quantize` of an engine that runs a snapshot, given what its conversion quantized to and the operator's choice.
+
+    `packs` is whether native CPU kernels multiply its blocks, and `float8` whether the device multiplies 8-bit floats; if it
+    does not, those are dequantized. Raises ValueError for a choice that the snapshot cannot have.
+    """
+    if stored is None:
+        return chosen
+    possible = {"int8": ("int8", "w8a8"), "int4": ("int4",), "fp8": ("fp8",)}[stored]
+    if chosen not in (None, *possible):
+        raise ValueError(
+            f"quantize={chosen!r}, but the snapshot was made with --quantize {stored}; omit quantize or choose "
+            f"{' or '.join(map(repr, possible))}, or convert the original checkpoint again"
+        )
+    if stored == "int4":
+        return None if packs else "int4"
+    if stored == "fp8":
+        return chosen or ("fp8" if float8 else None)
+    return chosen or "int8"
+
+
 def default_dtype(platform: str, *, bfloat16: bool) -> DType:
     """The data type of weights that nobody chose, on a device that computes in bfloat16 or does not."""
     return "float32" if platform == "cpu" else "bfloat16" if bfloat16 else "float16"

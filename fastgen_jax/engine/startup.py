@@ -28,10 +28,11 @@ from fastgen_jax.core import environment
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
 from fastgen_jax.engine import compile_cache, determinism, executables, fit, int4_forms, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of
+from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of, quantize_of_snapshot
 from fastgen_jax.engine.footprint import typical_bytes
 from fastgen_jax.engine.generation import defaults_of_model
 from fastgen_jax.engine.int4_forms import Stored
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
@@ -61,7 +62,7 @@ def load(
     """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, where
     the checkpoint is, and its vision tower if it has one and reads images.
 
-    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
+    A snapshot that was quantized runs so. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
     with phases.phase(PHASES[0]):
@@ -70,8 +71,8 @@ def load(
             if jax.default_backend() == "cpu":
                 beside.submit(native.available)  # asks the compiler for its version, once per process
             checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
-        if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize and config.quantize != "w8a8":
-            config = replace(config, quantize="int8")
+        if isinstance(checkpoint, SnapshotCheckpoint):
+            config = _as_in_snapshot(config, checkpoint)
         if config.generation_config == "auto":
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
         tower = _tower(checkpoint, config)  # before it is decided what fits into the memory that it leaves
@@ -101,6 +102,13 @@ def load(
                 concurrent.futures.wait([build.path])
                 advance()
     return params, checkpoint.config, tokenizer, config, checkpoint.path, tower
+
+
+def _as_in_snapshot(config: EngineConfig, checkpoint: SnapshotCheckpoint) -> EngineConfig:
+    machine = Machine.here()
+    packs = machine.packs and config.tensor_parallel is None
+    chosen = quantize_of_snapshot(checkpoint.quantize, config.quantize, packs=packs, float8=machine.float8)
+    return replace(config, quantize=chosen)
 
 
 def _tower(checkpoint: Checkpoint, config: EngineConfig) -> Tower | None:

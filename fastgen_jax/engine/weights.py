@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from fastgen_jax.checkpoint import Checkpoint, kept_in_blocks
 from fastgen_jax.checkpoint.layer_stack import LayerStack
+from fastgen_jax.checkpoint.snapshot_blocks import stored_blocks
 from fastgen_jax.engine.footprint import quantization_of
 from fastgen_jax.engine.int4_forms import Int4Form, in_form
 from fastgen_jax.engine.resolve import ResolvedConfig
@@ -26,7 +29,9 @@ from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, Wei
 from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import (
+    BLOCK_SIZES,
     FLOAT8_BLOCK,
+    INT4_ROWS,
     BlockWeight,
     Float8Weight,
     Int4Weight,
@@ -126,6 +131,56 @@ def host_leaf(
         return _int4(np.asarray(array), platform)
     values, scales = quantize_int8(np.asarray(array))
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
+
+
+def snapshot_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None) -> Leaf:
+    """One weight on the host as a snapshot stores it: in the blocks of the checkpoint, or quantized, or in `dtype`.
+
+    With "int4", blocks of 32 inputs, or int8 where `quantization_of` says so; with "fp8", one scale for each output, which
+    all of its blocks have.
+    """
+    if isinstance(array, BlockWeight | BlockGroups):
+        return stored_blocks(array)
+    form = quantization_of(spec, quantize, packed=True)
+    if form == "int4":
+        return stored_blocks(_in_groups(np.asarray(array), quantize_int4))
+    if form == "fp8":
+        return stored_blocks(_in_groups(np.asarray(array), _float8_blocks))
+    return host_leaf(spec, array, dtype=dtype, quantize=form)
+
+
+def kept_by_snapshot(checkpoint: Checkpoint, quantize: str | None) -> bool | Literal["fp8"] | Collection[str]:
+    """The weights of a checkpoint that stay in its blocks in a snapshot: all, or those of the format to quantize to."""
+    if quantize == "fp8":
+        return "fp8"
+    if quantize != "int4":
+        return quantize is None
+    specs = all_specs(checkpoint.config)
+    return [
+        path
+        for path, kind in kept_in_blocks(checkpoint).items()
+        if not kind.is_float and kind.value_bits == 4 and kind.size % INT4_ROWS == 0 and path in specs
+        if quantization_of(specs[path], "int4", packed=True) == "int4"
+    ]
+
+
+def _in_groups(array: np.ndarray, quantized: Callable[[np.ndarray], BlockWeight]) -> BlockWeight | BlockGroups:
+    """A matrix, or those of experts, in blocks."""
+    if array.ndim == 2:
+        return quantized(array)
+    return BlockGroups(shape=array.shape, read=lambda number: quantized(array[number]))
+
+
+def _float8_blocks(array: np.ndarray) -> BlockWeight:
+    """A matrix in 8-bit floats with one scale for each output, which all of its blocks have."""
+    values, scales = quantize_float8(array)
+    # Blocks of 128 would be multiplied as such.
+    size = max((each for each in BLOCK_SIZES if len(array) % each == 0 and each != FLOAT8_BLOCK), default=0)
+    if not size:
+        raise ValueError(
+            f"fp8 has blocks of a multiple of {BLOCK_SIZES[0]} inputs, but a weight has {len(array)}; use quantize='int8'"
+        )
+    return BlockWeight(values=values, scales=np.repeat(scales[:, None], len(array) // size, axis=1))
 
 
 def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, platform: str) -> str | None:

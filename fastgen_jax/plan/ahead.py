@@ -18,7 +18,7 @@ from fastgen_jax.checkpoint.quantized import split_settings
 from fastgen_jax.devices import FLOAT8_KINDS, INT8_KINDS, Topology, parse_topology
 from fastgen_jax.engine import determinism, executables, fit, footprint, int4_forms, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.config import EngineConfig, quantize_of_snapshot
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
@@ -72,8 +72,9 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
-    if described.quantize is not None and choices.quantize != "w8a8":
-        choices = replace(choices, quantize="int8")
+    float8 = target.device.kind in FLOAT8_KINDS
+    quantize = quantize_of_snapshot(described.quantize, choices.quantize, packs=False, float8=float8)
+    choices = replace(choices, quantize=quantize)
     _, fields = split_settings(described.config)
     model: ModelConfig = family_of(fields["architectures"][0]).config_from_hf(fields)
     shown = images_from_hf(fields, {}) if choices.images else None

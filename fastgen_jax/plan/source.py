@@ -12,7 +12,8 @@ from fastgen_jax.checkpoint import open_checkpoint, quantized_weights, resolve_m
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES
 from fastgen_jax.checkpoint.quantized import settings_beside, split_settings
 from fastgen_jax.checkpoint.quantized.declared import declared_weights
-from fastgen_jax.checkpoint.snapshot import MARKER
+from fastgen_jax.checkpoint.snapshot import MARKER, read_marker
+from fastgen_jax.checkpoint.snapshot_blocks import kind_of
 from fastgen_jax.engine.int4_forms import Stored
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.families import family_of
@@ -26,7 +27,7 @@ class Described:
 
     config: JsonObject  # the fields of a config.json
     stored_as: str  # how a GGUF file quantizes most weights, which are dequantized while loading; "" if it does not
-    quantize: str | None  # "int8" for a snapshot whose weights are stored as int8
+    quantize: str | None  # what a snapshot was quantized to: "int8", "int4" or "fp8"
     stored: Stored = ()  # the weights that are quantized on disk, by path
 
 
@@ -37,13 +38,13 @@ def describe(name: str) -> Described:
     """
     path = resolve_model(name, files=("config.json",))
     if path.is_dir():
-        marker = path / MARKER
-        quantize = json.loads(marker.read_text()).get("quantize") if marker.exists() else None
         config = _read_config(path / "config.json")
+        if (path / MARKER).exists():
+            marker = read_marker(path)
+            stored = [(weight, kind_of(format)) for weight, format in marker["blocks"].items() if weight != "embed"]
+            return Described(config=config, stored_as="", quantize=marker["quantize"], stored=tuple(stored))
         has_weights = any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
-        return Described(
-            config=config, stored_as="", quantize=quantize, stored=_stored(config, path if has_weights else None)
-        )
+        return Described(config=config, stored_as="", quantize=None, stored=_stored(config, path if has_weights else None))
     if path.suffix == ".json":
         config = _read_config(path)
         return Described(config=config, stored_as="", quantize=None, stored=_stored(config, None))
