@@ -77,6 +77,11 @@ class Formats:
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
 
+    @property
+    def of_weights(self) -> str:
+        """Those of the weights, for people."""
+        return f"{'4-bit and ' if self.int4.kept else ''}{self.quantize or self.dtype}"
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:

@@ -240,10 +240,7 @@ def _names(formats: Formats) -> list[str | None]:
 def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
     """Why these formats do not fit."""
     weights = footprint.size(_weight_bytes(formats, config, model, machine))
-    needed = (
-        f"smaller formats because {formats.quantize or formats.dtype} weights of {weights} leave too little of "
-        f"{_memory(machine)}"
-    )
+    needed = f"smaller formats because {formats.of_weights} weights of {weights} leave too little of {_memory(machine)}"
     if config.num_blocks is not None:
         return f"{needed} for {config.num_blocks} KV blocks"
     tokens = _needed(config, model, USABLE_CONTEXT)
@@ -278,7 +275,7 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
         needed = weights + cache + states + _excess_bytes(smallest, config, model, machine)
         usable = memory.room().most
     return (
-        f"the model does not fit: {smallest.quantize or smallest.dtype} weights take {footprint.size(weights)} and "
+        f"the model does not fit: {smallest.of_weights} weights take {footprint.size(weights)} and "
         f"{cache_tokens:,} tokens of {smallest.kv_dtype} KV cache {footprint.size(cache)}, together "
         f"{footprint.size(needed)} with what else is needed, but of {_memory(machine)} "
         f"{footprint.size(max(usable, 0))} can be used; " + ", ".join(_remedies(needed, config, model, machine))

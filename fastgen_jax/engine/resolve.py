@@ -279,7 +279,8 @@ def resolve(
         fitted=_fitted(
             config,
             model,
-            f"{quantize or dtype} weights, {footprint.size(num_blocks * bytes_per_block)} of {kv_dtype} KV cache",
+            f"{config.formats.of_weights if config.formats else quantize or dtype} weights, "
+            f"{footprint.size(num_blocks * bytes_per_block)} of {kv_dtype} KV cache",
             cache_tokens=groups.capacity(num_blocks, max_context_len),
             longest=groups.longest(num_blocks, max_context_len),
         ),

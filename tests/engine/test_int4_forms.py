@@ -136,6 +136,7 @@ def test_an_engine_computes_with_the_numbers_of_the_file(path: Path, caplog: pyt
     for name in ("qkv", "o", "gate_up"):
         np.testing.assert_allclose(layers[name].dequantize(), values["layers"][name], rtol=0, atol=1e-6)
     assert "weights in the 4 bits of the file" in repr(kept)
+    assert kept.config.fitted.startswith("4-bit and float32 weights")
     assert "4 bits" not in repr(plain)
     line = next(message for message in caplog.messages if "stay in the 4 bits" in message)
     assert "are dequantized to float32 (layers.down: Q8_0, not integers of 4 bits)" in line
