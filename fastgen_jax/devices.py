@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels.matmul import Int4Kernel
 
 GIB = 2**30
 _TPU_DOCS = "https://docs.cloud.google.com/tpu/docs"
@@ -170,6 +174,12 @@ FLOAT8_KINDS = ("h100", "h200", "tpu7x")
 """Kinds on which 8-bit floats are multiplied."""
 INT8_KINDS = ("v5e", "v6e")
 """Kinds on which int8 is multiplied by int8."""
+INT4_KERNELS: dict[str, Int4Kernel] = {
+    **dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "tpu"),
+    **dict.fromkeys(("h100", "h200"), "hopper"),
+    **dict.fromkeys(("a100", "a100-40gb", "l4"), "ampere"),
+}
+"""Kinds with a kernel for weights of 4 bits."""
 ALIASES = {"a100-80gb": "a100"}
 
 

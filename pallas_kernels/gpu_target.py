@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 
 from pallas_kernels.jax_versions import platform_of
@@ -18,16 +20,20 @@ def is_gpu() -> bool:
     return platform() == "gpu"
 
 
-def generation() -> str | None:
+def generation() -> Literal["hopper", "ampere"] | None:
     """The kernel for the GPU that the program is lowered for: "hopper" or "ampere" (which includes Ada Lovelace).
 
     The GPU is that of the abstract mesh, or this machine's if there is no such mesh. None without a GPU, and for GPUs
     without a kernel (T4, B200). To export a program from another machine, pass implementation="gpu".
     """
-    capability = compute_capability()
+    return kernel_for(compute_capability() or "")
+
+
+def kernel_for(capability: str) -> Literal["hopper", "ampere"] | None:
+    """The kernel for GPUs of this compute capability; see `generation`."""
     if capability == "9.0":
         return "hopper"
-    return "ampere" if capability is not None and capability.startswith("8.") else None
+    return "ampere" if capability.startswith("8.") else None
 
 
 def compute_capability() -> str | None:

@@ -5,7 +5,7 @@ from fastgen_jax.checkpoint.built_in import BUILT_IN
 from fastgen_jax.checkpoint.easydel import open_easydel
 from fastgen_jax.checkpoint.export import export_checkpoint, export_params
 from fastgen_jax.checkpoint.gemma_library import open_gemma
-from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params
+from fastgen_jax.checkpoint.load import check_tensors, kept_in_blocks, load_params, quantized_weights
 from fastgen_jax.checkpoint.maxtext import open_maxtext
 from fastgen_jax.checkpoint.open import open_checkpoint
 from fastgen_jax.checkpoint.peft import read_peft, write_peft
@@ -28,6 +28,7 @@ __all__ = [
     "open_easydel",
     "open_gemma",
     "open_maxtext",
+    "quantized_weights",
     "read_peft",
     "resolve_model",
     "save_snapshot",

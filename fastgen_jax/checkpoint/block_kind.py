@@ -23,6 +23,10 @@ class BlockKind(NamedTuple):
     """Whether the matrices are stored in other kinds, and take this one to be of equal kinds."""
     is_float: bool = False
     """Whether the values are floats, which no other kind can hold."""
+    has_offsets: bool = False
+    """Whether blocks have an offset beside their scale."""
+    scale_dtype: str = "float32"
+    """Of scales and offsets."""
 
 
 def common_kind(kinds: Collection[BlockKind | None]) -> BlockKind | None:
@@ -40,7 +44,7 @@ def common_kind(kinds: Collection[BlockKind | None]) -> BlockKind | None:
         return None
     size, bits = min(kind.size for kind in known), max(kind.value_bits for kind in known)
     name = f"{' and '.join(sorted(kind.name for kind in known))} as {bits} bits"
-    return BlockKind(name, bits + 64 / size, size, bits, is_common=True)
+    return BlockKind(name, bits + 64 / size, size, bits, is_common=True, has_offsets=True)
 
 
 def side_by_side(parts: Sequence[BlockWeight], kind: BlockKind) -> BlockWeight:

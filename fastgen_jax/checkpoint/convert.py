@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 from fastgen_jax.checkpoint.base import Checkpoint
 from fastgen_jax.checkpoint.gguf_file import GGUFFile, vocabulary_file
@@ -31,12 +32,20 @@ TOKENIZER_FILES = (
 
 
 def convert(
-    checkpoint: Checkpoint, out: str | Path, *, prepare: Callable[[WeightSpec, Leaf], Leaf], progress: bool = False
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    prepare: Callable[[WeightSpec, Leaf], Leaf],
+    keep_blocks: bool | Literal["fp8"] | Collection[str] = False,
+    quantize: str | None = None,
+    progress: bool = False,
 ) -> None:
     """Writes a snapshot of `checkpoint` into the new directory `out`, local or gs://.
 
-    `prepare(spec, array)` returns the form in which a weight is stored: a host array or an `Int8Weight` of host arrays. Host
-    memory must hold the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
+    `prepare(spec, array)` returns the form in which a weight is stored: a host array, an `Int8Weight` of host arrays or
+    `StoredBlocks`. With `keep_blocks`, it gets weights in the blocks of the checkpoint as `load_params` says; a tied head in
+    blocks is stored as the embedding. `quantize` is what it quantizes others to, as for `save_snapshot`. Host memory must
+    hold the whole model in that form. Raises ValueError as `check_target`, `load_params` and `save_snapshot` do,
     and if there is no tokenizer.
     """
     check_target(out, source=checkpoint.path)
@@ -45,8 +54,19 @@ def convert(
         raise ValueError(
             f"{checkpoint.path} has no tokenizer files; put tokenizer.json or tokenizer.model next to the weights"
         )
-    params = load_params(checkpoint, dtype=None, stack_layers=False, prepare=prepare, progress=progress)
-    save_snapshot(out, params, checkpoint.config_json, tokenizer_files=files, generation_config=checkpoint.generation_config)
+    params = load_params(
+        checkpoint, dtype=None, stack_layers=False, prepare=prepare, keep_blocks=keep_blocks, progress=progress
+    )
+    if checkpoint.config.tie_embeddings and "lm_head" in params:
+        params["embed"] = params.pop("lm_head")  # its outputs are the rows of the embedding
+    save_snapshot(
+        out,
+        params,
+        checkpoint.config_json,
+        tokenizer_files=files,
+        generation_config=checkpoint.generation_config,
+        quantize=quantize if quantize in ("int4", "fp8") else None,
+    )
 
 
 def tokenizer_files(source: Path | GGUFFile) -> Mapping[str, bytes]:

@@ -202,17 +202,17 @@ def _iq4_xs(blocks: np.ndarray) -> BlockWeight:
 _LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 
 _TYPES = {
-    2: _Type(BlockKind("Q4_0", 4.5, 32, 4), 18, _q4_0),
-    3: _Type(BlockKind("Q4_1", 5.0, 32, 4), 20, _q4_1),
-    6: _Type(BlockKind("Q5_0", 8.5, 32), 22, _q5_0),
-    7: _Type(BlockKind("Q5_1", 10.0, 32), 24, _q5_1),
-    8: _Type(BlockKind("Q8_0", 8.5, 32), 34, _q8_0),
-    10: _Type(BlockKind("Q2_K", 8.0, 16, 4), 84, _q2_k),
-    11: _Type(BlockKind("Q3_K", 8.0, 16, 4), 110, _q3_k),
-    12: _Type(BlockKind("Q4_K", 6.0, 32, 4), 144, _q4_k),
-    13: _Type(BlockKind("Q5_K", 10.0, 32), 176, _q5_k),
+    2: _Type(BlockKind("Q4_0", 4.5, 32, 4, scale_dtype="float16"), 18, _q4_0),
+    3: _Type(BlockKind("Q4_1", 5.0, 32, 4, has_offsets=True, scale_dtype="float16"), 20, _q4_1),
+    6: _Type(BlockKind("Q5_0", 8.5, 32, scale_dtype="float16"), 22, _q5_0),
+    7: _Type(BlockKind("Q5_1", 10.0, 32, has_offsets=True), 24, _q5_1),
+    8: _Type(BlockKind("Q8_0", 8.5, 32, scale_dtype="float16"), 34, _q8_0),
+    10: _Type(BlockKind("Q2_K", 8.0, 16, 4, has_offsets=True), 84, _q2_k),
+    11: _Type(BlockKind("Q3_K", 8.0, 16, 4, has_offsets=True), 110, _q3_k),
+    12: _Type(BlockKind("Q4_K", 6.0, 32, 4, has_offsets=True), 144, _q4_k),
+    13: _Type(BlockKind("Q5_K", 10.0, 32, has_offsets=True), 176, _q5_k),
     14: _Type(BlockKind("Q6_K", 10.0, 16), 210, _q6_k),
-    20: _Type(BlockKind("IQ4_NL", 8.5, 32), 18, _iq4_nl),
+    20: _Type(BlockKind("IQ4_NL", 8.5, 32, scale_dtype="float16"), 18, _iq4_nl),
     23: _Type(BlockKind("IQ4_XS", 9.0, 32), 136, _iq4_xs),
-    39: _Type(BlockKind("MXFP4", 4.25, 32, 4, is_float=True), 17, _mxfp4),
+    39: _Type(BlockKind("MXFP4", 4.25, 32, 4, is_float=True, scale_dtype="float8_e8m0fnu"), 17, _mxfp4),
 }

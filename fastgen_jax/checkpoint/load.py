@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FLOATS = frozenset({"float32", "float16", "bfloat16"})
+"""Types of tensors that are not quantized."""
 _THREADS = 3  # NumPy releases the GIL
 # Weights in work behind the oldest, which take host memory beyond the model: so many, or more if they are together no larger
 # than the oldest, so that an embedding does not keep the layers waiting.
@@ -69,7 +71,7 @@ def load_params(
     stack_layers: bool = True,
     prepare: Callable[[WeightSpec, Leaf], Leaf] | None = None,
     sharding: Callable[[WeightSpec], Sharding] | None = None,
-    keep_blocks: bool | Literal["fp8", "int4"] = False,
+    keep_blocks: bool | Literal["fp8"] | Collection[str] = False,
     progress: bool | Phases = False,
 ) -> Params:
     """All weights of a checkpoint as `Params`. A missing or unknown tensor, or one of another shape, is a ValueError.
@@ -78,7 +80,7 @@ def load_params(
     stored: float32, float16 or bfloat16. It may return any pytree of arrays, and `dtype` is then ignored. Without
     `prepare`, the leaf is the array in `dtype`. `sharding(spec)` is the sharding of a weight (of one layer); `prepare` then
     receives an array that is already on its devices. With `keep_blocks`, `prepare` receives a `BlockWeight` or `BlockGroups`
-    for each of `kept_in_blocks`, or with "fp8" for those of 8-bit floats and with "int4" for those of integers of 4 bits. An
+    for each of `kept_in_blocks`, or with "fp8" for those of 8-bit floats, or for those with one of the given paths. An
     int8 snapshot yields `Int8Weight`s instead of matrices. Threads call `prepare` for a few weights at a time, so that the
     host never holds more in addition to what it returned. `progress` shows a bar on stderr, or is the display of a start of
     which this is a phase.
@@ -91,8 +93,8 @@ def load_params(
     kept = kept_in_blocks(checkpoint) if keep_blocks else {}
     if keep_blocks == "fp8":
         kept = {path: kind for path, kind in kept.items() if kind.is_float and kind.value_bits == 8}
-    elif keep_blocks == "int4":
-        kept = {path: kind for path, kind in kept.items() if not kind.is_float and kind.value_bits == 4}
+    elif not isinstance(keep_blocks, bool):
+        kept = {path: kind for path, kind in kept.items() if path in keep_blocks}
     params: Params = {}
     layers: list[dict[str, Leaf]] = [{} for _ in range(checkpoint.config.num_layers)]
     having = layers_with(checkpoint.config)
@@ -122,15 +124,32 @@ def load_params(
 
 def kept_in_blocks(checkpoint: Checkpoint) -> dict[str, BlockKind]:
     """The weights, by path, that a checkpoint holds in blocks in all layers, and their kind; "lm_head" too if it is tied."""
+    return {path: kind for path, kind in quantized_weights(checkpoint).items() if isinstance(kind, BlockKind)}
+
+
+def quantized_weights(checkpoint: Checkpoint) -> dict[str, BlockKind | str]:
+    """The matrices, by path, that a checkpoint holds quantized in some layer; "lm_head" too if it is tied.
+
+    Each with the kind of its blocks, or the types of its tensors if they have no common one. Reads headers, and of GPTQ and
+    AWQ which group an input is in, and the zero points.
+    """
     if not isinstance(checkpoint, HoldsBlocks):
         return {}
-    kinds: dict[str, set[BlockKind | None]] = {}
+    names: dict[str, dict[str, None]] = {}
     for weight in stored_weights(checkpoint):
         if weight.spec.kind in (Kind.MATRIX, Kind.EXPERTS):
-            kinds.setdefault(weight.spec.path, set()).update(map(checkpoint.block_kind, weight.names))
+            names.setdefault(weight.spec.path, {}).update(dict.fromkeys(weight.names))
     if checkpoint.config.tie_embeddings:
-        kinds["lm_head"] = {checkpoint.block_kind(checkpoint.sources["embed"].names[0])}
-    return {path: kind for path, found in kinds.items() if (kind := common_kind(found)) is not None}
+        names["lm_head"] = {checkpoint.sources["embed"].names[0]: None}
+    found: dict[str, BlockKind | str] = {}
+    for path, tensors in names.items():
+        kind = common_kind({checkpoint.block_kind(name) for name in tensors})
+        types = sorted({checkpoint.dtype(name) for name in tensors if name in checkpoint.tensor_names})
+        if kind is not None:
+            found[path] = kind
+        elif not FLOATS.issuperset(types) and not isinstance(checkpoint, SnapshotCheckpoint):  # whose int8 stays
+            found[path] = ", ".join(types)
+    return found
 
 
 def _tied_head(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Weight:

@@ -76,6 +76,13 @@ def read_array(array: TensorStore, *, dtype: DType | None = None, sharding: Shar
     return jax.make_array_from_callback(tuple(array.shape), sharding, part)
 
 
+def place_array(values: np.ndarray, sharding: Sharding) -> Leaf:
+    """An array of the host on the devices of a sharding."""
+    import jax
+
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
 def _part(array: TensorStore, dtype: DType | None) -> np.ndarray:
     import jax.numpy as jnp
     import tensorstore

@@ -2,12 +2,13 @@
 
     config.json             the fields of a Hugging Face config.json
     generation_config.json  the model's sampling defaults, if any
-    fastgen.json            the format, dtype and quantization of this snapshot
+    fastgen.json            the format, dtype and quantization of this snapshot, and how weights are stored in blocks
     tokenizer/              the tokenizer's own files
     params/                 an Orbax checkpoint of a flat dict: "embed", "layers.qkv.0", "layers.qkv.1", ...
 
 Loading one does not concatenate, transpose, decompress or dequantize anything: each weight is read directly into the
-requested sharding and dtype, independent of the mesh that wrote it.
+requested sharding and dtype, independent of the mesh that wrote it. Weights in blocks are as `snapshot_blocks` says, for
+devices of any kind; where they are not multiplied as such, they are dequantized.
 """
 
 from __future__ import annotations
@@ -24,22 +25,26 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from fastgen_jax.checkpoint import snapshot_blocks
 from fastgen_jax.checkpoint.base import missing_tensor
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.huggingface import GENERATION_FILE, model_config, read_generation_config, read_json
-from fastgen_jax.checkpoint.orbax_arrays import open_arrays, read_array
-from fastgen_jax.json_types import JsonFields
+from fastgen_jax.checkpoint.orbax_arrays import open_arrays, place_array, read_array
+from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.common import Source
 from fastgen_jax.models.params import all_specs
-from fastgen_jax.models.weight_spec import DType, Leaf, Params
+from fastgen_jax.models.weight_spec import DType, Kind, Leaf, Params
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
     from tensorstore import TensorStore
 
+    from pallas_kernels.matmul import BlockFormat, BlockWeight
+
     StoredWeight = TensorStore | dict[str, TensorStore]
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_BLOCKS = 1, 2
 MARKER = "fastgen.json"
 _INT8_FIELDS = ("values", "scales")
 _BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # packages with which etils lists and reads small files in a bucket
@@ -54,18 +59,16 @@ class SnapshotCheckpoint:
     config: ModelConfig
     config_json: JsonFields
     quantize: str | None
-    """"int8" if the matrices are `Int8Weight`s, else None."""
-    arrays: Mapping[str, StoredWeight]  # by name: an open array, or the two of an Int8Weight
+    """What the conversion quantized to: with "int8", matrices are `Int8Weight`s, with "int4" and "fp8" some are in blocks.
+    None: nothing; those of a quantized original are in its blocks."""
+    arrays: Mapping[str, StoredWeight]  # by name: an open array, or those of an Int8Weight, or of a weight in blocks
+    formats: Mapping[str, BlockFormat]
+    """The weights in blocks, by path."""
 
     @classmethod
     def open(cls, path: Path) -> SnapshotCheckpoint:
         """Reads the metadata; ValueError if the snapshot is incomplete, damaged or of a later format."""
-        marker = read_json(path / MARKER)
-        if marker.get("format") != FORMAT:
-            raise ValueError(
-                f"{path / MARKER} has format {marker.get('format')!r}, but this version reads {FORMAT}; "
-                "convert the original checkpoint again"
-            )
+        marker = read_marker(path)
         hf = read_json(path / "config.json")
         if not (path / "params").exists():
             raise ValueError(f"{path} has no params: its conversion was interrupted; convert the original again")
@@ -79,17 +82,32 @@ class SnapshotCheckpoint:
         arrays: dict[str, StoredWeight] = {}
         for name, array in found.items():
             stem, _, field = name.rpartition(".")
-            if field in _INT8_FIELDS:
+            if field in _INT8_FIELDS or field.startswith(snapshot_blocks.PREFIX):
                 arrays.setdefault(stem, {})[field] = array
             else:
                 arrays[name] = array
-        return cls(
+        found_here = cls(
             path=path,
             config=model_config(hf, path / "config.json"),
             config_json=hf,
-            quantize=marker.get("quantize"),
+            quantize=marker["quantize"],
             arrays=arrays,
+            formats=marker["blocks"],
         )
+        found_here._check_blocks()
+        return found_here
+
+    def _check_blocks(self) -> None:
+        """ValueError unless the weights in blocks have the arrays of their formats."""
+        for name, stored in self.arrays.items():
+            arrays = stored if isinstance(stored, dict) else {}
+            shapes = {
+                field.removeprefix(snapshot_blocks.PREFIX): tuple(array.shape)
+                for field, array in arrays.items()
+                if field.startswith(snapshot_blocks.PREFIX)
+            }
+            if problem := snapshot_blocks.problem_of(self.formats.get(_path_of(name)), shapes):
+                raise ValueError(f"{self.path}: the weight {name!r} has {problem}; convert the original again")
 
     @property
     def generation_config(self) -> JsonFields:
@@ -119,16 +137,57 @@ class SnapshotCheckpoint:
         return folder if isinstance(folder, Path) and not _is_remote(folder) else _local_copy(folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self._stored(name)
+        stored, format = self._stored(name), self.formats.get(_path_of(name))
+        if format is not None and isinstance(stored, dict):
+            *experts, outputs, width = stored[snapshot_blocks.PREFIX + "numbers"].shape
+            inputs = width * (2 if format.bits == 4 else 1)
+            return (outputs, inputs) if self._is_table(name) else (*experts, inputs, outputs)
         return tuple((stored["values"] if isinstance(stored, dict) else stored).shape)
 
     def dtype(self, name: str) -> str:
-        stored = self._stored(name)
+        stored, kind = self._stored(name), self.block_kind(name)
+        if kind is not None:
+            return kind.name
         return str((stored["values"] if isinstance(stored, dict) else stored).dtype.numpy_dtype)
 
+    def block_kind(self, name: str) -> BlockKind | None:
+        format = self.formats.get(_path_of(name))
+        return None if format is None else snapshot_blocks.kind_of(format)
+
+    def read_blocks(self, name: str, entry: int | None = None) -> BlockWeight:
+        stored = self._stored(name)
+        assert isinstance(stored, dict), "it has a block_kind"
+
+        def read(field: str) -> np.ndarray:
+            array = stored[snapshot_blocks.PREFIX + field]
+            return read_array(array if entry is None else array[entry])
+
+        try:
+            return snapshot_blocks.read_stored(self.formats[_path_of(name)], read)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
     def read(self, name: str) -> Leaf:
-        """One weight on the host, as stored: an array, or an `Int8Weight` of arrays."""
+        """One weight on the host, as stored: an array, or an `Int8Weight` of arrays; the values of one in blocks."""
         return self.restore(name)
+
+    def _values(self, name: str) -> np.ndarray:
+        """float32: the values of a weight in blocks."""
+        if self._is_table(name):
+            return self.read_blocks(name).dequantize().T
+        shape = self.shape(name)
+        if len(shape) == 2:
+            return self.read_blocks(name).dequantize()
+        return np.stack([self.read_blocks(name, number).dequantize() for number in range(shape[0])])
+
+    def _is_table(self, name: str) -> bool:
+        return all_specs(self.config)[_path_of(name)].kind is Kind.TABLE
+
+    def _damaged(self, name: str, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
+            "damaged, convert the original again"
+        )
 
     def restore(self, name: str, *, dtype: DType | None = None, sharding: Sharding | None = None) -> Leaf:
         """One weight, in `dtype` (int8 is not converted) and, with a `sharding`, directly on its devices.
@@ -138,16 +197,17 @@ class SnapshotCheckpoint:
         from pallas_kernels.matmul import Int8Weight
 
         stored = self._stored(name)
+        if _path_of(name) in self.formats:
+            values = self._values(name)
+            values = values if dtype is None else values.astype(np.dtype(dtype))
+            return values if sharding is None else place_array(values, sharding)
         try:
             if not isinstance(stored, dict):
                 return read_array(stored, dtype=dtype, sharding=sharding)
             places = {"values": sharding, "scales": _of_columns(sharding)}
             return Int8Weight(**{field: read_array(stored[field], sharding=place) for field, place in places.items()})
         except ValueError as error:
-            raise ValueError(
-                f"{self.path}: the weight {name!r} cannot be read ({_first_line(error)}); the snapshot is "
-                "damaged, convert the original again"
-            ) from error
+            raise self._damaged(name, error) from error
 
     def _stored(self, name: str) -> StoredWeight:
         if name not in self.arrays:
@@ -163,12 +223,14 @@ def save_snapshot(
     tokenizer_files: Mapping[str, bytes],
     generation_config: JsonFields | None = None,
     dtype: DType | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Writes a snapshot into the new directory `out`, local or gs://; ValueError if it already has contents.
 
-    `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s. `dtype` converts
-    floating-point weights (but not the scales of int8); None keeps them. `config_json` has the fields of a Hugging Face
-    config.json, `generation_config` those of a generation_config.json, and `tokenizer_files` the files that
+    `params` may be stacked or not, on the host or on any mesh; matrices may be `Int8Weight`s or, on the host and not
+    stacked, `StoredBlocks`. `dtype` converts floating-point weights (but not scales); None keeps them. `quantize` is "int4"
+    or "fp8" if blocks were made from floating point. `config_json` has the fields of a Hugging Face config.json,
+    `generation_config` those of a generation_config.json, and `tokenizer_files` the files that
     `load_tokenizer` reads from a directory.
     """
     import jax
@@ -176,10 +238,23 @@ def save_snapshot(
     folder = as_path(out)
     model_config(config_json, "config_json")
     check_target(out)
-    tree = dict(_flat(params, dtype))
-    quantized = any(isinstance(leaf, Mapping) for leaf in tree.values())
+    tree: dict[str, Leaf] = {}
+    formats: dict[str, BlockFormat] = {}
+    for name, leaf in _flat(params, dtype):
+        if isinstance(leaf, snapshot_blocks.StoredBlocks):
+            if formats.setdefault(_path_of(name), leaf.format) != leaf.format:
+                raise ValueError(f"{name} has {leaf.format}, but other layers {formats[_path_of(name)]}; they must be equal")
+            leaf = {snapshot_blocks.PREFIX + field: array for field, array in leaf.arrays.items()}
+        tree[name] = leaf
+    has_int8 = any(isinstance(leaf, Mapping) and "values" in leaf for leaf in tree.values())
     dtypes = {str(leaf.dtype) for leaf in tree.values() if not isinstance(leaf, Mapping)}
-    marker = {"format": FORMAT, "dtype": "/".join(sorted(dtypes)), "quantize": "int8" if quantized else None}
+    marker: JsonObject = {
+        "format": FORMAT_WITH_BLOCKS if formats or quantize else FORMAT,
+        "dtype": "/".join(sorted(dtypes)),
+        "quantize": quantize or ("int8" if has_int8 else None),
+    }
+    if formats:
+        marker["blocks"] = snapshot_blocks.as_json(formats)
     if jax.process_index() == 0:
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         for name, content in tokenizer_files.items():
@@ -200,6 +275,36 @@ def save_snapshot(
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         how = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
         checkpointer.save(_absolute(folder) / "params", args=ocp.args.PyTreeSave(tree, save_args=how))
+
+
+def read_marker(path: Path) -> JsonObject:
+    """fastgen.json of a snapshot: its `quantize`, and as `blocks` the formats of weights by path.
+
+    ValueError if it is of a later version or damaged.
+    """
+    marker = read_json(path / MARKER)
+    if marker.get("format") not in (FORMAT, FORMAT_WITH_BLOCKS):
+        raise ValueError(
+            f"{path / MARKER} has format {marker.get('format')!r}, but this version reads {FORMAT} and "
+            f"{FORMAT_WITH_BLOCKS}; convert the original checkpoint again"
+        )
+    quantize = marker.get("quantize")
+    if quantize not in (None, "int8", "int4", "fp8"):
+        raise ValueError(
+            f"{path / MARKER} has quantize={quantize!r}, but this version reads null, int8, int4 and fp8; convert the "
+            "original checkpoint again"
+        )
+    try:
+        blocks = snapshot_blocks.from_json(marker.get("blocks") or {})
+    except ValueError as error:
+        raise ValueError(f"{path / MARKER}: {error}; convert the original checkpoint again") from error
+    return {**marker, "quantize": quantize, "blocks": blocks}
+
+
+def _path_of(name: str) -> str:
+    """The path of a weight, given its name in a snapshot, which for a layer's ends with the number of the layer."""
+    stem, _, number = name.rpartition(".")
+    return stem if number.isdecimal() else name
 
 
 def check_target(out: str | Path, *, source: Path | None = None) -> None:
@@ -239,6 +344,8 @@ def _flat(params: Params, dtype: DType | None) -> Iterator[tuple[str, Leaf]]:
     from pallas_kernels.matmul import Int8Weight
 
     def stored(leaf: Leaf) -> Leaf:
+        if isinstance(leaf, snapshot_blocks.StoredBlocks):
+            return leaf
         if isinstance(leaf, Int8Weight):
             return {field: getattr(leaf, field) for field in _INT8_FIELDS}
         if not isinstance(leaf, jax.Array | np.ndarray):

@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8",),
-        help="quantize the matrices of a snapshot to int8 with one scale per output channel (default: do not quantize)",
+        choices=("int8", "int4", "fp8", "none"),
+        help="quantize the matrices of a snapshot: int8 and fp8 with one scale per output channel, int4 with one per 32 "
+        "inputs; none: dequantize those of a quantized checkpoint (default: as in the checkpoint)",
     )
 
 
@@ -50,18 +51,20 @@ def run(options: Options) -> int:
     from fastgen_jax.checkpoint import export_checkpoint
     from fastgen_jax.checkpoint.convert import convert
     from fastgen_jax.checkpoint.snapshot import check_target
-    from fastgen_jax.engine.weights import host_leaf
+    from fastgen_jax.engine.weights import kept_by_snapshot, snapshot_leaf
 
     out, dtype = options["out"], options["dtype"]
-    if options["format"] == "safetensors" and options["quantize"]:
+    if options["format"] == "safetensors" and options["quantize"] not in (None, "none"):
         raise ValueError("--quantize is for snapshots; safetensors are written in floating point: leave one of the two out")
     check_target(out)  # before a model is downloaded
     checkpoint = _open(options["model"], options["config"])
     if options["format"] == "safetensors":
         export_checkpoint(out, checkpoint, dtype=dtype, progress=True)
     else:
-        prepare = functools.partial(host_leaf, dtype=dtype or "bfloat16", quantize=options["quantize"])
-        convert(checkpoint, out, prepare=prepare, progress=True)
+        quantize = None if options["quantize"] == "none" else options["quantize"]
+        prepare = functools.partial(snapshot_leaf, dtype=dtype or "bfloat16", quantize=quantize)
+        kept = kept_by_snapshot(checkpoint, options["quantize"])
+        convert(checkpoint, out, prepare=prepare, keep_blocks=kept, quantize=quantize, progress=True)
     print(f'wrote {out}; use it with: fastgen generate --model {out} "..."')
     return 0
 

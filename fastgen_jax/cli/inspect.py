@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastgen_jax.checkpoint import Checkpoint
     from fastgen_jax.checkpoint.block_kind import BlockKind
     from fastgen_jax.models.config import ModelConfig
+    from pallas_kernels.matmul import Int4Kernel
 
 _PLAIN = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes per number
@@ -99,8 +100,9 @@ def _state(config: ModelConfig) -> str:
 
 def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
-    from fastgen_jax.checkpoint import kept_in_blocks
+    from fastgen_jax.checkpoint import SnapshotCheckpoint, kept_in_blocks, quantized_weights
     from fastgen_jax.checkpoint.base import HoldsBlocks
+    from fastgen_jax.engine.int4_forms import choose_forms, counted
     from fastgen_jax.models.params import all_specs, head_spec, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
@@ -118,8 +120,23 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
         if count
     ]
     if not parts:
-        return "dequantized"
-    return f"CPUs with native kernels: {', '.join(parts)}; else dequantized"
+        return "" if isinstance(checkpoint, SnapshotCheckpoint) else "dequantized"
+    places = [f"CPUs with native kernels: {', '.join(parts)}"]
+    devices: tuple[tuple[str, Int4Kernel, str], ...] = (
+        ("TPUs", "tpu", "tpu"),
+        ("GPUs with kernels for 4 bits", "hopper", "gpu"),
+    )
+    for name, kernel, platform in devices:
+        found = choose_forms(
+            tuple(quantized_weights(checkpoint).items()),
+            checkpoint.config,
+            kernel=kernel,
+            platform=platform,
+            activations="bfloat16",
+        )
+        if found.kept:
+            places.append(f"{name}: {100 * counted(found.kept, checkpoint.config) / stored.total():.1f} % in 4 bits")
+    return f"{'; '.join(places)}; else dequantized"
 
 
 def _vision(checkpoint: Checkpoint) -> str:

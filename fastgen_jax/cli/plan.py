@@ -8,7 +8,8 @@ import json
 import math
 
 from fastgen_jax.cli.parser import Options
-from fastgen_jax.devices import DEVICES
+from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, parse_topology
+from fastgen_jax.engine.config import quantize_of_snapshot
 from fastgen_jax.flags import MODEL_HELP
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.plan.report import Plan, make_plan, table
@@ -51,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4", "fp8", "w8a8"),
+        choices=("int8", "int4", "fp8", "w8a8", "none"),
         default=None,
         help="quantize matrices to 8 bits with one scale per output channel, or to 4 with one per 32 inputs; fp8 for H100, "
-        "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too (default: as in the snapshot, else none)",
+        "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too; none: all in --dtype (default: as in the "
+        "checkpoint where kernels multiply its 4 bits, or in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -83,7 +85,8 @@ def run(options: Options) -> int:
     plan = make_plan(
         model.config,
         stored_as=model.stored_as,
-        quantize=options["quantize"] or model.quantize,
+        stored=model.stored,
+        quantize=quantize_of_snapshot(model.quantize, options["quantize"], packs=False, float8=_float8(options["topology"])),
         topology=options["topology"],
         context=options["context"],
         budgets=sorted(set(options["budget"])),
@@ -96,6 +99,10 @@ def run(options: Options) -> int:
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))
     return 0 if plan.fits else 1
+
+
+def _float8(topology: str) -> bool:
+    return parse_topology(topology).device.kind in FLOAT8_KINDS
 
 
 def as_json(plan: Plan) -> JsonObject:

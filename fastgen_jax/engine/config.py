@@ -12,6 +12,7 @@ import jax
 
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import generation
+from fastgen_jax.engine.int4_forms import NOTHING, Choice
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor
 from fastgen_jax.models.vision.config import ImagesConfig
@@ -71,8 +72,15 @@ class Formats:
     kv_dtype: KVDType
     kept: tuple[tuple[str, float], ...] = ()
     """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
+    int4: Choice = NOTHING
+    """On an accelerator, the form of those of `kept`, and why the other quantized weights of the checkpoint are not kept."""
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
+
+    @property
+    def of_weights(self) -> str:
+        """Those of the weights, for people."""
+        return f"{'4-bit and ' if self.int4.kept else ''}{self.quantize or self.dtype}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -92,8 +100,8 @@ class EngineConfig:
     head, where integers of 4 bits of a checkpoint keep their values except on CPUs. Two formats round activations, too,
     with one scale per token: "fp8", on H100, H200 and TPU7x, multiplies 8-bit floats, and "w8a8", on TPU v5e and v6e, int8;
     the head is as for "int8" with "w8a8". None: as in the checkpoint where the kernels multiply its format (on CPUs most
-    types of GGUF, and 4 and 8 bits of most other formats), with exactly the values that it stands for, else `dtype`.
-    "none": `dtype` in any case."""
+    types of GGUF, and 4 and 8 bits of most other formats; on TPUs and on GPUs with a kernel for them, integers of 4 bits),
+    with exactly the values that it stands for, else `dtype`. "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None
@@ -291,6 +299,27 @@ def formats_of(config: EngineConfig, platform: str) -> tuple[DType, Quantization
 def quantization(config: EngineConfig) -> Quantization | None:
     """How the engine itself quantizes weights."""
     return None if config.quantize == "none" else config.quantize
+
+
+def quantize_of_snapshot(stored: str | None, chosen: str | None, *, packs: bool, float8: bool) -> Any:
+    """The `quantize` of an engine that runs a snapshot, given what its conversion quantized to and the operator's choice.
+
+    `packs` is whether native CPU kernels multiply its blocks, and `float8` whether the device multiplies 8-bit floats; if it
+    does not, those are dequantized. Raises ValueError for a choice that the snapshot cannot have.
+    """
+    if stored is None:
+        return chosen
+    possible = {"int8": ("int8", "w8a8"), "int4": ("int4",), "fp8": ("fp8",)}[stored]
+    if chosen not in (None, *possible):
+        raise ValueError(
+            f"quantize={chosen!r}, but the snapshot was made with --quantize {stored}; omit quantize or choose "
+            f"{' or '.join(map(repr, possible))}, or convert the original checkpoint again"
+        )
+    if stored == "int4":
+        return None if packs else "int4"
+    if stored == "fp8":
+        return chosen or ("fp8" if float8 else None)
+    return chosen or "int8"
 
 
 def default_dtype(platform: str, *, bfloat16: bool) -> DType:

@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from fastgen_jax.engine import footprint
+from fastgen_jax.engine import footprint, int4_forms
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.counts import count_params
@@ -16,7 +16,10 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
     """Name, model, number formats, devices and the size of the KV cache."""
     name = f"{os.path.basename(name.rstrip('/'))!r}, " if name else ""
     weights = f"{config.dtype}, {config.quantize} weights" if config.quantize else config.dtype
-    if config.choices.formats is not None and config.choices.formats.kept:
+    if config.int4_forms:
+        kept = int4_forms.counted(tuple(config.int4_forms.items()), model)
+        weights += f", {int4_forms.people(kept)} weights in the 4 bits of the file"
+    elif config.kept:
         weights += ", matrices in the blocks of the file"
     devices = jax.local_devices()[: config.tensor_parallel or 1]
     on = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
@@ -29,14 +32,7 @@ def describe(name: str, model: ModelConfig, config: ResolvedConfig) -> str:
         num_devices=config.tensor_parallel or 1,
     )
     return (
-        f"{name}{model.family}, {_count(count_params(model))} parameters, {weights}, on {on}; "
+        f"{name}{model.family}, {int4_forms.people(count_params(model))} parameters, {weights}, on {on}; "
         f"KV cache of {config.cache_tokens:,} tokens, {config.kv_dtype}, {footprint.size(cache_bytes)}; "
         f"context {config.max_context_len:,}"
     )
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

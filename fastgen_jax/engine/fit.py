@@ -14,8 +14,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.engine import footprint, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization
+from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization, wide_enough
+from fastgen_jax.engine.int4_forms import Stored, choose_forms
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.resolve import blocks_of_sequences, largest_budget
 from fastgen_jax.models.cache_groups import choose_groups
@@ -36,22 +38,20 @@ USUAL_BUDGET = 512  # tokens: the largest step, where it is measured later
 _Share = Literal["usual", "least", "most"]
 
 
-def with_formats(
-    config: EngineConfig, model: ModelConfig, folder: Folder | None, *, kept: tuple[tuple[str, float], ...] = ()
-) -> EngineConfig:
-    """`config` with the formats for a checkpoint of `model` on this machine; unchanged without `fit`.
+def with_formats(config: EngineConfig, model: ModelConfig, folder: Folder | None, *, stored: Stored = ()) -> EngineConfig:
+    """`config` with the formats for a checkpoint of `model` on this machine.
 
-    `kept` are the weights, by path, that could stay in the blocks of the checkpoint, with their bits per value.
+    Without `fit`, they are the defaults. `stored` are the quantized weights of the checkpoint.
     The formats of an earlier start are kept while they suit what is free now: `folder` remembers them. Raises ValueError
     if the model fits in no format.
     """
     if not config.fit:
-        return config
+        return replace(config, formats=candidates(config, Machine.here(), model, stored=stored)[0]) if stored else config
     options = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-    facts = (asdict(model), [getattr(config, name) for name in (*options, "num_blocks", "token_budget")], kept)
+    facts = (asdict(model), [getattr(config, name) for name in (*options, "num_blocks", "token_budget")], tuple(stored))
     path = folder.path / FILE if folder else None
     earlier = (saved_choices.load(path, facts) if path else None) or {}
-    formats = choose_formats(config, model, Machine.here(), earlier=earlier.get("formats"), kept=kept)
+    formats = choose_formats(config, model, Machine.here(), earlier=earlier.get("formats"), stored=stored)
     chosen = _names(formats)
     if path and folder and folder.writable and earlier.get("formats") != chosen:
         saved_choices.save(path, facts, {"model": ladder.describe(model), "formats": chosen})
@@ -64,14 +64,14 @@ def choose_formats(
     machine: Machine,
     *,
     earlier: object = None,
-    kept: tuple[tuple[str, float], ...] = (),
+    stored: Stored = (),
 ) -> Formats:
     """The first of `candidates` in which a usable context fits, else the smallest if any context does.
 
     `earlier` are the names of the formats of an earlier start; they are kept while more memory than they need is free, and
     not so much that better ones clearly fit. Raises ValueError, with the numbers, if nothing fits.
     """
-    options = candidates(config, machine, model, kept=kept)
+    options = candidates(config, machine, model, stored=stored)
     best, least, most = (_first(options, config, model, machine, share) for share in ("usual", "least", "most"))
     unchanged = [i for i, formats in enumerate(options) if _names(formats) == earlier]
     if unchanged and most is not None and most <= unchanged[0] <= (len(options) if least is None else least):
@@ -85,20 +85,18 @@ def choose_formats(
     return replace(options[best], why=_reason(options[0], config, model, machine))
 
 
-def candidates(
-    config: EngineConfig, machine: Machine, model: ModelConfig, *, kept: tuple[tuple[str, float], ...] = ()
-) -> list[Formats]:
+def candidates(config: EngineConfig, machine: Machine, model: ModelConfig, *, stored: Stored = ()) -> list[Formats]:
     """The formats that may be used, best first: those that were chosen or are the default, then
 
     1. bfloat16 weights and cache instead of float32, on a CPU
     2. an int8 KV cache, on a TPU or GPU, whose kernels read it
-    3. int8 weights
+    3. int8 weights, on a TPU or GPU without those that stay in 4 bits
     4. both
     """
     dtype = config.dtype or default_dtype(machine.platform, bfloat16=machine.bfloat16)
     quantize = quantization(config)
-    kept = kept if machine.packs and config.tensor_parallel is None and config.quantize is None else ()
-    options = [Formats(dtype=dtype, quantize=quantize, kv_dtype=config.kv_dtype or dtype, kept=kept)]
+    formats = Formats(dtype=dtype, quantize=quantize, kv_dtype=config.kv_dtype or dtype)
+    options = [_with_kept(formats, config, machine, model, stored)]
     if machine.platform == "cpu" and config.dtype is None:
         options.append(replace(options[0], dtype="bfloat16", kv_dtype=config.kv_dtype or "bfloat16"))
     narrow_cache = (
@@ -112,10 +110,33 @@ def candidates(
     if narrow_cache:
         options.append(replace(wide, kv_dtype="int8"))
     if config.quantize is None:
-        options.append(replace(wide, quantize="int8", kept=()))
-        if narrow_cache:
-            options.append(replace(wide, quantize="int8", kv_dtype="int8", kept=()))
+        narrow = replace(wide, quantize="int8", kept=wide.kept if wide.int4.kept else ())
+        sizes = [_weight_bytes(formats, config, model, machine) for formats in (wide, narrow)]
+        if sizes[1] < sizes[0]:
+            options.append(narrow)
+            if narrow_cache:
+                options.append(replace(narrow, kv_dtype="int8"))
     return options
+
+
+def _with_kept(formats: Formats, config: EngineConfig, machine: Machine, model: ModelConfig, stored: Stored) -> Formats:
+    """`formats` with the weights that stay in the bits of the checkpoint."""
+    packs = machine.packs and config.tensor_parallel is None
+    if packs and config.quantize is None:
+        return replace(formats, kept=tuple((path, kind.bits) for path, kind in stored if isinstance(kind, BlockKind)))
+    no_kernel = machine.platform == "cpu" and machine.int4 is None
+    if packs or config.quantize not in (None, "int4") or (no_kernel and config.quantize is None):
+        return formats
+    choice = choose_forms(
+        stored,
+        model,
+        kernel=machine.int4,
+        platform=machine.platform,
+        activations=wide_enough(formats.dtype, exceeds_float16=model.exceeds_float16),
+        num_devices=config.tensor_parallel or 1,
+        requested=config.quantize == "int4",
+    )
+    return replace(formats, kept=tuple((path, form.bits) for path, form in choice.kept), int4=choice)
 
 
 def tokens_that_fit(
@@ -219,10 +240,7 @@ def _names(formats: Formats) -> list[str | None]:
 def _reason(formats: Formats, config: EngineConfig, model: ModelConfig, machine: Machine) -> str:
     """Why these formats do not fit."""
     weights = footprint.size(_weight_bytes(formats, config, model, machine))
-    needed = (
-        f"smaller formats because {formats.quantize or formats.dtype} weights of {weights} leave too little of "
-        f"{_memory(machine)}"
-    )
+    needed = f"smaller formats because {formats.of_weights} weights of {weights} leave too little of {_memory(machine)}"
     if config.num_blocks is not None:
         return f"{needed} for {config.num_blocks} KV blocks"
     tokens = _needed(config, model, USABLE_CONTEXT)
@@ -257,7 +275,7 @@ def _refusal(options: Sequence[Formats], config: EngineConfig, model: ModelConfi
         needed = weights + cache + states + _excess_bytes(smallest, config, model, machine)
         usable = memory.room().most
     return (
-        f"the model does not fit: {smallest.quantize or smallest.dtype} weights take {footprint.size(weights)} and "
+        f"the model does not fit: {smallest.of_weights} weights take {footprint.size(weights)} and "
         f"{cache_tokens:,} tokens of {smallest.kv_dtype} KV cache {footprint.size(cache)}, together "
         f"{footprint.size(needed)} with what else is needed, but of {_memory(machine)} "
         f"{footprint.size(max(usable, 0))} can be used; " + ", ".join(_remedies(needed, config, model, machine))

@@ -13,6 +13,7 @@ from fastgen_jax.core import scale_bytes, stored_head_dim
 from fastgen_jax.engine.sampling.state import init_state
 from fastgen_jax.models.cache_groups import cache_groups
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.counts import count_params
 from fastgen_jax.models.division import DIVIDED_AXES, divided
 from fastgen_jax.models.params import all_specs, head_spec, layers_with, param_specs
 from fastgen_jax.models.sparse import indexer_of
@@ -48,8 +49,20 @@ def int4_bits(platform: str) -> float:
     return 4 + (32 if platform == "tpu" else 16) / INT4_BLOCK
 
 
-def bytes_of_most(dtype: DType, quantize: str | None, platform: str) -> float:
-    """Bytes of a value of most matrices in an engine with these formats."""
+def typical_bytes(
+    model: ModelConfig,
+    dtype: DType,
+    quantize: str | None,
+    platform: str,
+    *,
+    kept: tuple[tuple[str, float], ...] = (),
+) -> float:
+    """Bytes of a typical value of a matrix in an engine with these formats; `kept` as for `weight_bytes`."""
+    if kept:
+        if platform == "cpu":
+            return 1
+        weights = weight_bytes(model, 1, jnp.dtype(dtype).itemsize, quantize=quantize, kept=kept, platform=platform)
+        return weights / count_params(model)
     return jnp.dtype(dtype).itemsize if quantize is None else int4_bits(platform) / 8 if quantize == "int4" else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import get_args
 
@@ -18,6 +19,7 @@ from fastgen_jax.engine.config import (
     shown,
     wide_enough,
 )
+from fastgen_jax.engine.int4_forms import Int4Form
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
@@ -128,6 +130,16 @@ class ResolvedConfig:
     def keeps_blocks(self) -> bool:
         """Whether matrices that a checkpoint holds in blocks of 4 or 8 bits stay in them."""
         return self.choices.quantize is None and self.quantize is None and self.packed_weights
+
+    @property
+    def int4_forms(self) -> Mapping[str, Int4Form]:
+        """The form of each weight, by path, whose numbers of 4 bits are those of the checkpoint, on an accelerator."""
+        return dict(self.choices.formats.int4.kept) if self.choices.formats is not None else {}
+
+    @property
+    def kept(self) -> tuple[tuple[str, float], ...]:
+        """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
+        return self.choices.formats.kept if self.choices.formats is not None else ()
 
     @property
     def longest_sequence(self) -> int:
@@ -267,7 +279,8 @@ def resolve(
         fitted=_fitted(
             config,
             model,
-            f"{quantize or dtype} weights, {footprint.size(num_blocks * bytes_per_block)} of {kv_dtype} KV cache",
+            f"{config.formats.of_weights if config.formats else quantize or dtype} weights, "
+            f"{footprint.size(num_blocks * bytes_per_block)} of {kv_dtype} KV cache",
             cache_tokens=groups.capacity(num_blocks, max_context_len),
             longest=groups.longest(num_blocks, max_context_len),
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,22 @@ from fastgen_jax.checkpoint import (
     Checkpoint,
     SnapshotCheckpoint,
     images_of,
-    kept_in_blocks,
     load_params,
     load_tower,
     open_checkpoint,
+    quantized_weights,
     resolve_model,
 )
 from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import environment
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import compile_cache, determinism, executables, fit, ladder, saved_choices
-from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of
-from fastgen_jax.engine.footprint import bytes_of_most
+from fastgen_jax.engine import compile_cache, determinism, executables, fit, int4_forms, ladder, saved_choices
+from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of, quantize_of_snapshot
+from fastgen_jax.engine.footprint import typical_bytes
 from fastgen_jax.engine.generation import defaults_of_model
+from fastgen_jax.engine.int4_forms import Stored
+from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
@@ -60,7 +62,7 @@ def load(
     """Prepared weights, the model's config, its tokenizer, `config` with the settings that the checkpoint determines, where
     the checkpoint is, and its vision tower if it has one and reads images.
 
-    An int8 snapshot runs as int8. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
+    A snapshot that was quantized runs so. Raises ValueError as `resolve_model`, `open_checkpoint` and `load_params` do: the
     checkpoint is missing, damaged or unsupported.
     """
     with phases.phase(PHASES[0]):
@@ -69,16 +71,18 @@ def load(
             if jax.default_backend() == "cpu":
                 beside.submit(native.available)  # asks the compiler for its version, once per process
             checkpoint = open_checkpoint(resolve_model(os.fspath(model)), strict_config=config.strict_config)
-        if isinstance(checkpoint, SnapshotCheckpoint) and checkpoint.quantize and config.quantize != "w8a8":
-            config = replace(config, quantize="int8")
+        if isinstance(checkpoint, SnapshotCheckpoint):
+            config = _as_in_snapshot(config, checkpoint)
         if config.generation_config == "auto":
             config = replace(config, generation_config=defaults_of_model(checkpoint.generation_config, checkpoint.path))
         tower = _tower(checkpoint, config)  # before it is decided what fits into the memory that it leaves
         config = replace(config, vision=None if tower is None else tower.config)
         # First, so that mistakes, and a model that does not fit, are reported before the weights are loaded.
         folder = compile_cache.use(config.compile_cache_dir, group(config, checkpoint.config))
-        config = fit.with_formats(config, checkpoint.config, folder, kept=_kept_bits(checkpoint))
+        config = fit.with_formats(config, checkpoint.config, folder, stored=stored_in(checkpoint))
         resolved = resolve(config, checkpoint.config)
+        if kept := kept_weights(checkpoint.config, resolved):
+            log.info("%s: %s", checkpoint.path, kept)
         _prepare_as_before(phases, folder, checkpoint.config, resolved)
         builds = _prefetch_kernels(checkpoint.config) if jax.default_backend() == "cpu" else ()
         if not builds:
@@ -98,6 +102,13 @@ def load(
                 concurrent.futures.wait([build.path])
                 advance()
     return params, checkpoint.config, tokenizer, config, checkpoint.path, tower
+
+
+def _as_in_snapshot(config: EngineConfig, checkpoint: SnapshotCheckpoint) -> EngineConfig:
+    machine = Machine.here()
+    packs = machine.packs and config.tensor_parallel is None
+    chosen = quantize_of_snapshot(checkpoint.quantize, config.quantize, packs=packs, float8=machine.float8)
+    return replace(config, quantize=chosen)
 
 
 def _tower(checkpoint: Checkpoint, config: EngineConfig) -> Tower | None:
@@ -128,19 +139,23 @@ def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
     return prepare_params(_read_weights(checkpoint, config, progress=False), model, config)
 
 
-def _kept_bits(checkpoint: Checkpoint) -> tuple[tuple[str, float], ...]:
-    return tuple((path, kind.bits) for path, kind in kept_in_blocks(checkpoint).items())
+def stored_in(checkpoint: Checkpoint) -> Stored:
+    """The quantized weights of a checkpoint."""
+    return tuple(quantized_weights(checkpoint).items())
 
 
-def _kept_forms(config: ResolvedConfig) -> bool | Literal["fp8", "int4"]:
+def kept_weights(model: ModelConfig, config: ResolvedConfig) -> str:
+    """How many weights of a checkpoint stay in 4 bits on an accelerator, and why others do not; empty without any."""
+    if config.choices.formats is None:
+        return ""
+    return int4_forms.described(config.choices.formats.int4, model, config.dtype, config.quantize)
+
+
+def _kept_forms(config: ResolvedConfig) -> bool | Literal["fp8"] | Collection[str]:
     """Which matrices in blocks stay as the checkpoint holds them."""
-    if config.quantize == "fp8" or (config.quantize == "int4" and not config.packed_weights):
-        return config.quantize
-    return config.keeps_blocks
-
-
-def _keeps_any(config: ResolvedConfig) -> bool:
-    return config.choices.formats is not None and bool(config.choices.formats.kept)
+    if config.quantize == "fp8":
+        return "fp8"
+    return config.keeps_blocks or config.int4_forms.keys()
 
 
 def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:
@@ -260,7 +275,8 @@ def group(choices: EngineConfig, model: ModelConfig, place: saved_choices.Place 
 def facts_of_cache(choices: EngineConfig, model: ModelConfig, formats: tuple[str | None, ...]) -> tuple[object, ...]:
     """What the size of the KV cache depends on besides the machine's memory; `formats` as `formats_of`."""
     names = ("dtype", "quantize", "kv_dtype", "tensor_parallel", "max_num_seqs", "max_context_len", "block_size")
-    return asdict(model), [getattr(choices, name) for name in names], formats
+    kept = choices.formats.kept if choices.formats is not None else ()
+    return asdict(model), [getattr(choices, name) for name in names], formats, kept
 
 
 def _resolve_as_before(choices: EngineConfig, model: ModelConfig, folder: Folder | None) -> ResolvedConfig:
@@ -287,7 +303,7 @@ def _cost_model(config: ResolvedConfig, model: ModelConfig) -> ladder.CostModel:
     device = jax.devices()[0]
     return ladder.cost_model(
         model,
-        bytes_per_weight=1 if _keeps_any(config) else bytes_of_most(config.dtype, config.quantize, device.platform),
+        bytes_per_weight=typical_bytes(model, config.dtype, config.quantize, device.platform, kept=config.kept),
         device_kind=None if device.platform == "cpu" else device.device_kind,
         skips_padding=config.packed_weights,
     )
@@ -333,7 +349,7 @@ def _save_start(phases: Phases, folder: Folder | None, runner: Runner, config: R
 
 
 def _start_facts(model: ModelConfig, config: ResolvedConfig) -> object:
-    return asdict(model), config.dtype, config.quantize, config.tensor_parallel
+    return asdict(model), config.dtype, config.quantize, config.kept, config.tensor_parallel
 
 
 def _compile(runner: Runner, missing: Sequence[tuple[int, Work]], *, phases: Phases) -> None:
@@ -348,6 +364,7 @@ def _facts(config: ResolvedConfig, model: ModelConfig, candidates: Sequence[int]
         asdict(model),
         config.dtype,
         config.quantize,
+        config.kept,
         config.kv_dtype,
         config.tensor_parallel,
         config.block_size,

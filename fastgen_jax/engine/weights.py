@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from fastgen_jax.checkpoint import Checkpoint, kept_in_blocks
 from fastgen_jax.checkpoint.layer_stack import LayerStack
+from fastgen_jax.checkpoint.snapshot_blocks import stored_blocks
 from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.int4_forms import Int4Form, in_form
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_shape, keeps_blocks
@@ -27,6 +29,7 @@ from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, Wei
 from pallas_kernels.grouped_matmul import BlockGroups, GroupedWeight
 from pallas_kernels.grouped_matmul import prepare as prepare_groups
 from pallas_kernels.matmul import (
+    BLOCK_SIZES,
     FLOAT8_BLOCK,
     INT4_ROWS,
     BlockWeight,
@@ -90,11 +93,11 @@ def _prepared(
     if config.tensor_parallel is not None:
         return _divided(spec, array, model, config, dtype)
     platform = jax.default_backend()
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
+        kept = _kept_int4(array, config.int4_forms[spec.path])
+        return jax.tree.map(jnp.asarray, _filled_up(spec, kept, model, platform))
     quantize = _quantization(spec, model, config, platform)
     if config.quantize == "int4" and not config.packed_weights and isinstance(array, BlockWeight | BlockGroups):
-        kept = _kept_int4(spec, array, model, 1, platform) if quantize == "int4" else None
-        if kept is not None:
-            return jax.tree.map(jnp.asarray, kept)
         array = array.dequantize()
     in_blocks = isinstance(array, BlockWeight | BlockGroups)
     if config.quantize == "fp8" and (in_blocks or (quantize == "fp8" and not isinstance(array, Int8Weight))):
@@ -148,6 +151,56 @@ def host_leaf(
     return Int8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (host arrays, to be saved)
 
 
+def snapshot_leaf(spec: WeightSpec, array: HostWeight, *, dtype: DTypeLike, quantize: str | None) -> Leaf:
+    """One weight on the host as a snapshot stores it: in the blocks of the checkpoint, or quantized, or in `dtype`.
+
+    With "int4", blocks of 32 inputs, or int8 where `quantization_of` says so; with "fp8", one scale for each output, which
+    all of its blocks have.
+    """
+    if isinstance(array, BlockWeight | BlockGroups):
+        return stored_blocks(array)
+    form = quantization_of(spec, quantize, packed=True)
+    if form == "int4":
+        return stored_blocks(_in_groups(np.asarray(array), quantize_int4))
+    if form == "fp8":
+        return stored_blocks(_in_groups(np.asarray(array), _float8_blocks))
+    return host_leaf(spec, array, dtype=dtype, quantize=form)
+
+
+def kept_by_snapshot(checkpoint: Checkpoint, quantize: str | None) -> bool | Literal["fp8"] | Collection[str]:
+    """The weights of a checkpoint that stay in its blocks in a snapshot: all, or those of the format to quantize to."""
+    if quantize == "fp8":
+        return "fp8"
+    if quantize != "int4":
+        return quantize is None
+    specs = all_specs(checkpoint.config)
+    return [
+        path
+        for path, kind in kept_in_blocks(checkpoint).items()
+        if not kind.is_float and kind.value_bits == 4 and kind.size % INT4_ROWS == 0 and path in specs
+        if quantization_of(specs[path], "int4", packed=True) == "int4"
+    ]
+
+
+def _in_groups(array: np.ndarray, quantized: Callable[[np.ndarray], BlockWeight]) -> BlockWeight | BlockGroups:
+    """A matrix, or those of experts, in blocks."""
+    if array.ndim == 2:
+        return quantized(array)
+    return BlockGroups(shape=array.shape, read=lambda number: quantized(array[number]))
+
+
+def _float8_blocks(array: np.ndarray) -> BlockWeight:
+    """A matrix in 8-bit floats with one scale for each output, which all of its blocks have."""
+    values, scales = quantize_float8(array)
+    # Blocks of 128 would be multiplied as such.
+    size = max((each for each in BLOCK_SIZES if len(array) % each == 0 and each != FLOAT8_BLOCK), default=0)
+    if not size:
+        raise ValueError(
+            f"fp8 has blocks of a multiple of {BLOCK_SIZES[0]} inputs, but a weight has {len(array)}; use quantize='int8'"
+        )
+    return BlockWeight(values=values, scales=np.repeat(scales[:, None], len(array) // size, axis=1))
+
+
 def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, platform: str) -> str | None:
     """The format of a weight in an engine with this config."""
     num_devices, packed = config.tensor_parallel or 1, config.packed_weights
@@ -155,26 +208,18 @@ def _quantization(spec: WeightSpec, model: ModelConfig, config: ResolvedConfig, 
     return quantization_of(divided, config.quantize, packed=packed, num_devices=num_devices, platform=platform)
 
 
-def _int4(array: np.ndarray | BlockWeight | BlockGroups, platform: str) -> Int4Weight:
-    """A matrix, or those of experts, on the host."""
-    if isinstance(array, BlockGroups) or (isinstance(array, np.ndarray) and array.ndim > 2):
-        read = array.read if isinstance(array, BlockGroups) else array.__getitem__
-        each = [_int4(read(group), platform) for group in range(array.shape[0])]
-        return jax.tree.map(lambda *parts: np.stack(parts), *each)
-    blocks = array if isinstance(array, BlockWeight) else quantize_int4(array)
-    return pack_int4(blocks, scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
+def _int4(array: np.ndarray, platform: str) -> Int4Weight:
+    """A matrix, or those of experts, quantized on the host."""
+    if array.ndim > 2:
+        return jax.tree.map(lambda *parts: np.stack(parts), *(_int4(group, platform) for group in array))
+    return pack_int4(quantize_int4(array), scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
 
 
-def _kept_int4(
-    spec: WeightSpec, array: BlockWeight | BlockGroups, model: ModelConfig, num_devices: int, platform: str
-) -> Int4Weight | None:
-    """The numbers of a checkpoint, if they are such as `Int4Weight` holds, and each device has whole blocks."""
-    first = array.read(0) if isinstance(array, BlockGroups) else array
-    if first.format.numbers != "uint4" or first.size % INT4_ROWS:
-        return None
-    if not keeps_blocks(spec, math.lcm(first.size, 2 * INT4_ROWS), model, num_devices, platform):
-        return None
-    return _int4(array, platform)
+def _kept_int4(array: BlockWeight | BlockGroups, form: Int4Form) -> Int4Weight:
+    """The numbers of a checkpoint, on the host."""
+    if isinstance(array, BlockWeight):
+        return in_form(array, form)
+    return jax.tree.map(lambda *parts: np.stack(parts), *(in_form(array.read(i), form) for i in range(array.shape[0])))
 
 
 def _float8(array: np.ndarray | jax.Array | BlockWeight | BlockGroups, *, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +253,9 @@ def _filled_up(
     """A weight with the widths that the kernels of the platform need."""
     if not _has_other_widths(spec, array, model, platform):
         return array
-    assert not isinstance(array, Int4Weight), "it is made of what is filled up"
+    if isinstance(array, Int4Weight):  # numbers of a checkpoint stay only if their inputs are as they are
+        fill_columns = partial(divided_array, spec, config=model, num_devices=1, platform=platform, axes=[-1], fill=0)
+        return jax.tree.map(lambda part: fill_columns(array=part), array)
     fill = partial(_filled_parts, spec, model=model, platform=platform)
     if isinstance(array, Int8Weight):
         values, scales = fill(np.asarray(array.values), np.asarray(array.scales))
@@ -257,10 +304,9 @@ def _divided(
     num_devices, platform = mesh.size, mesh.devices.flat[0].platform
     quantize = _quantization(spec, model, config, platform)
     blocks = spec.quantizable and platform != "tpu" and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
+        return divide_leaf(spec, _kept_int4(array, config.int4_forms[spec.path]), mesh, model)
     if config.quantize == "int4" and isinstance(array, BlockWeight | BlockGroups):
-        kept = _kept_int4(spec, array, model, num_devices, platform) if quantize == "int4" else None
-        if kept is not None:
-            return divide_leaf(spec, kept, mesh, model)
         array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):
         return place_leaf(spec, _int4(divide_array(spec, array, mesh, model), platform), mesh)

@@ -16,9 +16,9 @@ from jax.sharding import SingleDeviceSharding
 
 from fastgen_jax.checkpoint.quantized import split_settings
 from fastgen_jax.devices import FLOAT8_KINDS, INT8_KINDS, Topology, parse_topology
-from fastgen_jax.engine import determinism, executables, fit, footprint, ladder, saved_choices, startup
+from fastgen_jax.engine import determinism, executables, fit, footprint, int4_forms, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.config import EngineConfig, quantize_of_snapshot
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.packing import Bucket
@@ -31,6 +31,7 @@ from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.division import divided as divided_model
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
+from fastgen_jax.plan.kernels import int4_kernel_of
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from fastgen_jax.plan.tower import compile_tower, step_images
@@ -71,18 +72,15 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
-    if described.quantize is not None and choices.quantize != "w8a8":
-        choices = replace(choices, quantize="int8")
-    if choices.quantize == "int4" and (described.stored_as or split_settings(described.config)[0]):
-        raise ValueError(
-            "quantize='int4' keeps the numbers of 4 bits of a quantized checkpoint, and programs depend on their form, "
-            "which is known when its files are read; start the engine on the device itself, or use quantize='int8'"
-        )
-    model: ModelConfig = family_of(described.config["architectures"][0]).config_from_hf(described.config)
-    shown = images_from_hf(described.config, {}) if choices.images else None
+    float8 = target.device.kind in FLOAT8_KINDS
+    quantize = quantize_of_snapshot(described.quantize, choices.quantize, packs=False, float8=float8)
+    choices = replace(choices, quantize=quantize)
+    _, fields = split_settings(described.config)
+    model: ModelConfig = family_of(fields["architectures"][0]).config_from_hf(fields)
+    shown = images_from_hf(fields, {}) if choices.images else None
     if shown is not None:
         choices = replace(choices, vision=largest(shown, choices.max_image_tokens))
-    config = startup.with_room_for_images(resolve_for(choices, model, target))
+    config = startup.with_room_for_images(resolve_for(choices, model, target, stored=described.stored))
     all_devices = list(deviceless_mesh(target).devices.flat)
     mesh = deviceless_mesh(target, config.tensor_parallel or 1)
     # A GPU's own compiler chooses among matmul kernels by timing them, so programs made without the GPU are slower ones.
@@ -97,13 +95,18 @@ def compile_ahead(
             report(_compile_tower(config, mesh))
         if folder is not None and choices.num_blocks is None:
             entry = {"model": ladder.describe(model), "num_blocks": config.num_blocks}
-            facts = startup.facts_of_cache(choices, model, (config.dtype, config.quantize, config.kv_dtype))
+            facts = startup.facts_of_cache(config.choices, model, (config.dtype, config.quantize, config.kv_dtype))
             saved_choices.save(folder / startup.BLOCKS_FILE, facts, entry, place)
     return config, out or "" if saves else ""
 
 
-def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> ResolvedConfig:
-    """What `resolve` chooses on an accelerator; ValueError if the model does not fit or cannot be divided."""
+def resolve_for(
+    choices: EngineConfig, model: ModelConfig, target: Topology, *, stored: int4_forms.Stored = ()
+) -> ResolvedConfig:
+    """What `resolve` chooses on an accelerator for a checkpoint with these quantized weights.
+
+    ValueError if the model does not fit or cannot be divided.
+    """
     platform = "tpu" if target.device.platform == "tpu" else "gpu"
     num_devices = choices.tensor_parallel or 1
     if num_devices > target.num_devices:
@@ -123,17 +126,24 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
         memory=memory,
         float8=target.device.kind in FLOAT8_KINDS,
         int8=target.device.kind in INT8_KINDS,
+        int4=int4_kernel_of(target.device),
         num_devices=target.num_devices,
     )
-    formats = fit.choose_formats(choices, model, machine) if choices.fit else fit.candidates(choices, machine, model)[0]
+    if choices.fit:
+        formats = fit.choose_formats(choices, model, machine, stored=stored)
+    else:
+        formats = fit.candidates(choices, machine, model, stored=stored)[0]
+    choices = replace(choices, formats=formats)
     itemsize = jnp.dtype(formats.dtype).itemsize
-    weights = footprint.weight_bytes(model, num_devices, itemsize, quantize=formats.quantize, platform=platform)
-    config = resolve(replace(choices, formats=formats), model, machine=machine, weights=weights)
+    weights = footprint.weight_bytes(
+        model, num_devices, itemsize, quantize=formats.quantize, kept=formats.kept, platform=platform
+    )
+    config = resolve(choices, model, machine=machine, weights=weights)
     budgets = config.budget_ladder
     if choices.token_budget is None:
         cost = ladder.cost_model(
             model,
-            bytes_per_weight=footprint.bytes_of_most(formats.dtype, formats.quantize, platform),
+            bytes_per_weight=footprint.typical_bytes(model, formats.dtype, formats.quantize, platform, kept=formats.kept),
             device_kind=target.device.reported_as[0],
             skips_padding=False,
         )
@@ -141,7 +151,7 @@ def resolve_for(choices: EngineConfig, model: ModelConfig, target: Topology) -> 
             budgets = (determinism.choose(budgets, knee=cost.knee, max_num_seqs=choices.max_num_seqs),)
         else:
             budgets = tuple(sorted(ladder.modeled_ladder(cost, budgets, max_num_seqs=choices.max_num_seqs)))
-    return replace(config, choices=choices, budget_ladder=budgets, generation_config=())
+    return replace(config, budget_ladder=budgets, generation_config=())
 
 
 def _tower_dtype(choices: EngineConfig) -> str:
@@ -208,6 +218,7 @@ def _compile(
         dtype=jnp.dtype(config.dtype),
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
+        int4=config.int4_forms,
     )
     step = step_program(
         model,

@@ -138,12 +138,13 @@ def planned_step(
     context: int,
     itemsize: int,
     quantize: str | None = None,
+    kept: tuple[tuple[str, float], ...] = (),
     token_bytes: float,
     windows: Windows = (None,),
 ) -> PlannedStep:
     """A step in which `sequences` of `context` tokens generate and a prompt chunk at the same context fills the rest.
 
-    `windows` are those of the cache groups.
+    `windows` are those of the cache groups, and `kept` as for `weight_bytes`.
     """
     cost = roofline(
         model,
@@ -155,6 +156,7 @@ def planned_step(
             itemsize,
             tokens=tokens,
             quantize=quantize,
+            kept=kept,
             platform=topology.device.platform,
         ),
         kv_bytes_per_token=token_bytes,

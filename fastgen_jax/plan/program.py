@@ -10,8 +10,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.config import wide_enough
 from fastgen_jax.engine.footprint import quantization_of
+from fastgen_jax.engine.int4_forms import Int4Form
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import further_arguments, has_int8, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
@@ -150,6 +152,7 @@ def compile_step(
     kv_dtype: DType | None = None,
     quantize: str | None = None,
     in_blocks: bool = False,
+    int4: Mapping[str, Int4Form] = MappingProxyType({}),
     attention: str | None = None,
     work: Work = "any",
     deterministic: bool = False,
@@ -159,7 +162,8 @@ def compile_step(
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    With `in_blocks`, 8-bit floats have a scale for every 128 inputs. With `images`, shapes from `plan.tower`, it is the one
+    With `in_blocks`, 8-bit floats have a scale for every 128 inputs. `int4` are the forms of weights, by path, whose numbers
+    are those of a checkpoint. With `images`, shapes from `plan.tower`, it is the one
     for steps with tokens of images; `has_grids` as for `Bucket`.
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
     """
@@ -187,6 +191,7 @@ def compile_step(
         kv_dtype=kv_dtype or dtype,
         quantize=quantize,
         in_blocks=in_blocks,
+        int4=int4,
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
@@ -266,10 +271,11 @@ def step_arguments(
     kv_dtype: DType,
     quantize: str | None,
     in_blocks: bool = False,
+    int4: Mapping[str, Int4Form] = MappingProxyType({}),
 ) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
     """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device.
 
-    `num_rows` are the layers of a cache group.
+    `num_rows` are the layers of a cache group; `in_blocks` and `int4` as for `compile_step`.
     """
     mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
     vocab_size = model.vocab_size
@@ -279,6 +285,7 @@ def step_arguments(
         _as_stored,
         quantize=quantize,
         in_blocks=in_blocks,
+        int4=int4,
         num_devices=1 if mesh is None else mesh.size,
         platform=device.platform,
         capability=str(getattr(device, "compute_capability", "")),
@@ -316,21 +323,20 @@ def _as_stored(
     *,
     quantize: str | None,
     in_blocks: bool,
+    int4: Mapping[str, Int4Form],
     num_devices: int,
     platform: str,
     capability: str,
 ) -> Leaf:
     """The shapes of a weight of the divided model in the form that the engine stores."""
+    if spec.path in int4:
+        return _int4_shapes(weight.shape, int4[spec.path])
     form = quantization_of(spec, quantize, packed=False, num_devices=num_devices, platform=platform)
     if form is None:
         return weight
     shape = weight.shape
     if form == "int4":
-        kind = jnp.float32 if platform == "tpu" else jnp.float16
-        return Int4Weight(
-            values=jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.uint8),  # pyright: ignore[reportArgumentType] (shapes)
-            scales=jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // INT4_BLOCK, shape[-1]), kind),  # pyright: ignore[reportArgumentType]
-        )
+        return _int4_shapes(shape, Int4Form(INT4_BLOCK, False, "float32" if platform == "tpu" else "float16"))
     scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
     if form == "fp8":
         if in_blocks and shape[-2] % FLOAT8_BLOCK == 0:
@@ -342,6 +348,16 @@ def _as_stored(
         return Int8Weight(values=values, scales=scales, inputs_last=True)  # pyright: ignore[reportArgumentType] (shapes)
     values = jax.ShapeDtypeStruct(shape, jnp.int8)
     return Int8Weight(values=values, scales=scales, rounds_rows=form == "w8a8")  # pyright: ignore[reportArgumentType] (shapes)
+
+
+def _int4_shapes(shape: tuple[int, ...], form: Int4Form) -> Int4Weight:
+    *layers, inputs, outputs = shape
+    scales = jax.ShapeDtypeStruct((*layers, inputs // form.size, outputs), jnp.dtype(form.scale_dtype))
+    return Int4Weight(
+        values=jax.ShapeDtypeStruct((*layers, inputs // 2, outputs), jnp.uint8),  # pyright: ignore[reportArgumentType] (shapes)
+        scales=scales,  # pyright: ignore[reportArgumentType]
+        offsets=scales if form.has_offsets else None,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, bool | str] | None = None) -> jax.stages.Compiled:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, INT8_KINDS, NoCompiler, Topology, parse_topology
-from fastgen_jax.engine import footprint
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine import footprint, int4_forms
+from fastgen_jax.engine.config import EngineConfig, wide_enough
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.cache_groups import choose_groups
 from fastgen_jax.models.config import ModelConfig
@@ -22,6 +22,7 @@ from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
 from fastgen_jax.plan import estimate, tower
 from fastgen_jax.plan.estimate import Memory, PlannedStep
+from fastgen_jax.plan.kernels import int4_kernel_of
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.matmul import FLOAT8_BLOCK
 
@@ -50,6 +51,8 @@ class Plan:
     dtype: str
     quantize: str | None  # "int8", "int4", "fp8" or "w8a8" if matrices are stored in 8 or 4 bits
     stored_as: str  # how the weights are quantized on disk; "" if they are not
+    keeps: bool  # whether some of those stay in 4 bits
+    kept: str  # how many, and why others do not; "" if they were to be changed in any case
     kv_dtype: str
     max_num_seqs: int
     vision: int  # bytes of the vision tower, which are part of the weights; 0 without one
@@ -79,13 +82,15 @@ def make_plan(
     kv_dtype: str | None = None,
     quantize: str | None = None,
     stored_as: str = "",
+    stored: int4_forms.Stored = (),
     images: bool = True,
     compile: bool,
 ) -> Plan:
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
-    Weights that are quantized according to the config or `stored_as` are planned as they are loaded: dequantized, in
-    `dtype` or quantized again. With `images` a vision tower is part of them. Raises ValueError for an unknown
+    Weights that are quantized according to the config or `stored_as` are planned as they are loaded: those of `stored` in 4
+    bits where a kernel multiplies them, unless `quantize` says otherwise, the others dequantized, in `dtype` or quantized
+    again. With `images` a vision tower is part of them. Raises ValueError for an unknown
     model, quantization or topology, a context beyond the model's limit, and if the model cannot be divided over the
     devices.
     """
@@ -112,6 +117,19 @@ def make_plan(
             f"quantize is 'w8a8', but {devices.device.kind} does not multiply int8 by int8; choose 'int8', or one of "
             f"{', '.join(INT8_KINDS)}"
         )
+    choice = int4_forms.NOTHING
+    if quantize in (None, "int4"):
+        choice = int4_forms.choose_forms(
+            stored,
+            model,
+            kernel=int4_kernel_of(devices.device),
+            platform=devices.device.platform,
+            activations=wide_enough(dtype, exceeds_float16=model.exceeds_float16),  # pyright: ignore[reportArgumentType]
+            num_devices=devices.num_devices,
+            requested=quantize == "int4",
+        )
+    quantize = None if quantize == "none" else quantize
+    kept = tuple((path, form.bits) for path, form in choice.kept)
     itemsize = jnp.dtype(dtype).itemsize
     kv_dtype = kv_dtype or dtype
     shown = images_from_hf(config, {}) if images else None
@@ -128,6 +146,7 @@ def make_plan(
             devices.num_devices,
             itemsize,
             quantize=quantize,
+            kept=kept,
             platform=devices.device.platform,
             in_blocks=in_blocks,
         )
@@ -161,6 +180,7 @@ def make_plan(
                     kv_dtype=kv_dtype,
                     quantize=quantize,
                     in_blocks=in_blocks,
+                    int4=dict(choice.kept),
                 )
                 for budget in budgets
             )
@@ -185,6 +205,7 @@ def make_plan(
             context=context,
             itemsize=itemsize,
             quantize=quantize,
+            kept=kept,
             token_bytes=token_bytes / devices.num_devices,
             windows=groups.windows,
         )
@@ -201,6 +222,8 @@ def make_plan(
         dtype=dtype,
         quantize=quantize,
         stored_as=stored_as,
+        keeps=bool(choice.kept),
+        kept=int4_forms.described(choice, model, dtype, quantize),
         kv_dtype=kv_dtype,
         max_num_seqs=max_num_seqs,
         memory=memory,
@@ -219,6 +242,7 @@ def make_plan(
             groups=groups,
             itemsize=itemsize,
             quantize=quantize,
+            kept=kept,
             max_num_seqs=max_num_seqs,
             sequences=sequences,
         ),
@@ -245,6 +269,7 @@ def _check(
     kv_dtype: str,
     quantize: str | None,
     in_blocks: bool,
+    int4: Mapping[str, int4_forms.Int4Form],
 ) -> CompileCheck:
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
@@ -261,6 +286,7 @@ def _check(
             kv_dtype=jnp.dtype(kv_dtype),
             quantize=quantize,
             in_blocks=in_blocks,
+            int4=int4,
         )
     except DoesNotCompile as error:
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, problem=str(error))
@@ -295,6 +321,7 @@ def _advice(
     groups: BlockGroups,
     itemsize: int,
     quantize: str | None,
+    kept: tuple[tuple[str, float], ...],
     max_num_seqs: int,
     sequences: int,
 ) -> tuple[str, ...]:
@@ -310,7 +337,7 @@ def _advice(
             advice.append(f"a context of at most {left} tokens: --context {left}")
         sizes = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if topology.num_devices < n <= model.num_heads]
         for n in sizes:
-            weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize, platform=kind.platform)
+            weights = footprint.weight_bytes(model, n, itemsize, quantize=quantize, kept=kept, platform=kind.platform)
             if (
                 weights + cache * topology.num_devices // n + memory.state + memory.temporaries + memory.reserved
                 <= kind.memory_bytes
@@ -318,7 +345,9 @@ def _advice(
                 advice.append(f"{n} devices of {kind.kind} instead of {topology.num_devices}")
                 break
         if quantize is None:
-            int8 = footprint.weight_bytes(model, topology.num_devices, itemsize, quantize="int8", platform=kind.platform)
+            int8 = footprint.weight_bytes(
+                model, topology.num_devices, itemsize, quantize="int8", kept=kept, platform=kind.platform
+            )
             if int8 + cache + memory.state + memory.temporaries + memory.reserved <= kind.memory_bytes:
                 advice.append("8-bit weights: --quantize int8")
         larger = [d for d in DEVICES.values() if d.memory_bytes > kind.memory_bytes]
@@ -362,7 +391,12 @@ def table(plan: Plan) -> str:
         f"  reserved      {gib(memory.reserved)}   runtime and programs",
         f"  weights       {gib(memory.weights)}   {kept}"
         + (f"; {plan.vision / GIB:.2f} GiB of it the vision tower" if plan.vision else "")
-        + (f"; on disk {plan.stored_as}, dequantized while loading" if plan.stored_as else ""),
+        + (
+            f"; on disk {plan.stored_as}, {'partly kept' if plan.keeps else 'dequantized while loading'}"
+            if plan.stored_as
+            else ""
+        ),
+        *([f"                               {plan.kept}"] if plan.kept else []),
         f"  states        {gib(memory.state)}   of the sampler and of running sequences",
         f"  temporaries   {gib(memory.temporaries)}   {'as compiled' if plan.checks else 'estimated'}, largest step",
         f"  KV cache      {gib(max(0, memory.free))}   {memory.num_blocks} blocks of {plan.block_size} tokens, "

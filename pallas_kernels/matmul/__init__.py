@@ -9,6 +9,7 @@ from pallas_kernels.matmul import halves
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
 from pallas_kernels.matmul.division import Division
 from pallas_kernels.matmul.int4 import INT4_ROWS, Int4Weight, pack_int4
+from pallas_kernels.matmul.int4_kernels import Int4Kernel, int4_fits, int4_kernel, int4_needs
 from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
 from pallas_kernels.matmul.paired import PairedWeight, pair
 from pallas_kernels.matmul.weights import (
@@ -33,6 +34,7 @@ __all__ = [
     "BlockWeight",
     "Division",
     "Float8Weight",
+    "Int4Kernel",
     "Int4Weight",
     "Int8Weight",
     "PackedWeight",
@@ -43,6 +45,9 @@ __all__ = [
     "gated",
     "halves",
     "inputs_last",
+    "int4_fits",
+    "int4_kernel",
+    "int4_needs",
     "linear",
     "pack_int4",
     "pair",

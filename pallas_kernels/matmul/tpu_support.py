@@ -46,9 +46,14 @@ def supports(shape: tuple[int, ...]) -> bool:
 
 def fits_int4(w: Int4Weight, shape: tuple[int, ...]) -> bool:
     """Whether the kernel multiplies with a part of `w` that has this shape."""
+    return w.scales.dtype == jnp.float32 and fits_sizes(shape, w.size)
+
+
+def fits_sizes(shape: tuple[int, ...], size: int) -> bool:
+    """Whether numbers of 4 bits of this shape, of which so many inputs share a scale, are whole tiles."""
     depth, columns = shape[-2:]
-    whole = depth % max(2 * INT4_ROWS, w.size) == 0 and columns % LANES == 0
-    return whole and w.size <= _LARGEST_SIZE and _LARGEST_SIZE % w.size == 0 and w.scales.dtype == jnp.float32
+    whole = depth % max(2 * INT4_ROWS, size) == 0 and columns % LANES == 0
+    return whole and size <= _LARGEST_SIZE and _LARGEST_SIZE % size == 0
 
 
 def multiplies(w: object, shape: tuple[int, ...], *, divided: bool = False) -> TypeGuard[Int4Weight]:

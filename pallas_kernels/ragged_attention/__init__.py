@@ -190,7 +190,7 @@ def plan_layers(
         from pallas_kernels.ragged_attention.gpu.call import plan_gpu, stack_plans
     if plan_tpu is None and plan_gpu is None:
         return list(indices)
-    shape: dict[str, int] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
+    shape: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks}
     same = all(other is index for other in indices)
     tpu = [None] if plan_tpu is None else [plan_tpu(k_cache, index, packed=packed, **shape)]
     if plan_tpu is not None and not same:

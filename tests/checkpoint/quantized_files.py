@@ -75,6 +75,41 @@ def quantized_folder(path: Path, settings: dict, parts: dict[str, np.ndarray], *
     return path
 
 
+def write_int4(path: Path, method: str, *, symmetric: bool = False, group: int = 32, seed: int = 0, **overrides) -> Path:
+    """A directory whose projections of all layers have random numbers of 4 bits, in the layout of GPTQ or AWQ."""
+
+    def change(tensors):
+        generator = np.random.default_rng(seed)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            outputs, inputs = tensors.pop(name).shape
+            numbers = generator.integers(0, 16, (inputs, outputs), np.uint32)
+            zeros = np.full((inputs // group, outputs), 8, np.uint32) if symmetric else numbers[: inputs // group] | 1
+            module = name.removesuffix(".weight")
+            scales = generator.uniform(0.01, 0.03, (inputs // group, outputs))
+            if method == "gptq":
+                packed, of_zeros = _words(numbers, 0), _words(zeros - 1, 1)
+                tensors[f"{module}.g_idx"] = np.arange(inputs, dtype=np.int32) // group
+            else:
+                packed, of_zeros = (_words(array, 1, (0, 4, 1, 5, 2, 6, 3, 7)) for array in (numbers, zeros))
+            tensors |= {f"{module}.qweight": packed, f"{module}.qzeros": of_zeros}
+            tensors[f"{module}.scales"] = scales.astype(np.float16)
+
+    write_hf(path, change=change, **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128} | overrides)
+    config = json.loads((path / "config.json").read_text())
+    settings = (GPTQ if method == "gptq" else AWQ) | {"group_size": group} | ({"sym": symmetric} if method == "gptq" else {})
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return path
+
+
+def _words(numbers: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """i32 words of eight numbers of 4 bits each along an axis; nibble i, from the lowest, is number order[i]'s place."""
+    eight = np.moveaxis(numbers, axis, -1).reshape(*np.moveaxis(numbers, axis, -1).shape[:-1], -1, 8)
+    words = np.zeros(eight.shape[:-1], np.uint32)
+    for i in range(8):
+        words |= eight[..., i] << np.uint32(4 * order[i])
+    return np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32)
+
+
 def loaded_gate(path: Path) -> np.ndarray:
     """The matrix NAME as loaded, [in, out]."""
     params = load_params(open_checkpoint(path), dtype="float32", stack_layers=False)

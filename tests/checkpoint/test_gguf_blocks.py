@@ -60,6 +60,7 @@ def test_blocks_stand_for_the_values_of_the_gguf_library(name):
     kind = gguf_blocks.block_kind(KINDS[name])
     assert kind is not None
     assert (kind.bits, kind.size) == (blocks.format.bits_with_scales, blocks.size)
+    assert (kind.has_offsets, kind.scale_dtype) == (blocks.offsets is not None, blocks.scales.dtype.name)
     assert kind.value_bits == blocks.format.bits
 
 
@@ -67,7 +68,9 @@ def test_blocks_stand_for_the_values_of_the_gguf_library(name):
 def test_matrices_of_different_kinds_take_a_common_one_with_the_same_values(names, bits):
     kinds = [gguf_blocks.block_kind(KINDS[name]) for name in names]
     common = common_kind(kinds)
-    assert common == BlockKind(f"{' and '.join(sorted(names))} as {bits} bits", bits + 4, 16, bits, is_common=True)
+    assert common == BlockKind(
+        f"{' and '.join(sorted(names))} as {bits} bits", bits + 4, 16, bits, is_common=True, has_offsets=True
+    )
     parts = [gguf_blocks.read_blocks(_rows(name), KINDS[name]) for name in names]
     whole = side_by_side(parts, common)
     assert whole.format.bits_with_scales == common.bits

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 from fastgen_jax.checkpoint import kept_in_blocks, load_params, open_checkpoint
 from fastgen_jax.checkpoint.quantized import unpack
+from fastgen_jax.checkpoint.quantized.declared import declared_kind
+from fastgen_jax.checkpoint.quantized.numbers import Groups
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import prepare_leaf
@@ -53,7 +55,42 @@ def test_a_matrix_is_kept_in_4_or_8_bits_if_that_rounds_nothing(case):
     kind = stored.block_kind
     assert (kind and kind.name) == KEPT.get(case)
     if kind is not None:
-        np.testing.assert_array_equal(stored.blocks().dequantize(), stored.map().T)
+        blocks = stored.blocks()
+        np.testing.assert_array_equal(blocks.dequantize(), stored.map().T)
+        declared = (kind.bits, kind.size, kind.has_offsets, kind.scale_dtype)
+        assert declared == (blocks.format.bits_with_scales, *blocks.format[3:], *blocks.format[1:3])
+
+
+DTYPES = {"int4_bfloat16": "bfloat16"}
+
+
+@pytest.mark.parametrize("case", [case for case in SETTINGS if KEPT.get(case, "").startswith("4 bits")])
+def test_the_settings_alone_declare_the_kind_that_the_files_have(case):
+    settings = settings_of(case)
+    stored = unpack(tensors_of(case, "m"), settings)["m.weight"]
+    found = declared_kind(settings, stored.shape[1], DTYPES.get(case, "float16"))
+    assert found is not None
+    assert found._replace(name="") == stored.block_kind._replace(name="")
+
+
+@pytest.mark.parametrize("case", ["gptq4_order", "nf4", "fp8_channels", "int8_groups", "mxfp4", "gptq8"])
+def test_the_settings_declare_nothing_that_they_cannot_know(case):
+    assert declared_kind(settings_of(case), 64, "float16") is None
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_group_of_all_inputs_is_divided_into_blocks(biases):
+    generator = np.random.default_rng(0)
+    numbers = generator.integers(0, 16, (6, 4096), np.uint8)
+    scales, offsets = (generator.uniform(0.1, 1, (6, 1)).astype(np.float16) for _ in range(2))
+    zeros = None if biases else generator.integers(0, 16, (6, 1), np.uint8)
+    groups = Groups(
+        shape=(6, 4096), rows=numbers.__getitem__, scales=scales, zeros=zeros, biases=offsets if biases else None, bits=4
+    )
+    kind = groups.block_kind()
+    assert kind is not None
+    assert (kind.size, kind.value_bits) == (2048, 4)
+    np.testing.assert_array_equal(groups.blocks().dequantize(), groups.values().T)
 
 
 # compressed: attention in int8, gate and up in int4 with zero points, down in FP8 but without whole blocks.

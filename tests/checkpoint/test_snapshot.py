@@ -207,7 +207,7 @@ def _other_config(field, value):
     [
         (_without_params, "has no params: its conversion was interrupted"),
         (_cut_data, "the weight '.*' cannot be read .*damaged, convert the original again"),
-        (_later_format, "has format 99, but this version reads 1"),
+        (_later_format, "has format 99, but this version reads 1 and 2"),
         (_bad_manifest, "params is damaged"),
         (_without_manifest, r"params is damaged \(it holds no arrays\)"),
         (_other_config("num_hidden_layers", 3), r"has no tensor 'layers.attn_norm.2'"),

@@ -8,7 +8,8 @@ import pytest
 
 from fastgen_jax import Engine, EngineConfig, Research
 from fastgen_jax.checkpoint import kept_in_blocks, load_params, open_checkpoint
-from fastgen_jax.engine.fit import choose_formats
+from fastgen_jax.checkpoint.block_kind import BlockKind
+from fastgen_jax.engine.fit import candidates, choose_formats
 from pallas_kernels import native
 from pallas_kernels.matmul import BlockWeight, PackedWeight
 from tests.checkpoint.tiny_files import write_gguf
@@ -96,13 +97,16 @@ def test_int4_weights_take_four_bits_in_layers_and_eight_in_the_head(path):
 
 
 def test_a_model_in_blocks_fits_where_its_values_do_not():
-    bits = (("lm_head", 4.5), *((f"layers.{name}", 4.5) for name in ("qkv", "o", "gate_up", "down")))
+    q4_0 = BlockKind("Q4_0", 4.5, 32, 4, scale_dtype="float16")
+    stored = [("lm_head", q4_0), *((f"layers.{name}", q4_0) for name in ("qkv", "o", "gate_up", "down"))]
     here = MACHINES["CPU, 16 GiB free"]
     llama = model("Llama-3-8B")
     assert choose_formats(EngineConfig(), llama, here).quantize == "int8"
-    chosen = choose_formats(EngineConfig(), llama, here, kept=bits)
-    assert (chosen.quantize, chosen.kept) == (None, bits)
-    assert choose_formats(EngineConfig(quantize="int8"), llama, here, kept=bits).kept == ()
+    chosen = choose_formats(EngineConfig(), llama, here, stored=stored)
+    assert (chosen.quantize, chosen.kept) == (None, tuple((path, 4.5) for path, _ in stored))
+    assert choose_formats(EngineConfig(quantize="int8"), llama, here, stored=stored).kept == ()
+    options = candidates(EngineConfig(), here, llama, stored=stored)
+    assert all(formats.quantize is None for formats in options), "int8 takes more memory"
 
 
 def test_layers_of_different_kinds_take_a_common_one_with_the_same_values(tmp_path):

@@ -15,7 +15,13 @@ from tests.pallas_kernels.matmul.random_blocks import random_blocks
 from tests.tiny import tiny_model
 
 CONFIG: Any = SimpleNamespace(
-    num_adapters=0, dtype="bfloat16", activation_dtype="bfloat16", tensor_parallel=None, quantize="fp8", packed_weights=False
+    num_adapters=0,
+    dtype="bfloat16",
+    activation_dtype="bfloat16",
+    tensor_parallel=None,
+    quantize="fp8",
+    packed_weights=False,
+    int4_forms={},
 )
 
 

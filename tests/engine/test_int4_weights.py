@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax.engine.footprint import weight_bytes
+from fastgen_jax.engine.int4_forms import Int4Form
 from fastgen_jax.engine.weights import prepare_leaf
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind, WeightSpec
@@ -26,6 +27,7 @@ CONFIG: Any = SimpleNamespace(
     tensor_parallel=None,
     quantize="int4",
     packed_weights=False,
+    int4_forms={},
 )
 MODEL = replace(tiny_model()[1], embed_dim=256, mlp_dim=96)  # 96 inputs of a down matrix are no whole pairs of blocks
 Q4_1 = ("uint4", True, "float16")
@@ -35,14 +37,15 @@ def spec_of(name: str) -> WeightSpec:
     return replace(all_specs(MODEL)[name], shape=(256, 64))
 
 
-def prepared(array: Any, spec: WeightSpec) -> Any:
-    return prepare_leaf(spec, array, MODEL, CONFIG)
+def prepared(array: Any, spec: WeightSpec, form: Int4Form | None = None) -> Any:
+    config = SimpleNamespace(**vars(CONFIG) | {"int4_forms": {} if form is None else {spec.path: form}})
+    return prepare_leaf(spec, array, MODEL, config)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_the_numbers_of_a_checkpoint_stay(size: int) -> None:
     stored = random_blocks(256, 64, size, *Q4_1)
-    leaf = prepared(stored, spec_of("layers.qkv"))
+    leaf = prepared(stored, spec_of("layers.qkv"), Int4Form(size, True, "float32"))
     assert isinstance(leaf, Int4Weight)
     assert leaf.size == size
     np.testing.assert_allclose(leaf.dequantize(), stored.dequantize(), rtol=0, atol=1e-6)
@@ -51,9 +54,23 @@ def test_the_numbers_of_a_checkpoint_stay(size: int) -> None:
 def test_those_of_experts_stay_too() -> None:
     experts = [random_blocks(256, 64, 32, *Q4_1, seed=seed) for seed in range(3)]
     spec = replace(spec_of("layers.qkv"), kind=Kind.EXPERTS, shape=(3, 256, 64), axes=("X", "E", "F"))
-    leaf = prepared(BlockGroups(shape=(3, 256, 64), read=experts.__getitem__), spec)
+    form = Int4Form(32, True, "float32")
+    leaf = prepared(BlockGroups(shape=(3, 256, 64), read=experts.__getitem__), spec, form)
     assert isinstance(leaf, Int4Weight)
     np.testing.assert_allclose(leaf.dequantize(), np.stack([each.dequantize() for each in experts]), rtol=0, atol=1e-6)
+
+
+def test_larger_groups_are_divided_for_a_kernel_that_does_not_take_them() -> None:
+    stored = random_blocks(256, 64, 256, *Q4_1)
+    leaf = prepared(stored, spec_of("layers.qkv"), Int4Form(64, True, "float32"))
+    assert leaf.size == 64
+    np.testing.assert_allclose(leaf.dequantize(), stored.dequantize(), rtol=0, atol=1e-6)
+
+
+def test_numbers_that_are_not_those_that_the_headers_declare_are_refused() -> None:
+    for declared in (Int4Form(32, False, "float16"), Int4Form(48, True, "float32")):
+        with pytest.raises(ValueError, match=r"headers declare .* load it with quantize='none'"):
+            prepared(random_blocks(256, 64, 32, *Q4_1), spec_of("layers.qkv"), declared)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,9 @@ def main() -> int:
     checks["H100 step of 64: Llama-3-8B, int4"] = functools.partial(
         step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
     )
+    checks["H100 step of 64: Llama-3-8B, AWQ"] = functools.partial(
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", awq=True, launches=LAUNCHES_PER_LAYER_IN_INT8
+    )
     checks["H100 step of 64: Mixtral-8x7B on 8, int4"] = functools.partial(
         step,
         MIXTRAL_8X7B,
@@ -219,6 +222,9 @@ def main() -> int:
         )
         checks["A100 step of 64: Llama-3-8B, int4"] = functools.partial(
             step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
+        )
+        checks["A100 step of 64: Llama-3-8B, AWQ"] = functools.partial(
+            step, LLAMA_3_8B, a100, tokens=64, work="greedy", awq=True, launches=LAUNCHES_PER_LAYER_IN_INT8
         )
         checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
             step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS

@@ -13,7 +13,7 @@ from tests.gate.gpu_kernels import (
     kernel_complaint,
     memory_complaint,
 )
-from tests.gate.models import LLAMA_3_8B
+from tests.gate.models import LLAMA_3_8B, awq_forms
 
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
@@ -55,6 +55,7 @@ def check_step(
     dtype: str = "bfloat16",
     quantize: str | None = None,
     in_blocks: bool = False,
+    awq: bool = False,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
     images: Any = None,
@@ -62,7 +63,7 @@ def check_step(
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
     """The whole step: the kernel must have been chosen, the cache updated in place, every weight read where it is, and
-    everything must be one CUDA graph, so that the host waits for nothing.
+    everything must be one CUDA graph, so that the host waits for nothing. With `awq`, weights are those of `awq_forms`.
     """
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
@@ -80,6 +81,7 @@ def check_step(
             dtype=dtype,
             quantize=quantize,
             in_blocks=in_blocks,
+            int4=awq_forms() if awq else {},
             work=work,  # pyright: ignore[reportArgumentType]
             cuda_graphs=cuda_graphs,
             images=None if images is None else step_images(images, tokens, mesh, dtype),

@@ -99,11 +99,12 @@ def check_step(
     tokens: int = 512,
     num_blocks: int = 512,
     operands: str | None = None,
+    awq: bool = False,
 ) -> tuple[int, str, int]:
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
     The minimum of collectives per layer is one sum after each half. `operands` is the type of both operands of all products
-    with weights, except that of a router, and of those of experts.
+    with weights, except that of a router, and of those of experts. With `awq`, weights are those of `awq_forms`.
     """
     import jax.numpy as jnp
 
@@ -111,6 +112,7 @@ def check_step(
     from fastgen_jax.plan import hlo
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
+    from tests.gate.models import awq_forms
 
     model = family_of(hf["architectures"][0]).config_from_hf(hf)
     program = compile_step(
@@ -123,6 +125,7 @@ def check_step(
         num_blocks=num_blocks,
         kv_dtype=jnp.dtype(kv_dtype),
         quantize=quantize,
+        int4=awq_forms() if awq else {},
         images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
         has_grids=images is not None and images.in_grid,
     )
@@ -306,6 +309,7 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         ):
             name = f"step: {model} int4 on {some.size}"
             checks[name] = functools.partial(check_step, hf, some, tokens=tokens, quantize="int4")
+        checks["step: Llama-3-8B AWQ on 1"] = functools.partial(check_step, models.LLAMA_3_8B, small, tokens=64, awq=True)
     if kind in NARROW_PRODUCTS:
         quantize, operands = NARROW_PRODUCTS[kind]
         for some, tokens in ((small, 64), (mesh, 512)):

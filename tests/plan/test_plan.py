@@ -353,6 +353,25 @@ def test_quantized_weights_are_planned_as_they_are_loaded(family: str, settings:
     assert f"bfloat16; on disk {settings['quant_method']}, dequantized while loading" in table(quantized)
 
 
+def test_numbers_of_4_bits_are_planned_as_such_by_the_settings_alone(tmp_path, capsys) -> None:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_3_8B | {"quantization_config": settings}))
+    flags = ("plan", "--model", str(file), "--topology", "v5e:1x1", "--no-compile")
+    assert main(list(flags)) == 0
+    shown = capsys.readouterr().out
+    # 6.98e9 numbers of 4.5 bits, and embedding and head in bfloat16
+    assert "weights            5.61 GiB   bfloat16; on disk awq, partly kept" in shown
+    assert "6.98B of 6.98B quantized weights stay in the 4 bits of the checkpoint" in shown
+    assert "it fits" in shown
+    assert main([*flags, "--quantize", "none"]) == 1
+    assert "weights           14.96 GiB   bfloat16; on disk awq, dequantized while loading" in capsys.readouterr().out
+    settings["modules_to_not_convert"] = ["down_proj"]
+    file.write_text(json.dumps(LLAMA_3_8B | {"quantization_config": settings}))
+    main(list(flags))
+    assert "5.1B of 5.1B quantized weights stay" in capsys.readouterr().out
+
+
 def test_a_quantization_that_cannot_be_loaded_cannot_be_planned() -> None:
     with pytest.raises(ValueError, match=r"quant_method is 'hqq'; supported: mxfp4, fp8, "):
         plan(LLAMA_3_8B | {"quantization_config": {"quant_method": "hqq"}}, "v5e:2x4")

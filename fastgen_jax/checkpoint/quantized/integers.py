@@ -239,11 +239,15 @@ def marlin_values(packed: np.ndarray, scales: np.ndarray) -> Groups:
     else:
         of_scales = (2 * np.arange(4)[:, None] + np.array([0, 1, 8, 9, 16, 17, 24, 25])).reshape(-1)
     plain = scales.reshape(-1, len(of_scales))[:, np.argsort(of_scales)].reshape(scales.shape)
-    numbers = unpack_bits(packed, 4, 16 * outputs).reshape(-1, 1024)[:, np.argsort(order)]
-    tiles = numbers.reshape(inputs // 16, outputs // 16, 16, 16)  # rows and columns of tiles, then those in a tile
+
+    @functools.cache
+    def tiles() -> np.ndarray:
+        """Rows and columns of tiles, then those in a tile; not read before a row is."""
+        numbers = unpack_bits(packed, 4, 16 * outputs).reshape(-1, 1024)[:, np.argsort(order)]
+        return numbers.reshape(inputs // 16, outputs // 16, 16, 16)
 
     def rows(some: slice) -> np.ndarray:
-        return tiles[:, some.start // 16 : some.stop // 16].transpose(1, 3, 0, 2).reshape(-1, inputs)
+        return tiles()[:, some.start // 16 : some.stop // 16].transpose(1, 3, 0, 2).reshape(-1, inputs)
 
     return Groups(shape=(outputs, inputs), rows=rows, scales=plain.T, zeros=8.0, bits=4)
 

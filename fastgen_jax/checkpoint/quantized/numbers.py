@@ -116,7 +116,15 @@ class Groups:
         numbers = f"{form.bits} bits" if self.bits is not None else f"{form.bits}-bit floats"
         numbers = numbers if self.table is None else "NF4"
         name = f"{numbers}{what} in groups of {form.size}{', float32 scales' * (wide and not form.has_offsets)}"
-        return BlockKind(name, form.bits_with_scales, form.size, form.bits, is_float=self.bits is None)
+        return BlockKind(
+            name,
+            form.bits_with_scales,
+            form.size,
+            form.bits,
+            is_float=self.bits is None,
+            has_offsets=form.has_offsets,
+            scale_dtype=form.scale_dtype,
+        )
 
     def _block_format(self) -> BlockFormat | None:
         from pallas_kernels.matmul import BLOCK_SIZES
@@ -130,17 +138,18 @@ class Groups:
         if self.table is not None:
             is_kept = size in BLOCK_SIZES and np.array_equal(self.table, NF4)
             return BlockFormat("nf4", False, "float32", size) if is_kept else None
+        is_known = size in BLOCK_SIZES
+        # A group of another size is divided into blocks.
+        size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
         if self.bits in (8, None) and is_even and self.biases is None:
             numbers = self.rows(slice(0, 1)).dtype.name if self.bits is None else "int8"
-            if numbers == "float4_e2m1fn" and size in BLOCK_SIZES:
+            if numbers == "float4_e2m1fn" and is_known:
                 return BlockFormat(numbers, False, scale if scale == "float8_e8m0fnu" else "float32", size)
-            # A group of another size is divided into blocks.
-            size = max((each for each in BLOCK_SIZES if size % each == 0), default=0)
             if size and numbers in ("int8", "float8_e4m3fn"):
                 is_half = (numbers, scale) == ("int8", "float16")
                 return BlockFormat(numbers, False, "float16" if is_half else "float32", size)
             return None
-        if self.bits is None or size not in BLOCK_SIZES or scale not in ("float16", "bfloat16"):
+        if self.bits is None or not size or scale not in ("float16", "bfloat16"):
             return None
         if self.bits != 4:
             return BlockFormat("int8", True, "float32", size) if self.bits < 8 or self.biases is None else None
@@ -165,15 +174,16 @@ class Groups:
             values, zeros = values ^ 128, zeros - 128
         if form.numbers == "int8":
             values = values.view(np.int8)
-        if not form.has_offsets:
-            blocks_in_group = self.shape[1] // self.scales.shape[1] // form.size
-            scales = self.scales if self.scales.dtype.name == form.scale_dtype else self.scales.astype(form.scale_dtype)
-            return BlockWeight(values=values, scales=scales.repeat(blocks_in_group, axis=1), is_nf4=self.table is not None)
-        if form.scale_dtype == "float16":
-            return BlockWeight(values=values, scales=self.scales, offsets=self.biases)
-        scales = self.scales.astype(np.float32)
-        offsets = -scales * zeros if self.biases is None else self.biases.astype(np.float32)
-        return BlockWeight(values=values, scales=scales, offsets=offsets)
+        scales = self.scales if self.scales.dtype.name == form.scale_dtype else self.scales.astype(form.scale_dtype)
+        offsets = None
+        if form.has_offsets:
+            offsets = -scales * zeros if self.biases is None else self.biases.astype(form.scale_dtype)
+        scales, offsets = (
+            each if each is None else np.repeat(each, self.shape[1] // each.shape[1] // form.size, axis=1)
+            for each in (scales, offsets)
+        )
+        assert scales is not None, "a format has scales"
+        return BlockWeight(values=values, scales=scales, offsets=offsets, is_nf4=self.table is not None)
 
 
 def _wide(numbers: np.ndarray) -> np.ndarray:

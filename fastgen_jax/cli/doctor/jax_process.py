@@ -32,7 +32,10 @@ def devices(timeout: float) -> Finding:
         if device["memory_bytes"]:
             free = device["memory_bytes"] - (device["used_bytes"] or 0)
             memory = f", {size(free)} free of {size(device['memory_bytes'])}"
-        lines.append((f"{device['platform']}:{number}", f"{device['kind']}{memory}"))
+        int4 = ""
+        if device["platform"] != "cpu":
+            int4 = f"; checkpoints of 4 bits {'stay so' if device.get('int4') else 'are dequantized'}"
+        lines.append((f"{device['platform']}:{number}", f"{device['kind']}{memory}{int4}"))
     lines.append(("host memory", f"{size(found['free_host_bytes'])} free for this process, within its control groups"))
     return Finding(facts=found, lines=lines, problems=problems)
 

@@ -17,6 +17,7 @@ def devices() -> dict[str, Any]:
 
     from fastgen_jax.core.environment import environment_problems
     from fastgen_jax.engine.memory import available
+    from pallas_kernels.matmul import int4_kernel
 
     found, problems = [], environment_problems()
     for device in jax.local_devices():
@@ -30,6 +31,7 @@ def devices() -> dict[str, Any]:
                 "memory_bytes": stats.get("bytes_limit"),
                 "used_bytes": stats.get("bytes_in_use"),
                 "works": works,
+                "int4": int4_kernel(device) is not None,
             }
         )
     return {"backend": jax.default_backend(), "devices": found, "free_host_bytes": available(), "package_problems": problems}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,10 @@ import numpy as np
 
 from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
-from fastgen_jax.engine import machine
+from fastgen_jax.checkpoint.convert import convert
+from fastgen_jax.engine import int4_forms, machine
 from fastgen_jax.engine.resolve import resolve
-from fastgen_jax.engine.weights import prepare_leaf
+from fastgen_jax.engine.weights import kept_by_snapshot, prepare_leaf, snapshot_leaf
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import FullHeads
 from fastgen_jax.models.division import divided as divided_model
@@ -82,7 +85,13 @@ def in_blocks_of_8_bit_floats() -> None:
     """A device has the scales of its own inputs, or all scales of its own outputs; what ends within a block is rounded."""
     model = replace(tiny_model("default")[1], embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=320)
     config: Any = SimpleNamespace(
-        num_adapters=0, dtype="float32", activation_dtype="float32", quantize="fp8", packed_weights=False, tensor_parallel=2
+        num_adapters=0,
+        dtype="float32",
+        activation_dtype="float32",
+        quantize="fp8",
+        packed_weights=False,
+        tensor_parallel=2,
+        int4_forms={},
     )
     for name, in_blocks in {"layers.qkv": True, "layers.o": True, "layers.down": False}.items():
         spec = all_specs(model)[name]
@@ -139,11 +148,33 @@ def in_4_bits() -> None:
             answers.append([engine.add(prompt, greedy(6)) for prompt in PROMPTS])
             answers[-1] = [tokens_of(output) for output in drain(engine).values()]
         assert answers[0] == answers[1]
+        as_in_the_file(path, Path(folder) / "snapshot")
     moe = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=96, layers=(0, 1, 2), shared_dim=128)
     model = replace(tiny_model("default")[1], embed_dim=64, moe=moe)
     params = init_params(model, jax.random.key(0))
     one, two = (tokens(params, model, quantize="int4", tensor_parallel=number) for number in (1, 2))
     assert one == two
+
+
+def as_in_the_file(path: Path, out: Path) -> None:
+    """By default, as on an accelerator with a kernel; and from a snapshot of the file."""
+    checkpoint = open_checkpoint(path)
+    prepare = partial(snapshot_leaf, dtype="float32", quantize=None)
+    convert(checkpoint, out, prepare=prepare, keep_blocks=kept_by_snapshot(checkpoint, None))
+    answers = []
+    of_hopper = mock.patch.object(machine, "int4_kernel", return_value="hopper")
+    with of_hopper, mock.patch.object(int4_forms, "int4_fits", return_value=True):
+        for source, num_devices in ((path, 1), (path, 2), (out, 2)):
+            engine = Engine.from_pretrained(source, **SMALL, tensor_parallel=num_devices)
+            assert engine.config.quantize is None
+            for name in ("qkv", "o", "gate_up", "down"):
+                leaf = engine.params["layers"][name]
+                assert isinstance(leaf, Int4Weight)
+                assert leaf.values.addressable_shards[0].data.size * num_devices == leaf.values.size
+            for prompt in PROMPTS:
+                engine.add(prompt, greedy(6))
+            answers.append([tokens_of(output) for output in drain(engine).values()])
+    assert answers[0] == answers[1] == answers[2]
 
 
 def tied_embeddings() -> None:

@@ -8,19 +8,30 @@ Needs two devices; without native kernels, so that weights are stored on the CPU
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fastgen_jax import EngineConfig
-from fastgen_jax.engine import machine
+from fastgen_jax.core.progress import Phases
+from fastgen_jax.engine import fit, int4_forms, machine, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
-from fastgen_jax.engine.programs import further_arguments, program_name
-from fastgen_jax.engine.resolve import resolve
+from fastgen_jax.engine.programs import Programs, further_arguments, program_name
+from fastgen_jax.engine.resolve import ResolvedConfig, resolve
 from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.weights import prepare_params
 from fastgen_jax.models.sharding import tensor_mesh
 from fastgen_jax.plan.program import step_arguments
+from fastgen_jax.plan.source import describe
+from tests.checkpoint.quantized_files import write_int4
+from tests.checkpoint.tiny_files import write_gguf
+from tests.engine.test_blocks import TOKENIZER
+from tests.text.vocabularies import write_json
 from tests.tiny import tiny_model
 
 OPTIONS = {
@@ -36,14 +47,40 @@ OPTIONS = {
 }
 
 
-def names(variant: str, **options) -> tuple[str, str]:
+SMALL: dict[str, Any] = {
+    "token_budget": 8,
+    "budget_ladder": (),
+    "max_num_seqs": 4,
+    "block_size": 4,
+    "num_blocks": 16,
+    "stack_layers": True,
+}
+QUANTIZED = {"kept": {}, "without fit": {"fit": False}, "int4": {"quantize": "int4"}, "divided": {"tensor_parallel": 2}}
+
+
+def names(variant: str, **options: Any) -> tuple[str, str]:
     params, model = tiny_model(variant, stack_layers=True)
-    choices = EngineConfig(token_budget=8, max_num_seqs=4, block_size=4, num_blocks=16, stack_layers=True, **options)
-    config = resolve(choices, model)
+    config = resolve(EngineConfig(**SMALL | options), model)
+    return both_names(Runner(prepare_params(params, model, config), model, config).programs, config)
+
+
+def names_of_file(path: Path, **options: Any) -> tuple[str, str]:
+    """As the engine starts from a quantized checkpoint, and from its headers."""
+    choices = EngineConfig(**SMALL | {"dtype": "bfloat16"} | options)
+    params, model, _, started, *_ = startup.load(path, choices, phases=Phases(logging.getLogger(), bar=False))
+    config = resolve(started, model)
     programs = Runner(prepare_params(params, model, config), model, config).programs
+    stored = describe(str(path)).stored
+    formats = fit.candidates(choices, machine.Machine.here(), model, stored=stored)[0]
+    assert bool(formats.int4.kept) == (choices.quantize != "none")
+    return both_names(programs, resolve(replace(choices, formats=formats), model))
+
+
+def both_names(programs: Programs, config: ResolvedConfig) -> tuple[str, str]:
+    model = programs.model
     devices, bucket = jax.devices()[: config.tensor_parallel or 1], programs.bucket(8)
     arguments = programs._arguments(bucket, None)
-    real = program_name((*arguments[:3], *arguments[4:]), model, config, 8, "any", devices=devices)
+    real = program_name((*arguments[:3], *arguments[4:]), model, programs.config, 8, "any", devices=devices)
     shapes = step_arguments(
         model,
         bucket,
@@ -55,6 +92,7 @@ def names(variant: str, **options) -> tuple[str, str]:
         dtype=jnp.dtype(config.dtype),
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
+        int4=config.int4_forms,
     )
     stacks = stack_shapes(model, config, programs.mesh)
     return real, program_name((*shapes[:3], *further_arguments(stacks)), model, config, 8, "any", devices=devices)
@@ -67,4 +105,14 @@ if __name__ == "__main__":
         for variant in ("default", "multi_head_tied")
         for name, o in OPTIONS.items()
     }
+    machine.int4_kernel = lambda device: "hopper"
+    int4_forms.int4_fits = lambda kernel, shape, *, size, dtype: True
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = Path(folder) / "q4_1.gguf"
+        write_gguf(gguf, kind="Q4_1", arrays=TOKENIZER, hidden_size=64, intermediate_size=128)
+        paths = [gguf]
+        for method in ("gptq", "awq"):
+            paths.append(write_json(write_int4(Path(folder) / method, method, symmetric=method == "gptq", group=64)))
+        for path in paths:
+            found |= {f"{path.name}, {name}": names_of_file(path, **o) for name, o in QUANTIZED.items()}
     print(json.dumps(found))
