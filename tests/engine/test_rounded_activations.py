@@ -95,6 +95,7 @@ def on_a_tpu(monkeypatch: pytest.MonkeyPatch, quantize: str) -> Any:
         tensor_parallel=None,
         quantize=quantize,
         packed_weights=False,
+        int4_forms={},
     )
 
 

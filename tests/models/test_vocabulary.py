@@ -65,6 +65,7 @@ def test_the_head_of_an_engine_on_a_gpu_has_whole_tiles(monkeypatch: pytest.Monk
         tensor_parallel=None,
         quantize=quantize,
         packed_weights=False,
+        int4_forms={},
     )
     model = MODELS["untied"]
     spec = all_specs(model)["lm_head"]
