@@ -13,6 +13,8 @@ import pytest
 from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.engine.int4_forms import Int4Form
 from fastgen_jax.engine.weights import prepare_leaf
+from fastgen_jax.models.division import divided_shape
+from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import all_specs
 from fastgen_jax.models.weight_spec import Kind, WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups
@@ -58,6 +60,23 @@ def test_those_of_experts_stay_too() -> None:
     leaf = prepared(BlockGroups(shape=(3, 256, 64), read=experts.__getitem__), spec, form)
     assert isinstance(leaf, Int4Weight)
     np.testing.assert_allclose(leaf.dequantize(), np.stack([each.dequantize() for each in experts]), rtol=0, atol=1e-6)
+
+
+def test_experts_of_a_file_are_as_wide_as_a_tpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoEConfig(num_experts=3, experts_per_token=2, expert_dim=96, layers=(0, 1))
+    model = replace(MODEL, moe=moe)
+    spec = all_specs(model)["layers.expert_gate_up"]
+    experts = [random_blocks(256, 192, 32, *Q4_1, seed=seed) for seed in range(3)]
+    config: Any = SimpleNamespace(**vars(CONFIG) | {"int4_forms": {spec.path: Int4Form(32, True, "float32")}})
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    leaf: Any = prepare_leaf(spec, BlockGroups(shape=(3, 256, 192), read=experts.__getitem__), model, config)
+    assert leaf.shape == divided_shape(spec, model, 1, "tpu") == (3, 256, 256)
+    found = np.asarray(leaf.dequantize())
+    exact = np.stack([each.dequantize() for each in experts])
+    np.testing.assert_allclose(found[..., :96], exact[..., :96], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[..., 128:224], exact[..., 96:], rtol=0, atol=1e-6)
+    assert not found[..., 96:128].any()
+    assert not found[..., 224:].any()
 
 
 def test_larger_groups_are_divided_for_a_kernel_that_does_not_take_them() -> None:
