@@ -347,7 +347,8 @@ def _flat(params: Params, dtype: DType | None) -> Iterator[tuple[str, Leaf]]:
         if isinstance(leaf, snapshot_blocks.StoredBlocks):
             return leaf
         if isinstance(leaf, Int8Weight):
-            return {field: getattr(leaf, field) for field in _INT8_FIELDS}
+            values = leaf.values.swapaxes(-1, -2) if leaf.inputs_last else leaf.values
+            return {"values": values, "scales": leaf.scales}
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(
                 f"a {type(leaf).__name__} cannot be saved: prepared weights are specific to one machine; pass the "

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_an_int8_snapshot_runs_as_the_checkpoint_quantized_while_loading(source,
     assert engines[1].config.quantize == "int8"
     logits = [Research(engine).put(["a"], [[5, 6, 7, 8]]) for engine in engines]
     np.testing.assert_array_equal(*logits)
+
+
+def test_a_snapshot_of_int8_weights_does_not_depend_on_the_order_of_their_axes(int8_snapshot, tmp_path):
+    checkpoint = open_checkpoint(int8_snapshot)
+    params = load_params(checkpoint, dtype=jnp.float32)
+
+    def inputs_last(leaf):
+        if not isinstance(leaf, Int8Weight):
+            return leaf
+        return replace(leaf, values=jnp.swapaxes(leaf.values, -1, -2), inputs_last=True)
+
+    swapped = jax.tree.map(inputs_last, params, is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
+    save_snapshot(tmp_path / "out", swapped, checkpoint.config_json, tokenizer_files={})
+    again = load_params(open_checkpoint(tmp_path / "out"), dtype=jnp.float32)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 @pytest.mark.slow

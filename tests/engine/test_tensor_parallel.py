@@ -43,6 +43,7 @@ def test_tokens_do_not_depend_on_a_number_of_devices_that_divides_nothing() -> N
 @pytest.mark.slow
 def test_each_device_rounds_its_part_of_the_activations() -> None:
     run("rounded_activations", PALLAS_KERNELS_NATIVE="0")
+    run("in_halves", PALLAS_KERNELS_NATIVE="0")
 
 
 def test_too_many_devices_are_refused_with_the_remedy() -> None:

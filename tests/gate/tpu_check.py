@@ -322,16 +322,14 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 quantize=quantize,
                 operands=operands,
             )
-        for model, hf, kinds in (
-            ("Mixtral-8x7B", models.MIXTRAL_8X7B, ("v6e", "tpu7x")),
-            ("Qwen3-30B-A3B", models.QWEN3_30B_A3B, ("tpu7x",)),
+        for model, hf, kinds, num_devices in (
+            ("Mixtral-8x7B", models.MIXTRAL_8X7B, ("v6e", "tpu7x"), 8),
+            ("Qwen3-30B-A3B", models.QWEN3_30B_A3B, ("tpu7x",), 4),  # an expert has 192 inputs on a device
         ):
-            for num_devices in (4, 8) if model == "Qwen3-30B-A3B" else (8,):  # on four, an expert has 192 inputs
-                some = tensor_mesh(mesh.devices.flat[:num_devices])
-                if kind in kinds:
-                    checks[f"step: {model} {quantize} on {num_devices}"] = functools.partial(
-                        check_step, hf, some, quantize=quantize, operands=operands
-                    )
+            if kind in kinds:
+                checks[f"step: {model} {quantize} on {num_devices}"] = functools.partial(
+                    check_step, hf, tensor_mesh(mesh.devices.flat[:num_devices]), quantize=quantize, operands=operands
+                )
     checks["step: Llama-3-8B, int8 weights"] = functools.partial(check_step, models.LLAMA_3_8B, mesh, quantize="int8")
     if kind in EXPERT_KINDS:
         for model, (hf, num_devices) in models.EXPERT_MODELS.items():

@@ -33,7 +33,8 @@ from fastgen_jax.models.division import divided_parts
 from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import all_specs, init_params
 from fastgen_jax.models.sharding import TENSOR, tensor_mesh
-from pallas_kernels.matmul import Division, Int4Weight, Int8Weight, linear, quantize_int8
+from pallas_kernels import gpu_target
+from pallas_kernels.matmul import Division, Int4Weight, Int8Weight, halves, linear, quantize_int8
 from pallas_kernels.matmul.weights import unscaled
 from tests.adapters import random_lora
 from tests.checkpoint.tiny_files import write_gguf
@@ -127,6 +128,33 @@ def rounded_activations() -> None:
     assert all(layers[name].rounds_rows for name in ("qkv", "o", "gate_up", "down"))
     one, other = Research(engine).put(["a", "b"], [PROMPTS[1], PROMPTS[1]])
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def in_halves() -> None:
+    """int8 weights with their inputs last, as a T4 stores them: each device makes halves of its part of a row."""
+    mesh = tensor_mesh(jax.devices()[:2])
+    x, w = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((5, 64), (64, 32)))
+    values, scales = map(jnp.asarray, quantize_int8(w))
+    plain = linear(jnp.asarray(x), Int8Weight(values=values, scales=scales))
+    weight = Int8Weight(values=values.T, scales=scales, inputs_last=True)
+    for of_inputs in (True, False):
+        divided = replace(weight, division=Division(mesh=mesh, axis=TENSOR, of_inputs=of_inputs))
+        np.testing.assert_allclose(jax.jit(linear)(x, divided), plain, atol=1e-3)
+        stack = jax.tree.map(lambda part: part[None], divided)
+        np.testing.assert_allclose(jax.jit(linear)(x, stack.at_layer(0)), plain, atol=1e-3)
+    params, model = tiny_model("default")
+    logits = []
+    for capability in ("8.0", halves.CAPABILITY):
+        gpu_target.compute_capability = lambda known=capability: known
+        engine = Engine(params, model, EngineConfig(**SMALL, quantize="int8", tensor_parallel=2))
+        layers: Any = engine.params["layers"]
+        wanted = capability == halves.CAPABILITY
+        assert all(layers[name].inputs_last == wanted for name in ("qkv", "o", "gate_up", "down"))
+        parts = {part.data.shape for part in layers["o"].values.addressable_shards}
+        num_layers, depth, columns = layers["o"].shape
+        assert parts == {(num_layers, columns, depth // 2) if wanted else (num_layers, depth // 2, columns)}
+        logits.append(Research(engine).put(["a"], [PROMPTS[1]]))
+    np.testing.assert_allclose(*logits, atol=1e-3 * np.abs(logits[0]).max())
 
 
 def in_4_bits() -> None:
@@ -292,6 +320,7 @@ if __name__ == "__main__":
     functions = (
         in_8_bits,
         rounded_activations,
+        in_halves,
         in_4_bits,
         tied_embeddings,
         experts,
