@@ -94,6 +94,7 @@ def ragged_attention_gpu(
             num_blocks=layer.num_blocks,
             num_rows=num_rows,
             dtype=dtype,
+            most_numbers=head_dim // 2 if interpret else write.MOST_NUMBERS,
             interpret=interpret,
         )
     else:

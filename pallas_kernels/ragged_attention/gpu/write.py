@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 plgpu: Any = mosaic_gpu  # the oldest supported jax lacks some of their functions
 mgpu: Any = mosaic
 THREADS, _LANES = 128, 32  # of a thread block, and of a warp
-_MOST_NUMBERS = 8  # of a vector: 16 bytes of 16-bit numbers
+MOST_NUMBERS = 8  # of a vector: 16 bytes of 16-bit numbers
+_INTERPRETED_BLOCKS = 4  # the interpreter is slow to start one, so that these do the work of all
 
 
 def rotate_and_write(
@@ -59,6 +60,7 @@ def rotate_and_write(
     num_blocks: int,
     num_rows: int,
     dtype: DTypeLike,
+    most_numbers: int = MOST_NUMBERS,
     interpret: object = False,
 ) -> tuple[Float[Array, "K rows D"], Float[Array, "blocks K B D"], Float[Array, "blocks K B D"]]:
     """The queries as [K, num_rows, D], and both caches with the keys and values of the step.
@@ -71,7 +73,8 @@ def rotate_and_write(
       num_blocks: of a layer.
       num_rows: at least T * G; later rows are zeros.
       dtype: of the queries.
-      interpret: passed to `plgpu.kernel`.
+      most_numbers: of a vector; the interpreter is faster with more.
+      interpret: passed to `pl.kernel`.
     """
     num_tokens, num_heads, head_dim = q.shape
     # In this form XLA recognizes adjacent columns of one array and takes the array itself.
@@ -84,22 +87,28 @@ def rotate_and_write(
         pairs=rotation[0].shape[-1],
         num_blocks=num_blocks,
         num_rows=num_rows,
+        most_numbers=most_numbers,
         interpreted=bool(interpret),
     )
     qkv = columns.reshape(num_tokens, spec.all_heads, head_dim)
-    names = ("slots", "numbers", "cos", "sin", "qkv", "keys", "values", "queries")
+    names = ["slots", "numbers", "cos", "sin", "qkv", "keys", "values", "queries"]
+    parts = -(-num_rows // spec.group) * spec.parts
+    blocks = min(parts, _INTERPRETED_BLOCKS) if interpret else parts
 
     def kernel(*refs: Ref) -> None:
-        given = dict(zip(names, refs, strict=True))
-        own = {name: of_layer(given, name, ROTATION, 2) for name in ("cos", "sin")}
-        _write(given | own | {"slots": of_layer(given, "slots", KIND, 1)}, spec)
+        named, block = dict(zip(names, refs, strict=True)), lax.axis_index("block")
+        named |= {name: of_layer(named, name, ROTATION, 2) for name in ("cos", "sin")}
+        named["slots"] = of_layer(named, "slots", KIND, 1)
+        if blocks == parts:
+            _write(named, spec, block)
+        else:
+            mine = lax.div(parts - block + (blocks - 1), jnp.int32(blocks))
+            lax.fori_loop(0, mine, lambda i, _: _write(named, spec, block + i * blocks), None)
 
     call: Any = pl.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((spec.num_kv_heads, num_rows, head_dim), dtype)],
-        mesh=plgpu.Mesh(
-            grid=(-(-num_rows // spec.group) * spec.parts,), grid_names=("block",), kernel_name="rotate_and_write"
-        ),
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",), kernel_name="rotate_and_write"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="rotate_and_write",
@@ -125,6 +134,7 @@ class _Spec:
     pairs: int  # of a head that are rotated
     num_blocks: int  # of a layer
     num_rows: int
+    most_numbers: int  # of a vector
     interpreted: bool
 
     @property
@@ -139,7 +149,7 @@ class _Spec:
     @property
     def vector(self) -> int:
         """Adjacent numbers of a thread."""
-        return math.gcd(_MOST_NUMBERS, self.pairs, self.head_dim // 2)
+        return math.gcd(self.pairs, self.head_dim // 2, self.most_numbers)
 
     @property
     def threads_of_head(self) -> int:
@@ -158,9 +168,9 @@ class _Spec:
         return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _write(refs: dict[str, Ref], spec: _Spec) -> None:
+def _write(refs: dict[str, Ref], spec: _Spec, block: jax.Array) -> None:
     """One thread block: some heads of one token. Tokens after the last have rows of zeros, and no keys and values."""
-    block, parts, width = lax.axis_index("block"), jnp.int32(spec.parts), jnp.int32(spec.vector)
+    parts, width = jnp.int32(spec.parts), jnp.int32(spec.vector)
     number = lax.div(block, parts)
     token, is_token = jnp.minimum(number, spec.num_tokens - 1), number < spec.num_tokens
     slot = refs["slots"][token]
@@ -238,7 +248,9 @@ def _store(target: Ref, at: tuple[jax.Array, ...], numbers: jax.Array, stores: j
                 *axes, column = (index[i] for index in at)
                 target.at[*axes, pl.ds(column, spec.vector)][...] = numbers[i]
 
-        lax.fori_loop(0, THREADS, thread, None)
+        number = jnp.arange(THREADS, dtype=jnp.int32)
+        begin, end = jnp.min(jnp.where(stores, number, THREADS)), jnp.max(jnp.where(stores, number + 1, 0))
+        lax.fori_loop(begin, end, thread, None)
         return
     layout = spec.layout.reduce(1)
 

@@ -81,7 +81,7 @@ def check_case(case: Case) -> None:
         rotation,
         *caches,
         kv_slots=jnp.asarray(slots),
-        layer=jnp.asarray([LAYER], jnp.int32),
+        numbers=jnp.asarray([LAYER], jnp.int32),
         num_blocks=NUM_BLOCKS,
         num_rows=tokens * case.group + PAST,
         dtype=caches_dtype,
