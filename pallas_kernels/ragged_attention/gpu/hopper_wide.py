@@ -208,7 +208,12 @@ def _store_first(num_rows: int, _: object, target: ir.Value, x: Any) -> None:
         row = moved(registers[0][0])[0]
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, arith.constant(index, num_rows))):
             for offset, numbers in registers:
-                vector.store(numbers, target, moved(offset))
+                vector.store(numbers, target, moved(offset), alignment=_bytes_of(numbers.type))
+
+
+def _bytes_of(register: Any) -> int:
+    """Of a thread's adjacent numbers, from a multiple of which they begin; unless told so, MLIR stores 4 bytes at a time."""
+    return mgpu.bytewidth(register.element_type) * math.prod(register.shape)
 
 
 def register_offsets(layout: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
