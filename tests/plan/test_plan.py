@@ -345,8 +345,9 @@ def test_every_gpu_has_a_target_description_for_the_compiler(kind: str) -> None:
 )
 def test_quantized_weights_are_planned_as_they_are_loaded(family: str, settings: dict) -> None:
     tiny = {"gpt_oss": "families/gpt_oss/mxfp4", "deepseek_v3": "families/deepseek_v3/fp8", "llama": "tiny/default"}
-    config = json.loads((REFERENCE / tiny[family] / "config.json").read_text())
-    quantized = plan(config | {"quantization_config": settings}, "h100:1", context=64)  # a TPU fills up these tiny experts
+    # Other vocabularies are filled up, and on a TPU these tiny experts.
+    config = json.loads((REFERENCE / tiny[family] / "config.json").read_text()) | {"vocab_size": 128}
+    quantized = plan(config | {"quantization_config": settings}, "h100:1", context=64)
     plain = plan({name: value for name, value in config.items() if name != "quantization_config"}, "h100:1", context=64)
     assert quantized.memory == plain.memory
     assert plain.memory.weights == 2 * plain.num_params  # experts in some layers, an MLP in others
@@ -568,7 +569,8 @@ def test_an_old_jax_does_not_compile_for_devices_that_are_not_here(monkeypatch: 
 
 
 def test_scales_of_blocks_of_8_bit_floats_are_counted() -> None:
-    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | {"hidden_size": 256}
+    sizes = {"hidden_size": 256, "vocab_size": 128}  # other vocabularies are filled up
+    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | sizes
     from fastgen_jax.models.families import family_of
     from fastgen_jax.models.params import all_specs
 
