@@ -40,6 +40,7 @@ def _stored(weights: np.ndarray, storage: str) -> GroupedWeight:
     return replace(w, rounds_rows=True) if storage == "w8a8" and isinstance(w, Int8Weight) else w
 
 
+@jax.jit
 def _rounded(x: jax.Array, w: GroupedWeight) -> jax.Array:
     """The rows that the kernel multiplies: those of some weights are rounded to 8 bits."""
     if isinstance(w, Float8Weight):
@@ -76,7 +77,7 @@ def test_the_kernel_equals_the_reference_in_the_interpreter(storage: str, mode: 
     for sizes in _SIZES:
         group_sizes, first_group = jnp.asarray(sizes, jnp.int32), jnp.int32(8)  # the last of a stack of three layers
         garbage = jnp.where(jnp.arange(40)[:, None] < sum(sizes), x, jnp.nan)  # rows of no group
-        got, want = run(garbage, w, group_sizes, first_group), reference(jax.jit(_rounded)(x, w), w, group_sizes, first_group)
+        got, want = run(garbage, w, group_sizes, first_group), reference(_rounded(x, w), w, group_sizes, first_group)
         # sums of 96 products of size one, in another order
         np.testing.assert_allclose(got, want, atol=1e-4)
     if mode == "eager":
@@ -103,7 +104,7 @@ def test_8_bit_floats_are_read_with_their_inputs_adjacent_or_not(depth: int, mon
     x, w = jnp.asarray(_normal(40, depth, seed=0)), _stored(_normal(3, depth, 256, seed=1), "fp8")
     sizes, first = jnp.asarray([11, 0, 9], jnp.int32), jnp.int32(0)
     run = jax.jit(partial(grouped_matmul_tpu, interpret=pltpu.InterpretParams(detect_races=True)))
-    np.testing.assert_allclose(run(x, w, sizes, first), grouped_matmul_reference(jax.jit(_rounded)(x, w), w, sizes, first), atol=2e-4)
+    np.testing.assert_allclose(run(x, w, sizes, first), grouped_matmul_reference(_rounded(x, w), w, sizes, first), atol=2e-4)
     assert races_found() is False
 
 
