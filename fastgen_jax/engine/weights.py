@@ -329,7 +329,8 @@ def prepare_params(params: Params, model: ModelConfig, config: ResolvedConfig) -
 
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     if "lm_head" not in rest and config.tensor_parallel is None and _needs_separate_head(config):
-        rest["lm_head"] = np.asarray(rest["embed"]).T
+        width = model.embed_proj_dim or model.embed_dim
+        rest["lm_head"] = np.asarray(rest["embed"]).T[:width]
     rest = {name: prepared(name, leaf) for name, leaf in rest.items()}
     layers = params["layers"]
     if not config.stack_layers:

@@ -91,6 +91,7 @@ class ModelConfig:
     head_dim: int  # D
     mlp_dim: int  # F
     max_context_len: int  # tokens, prompt and generated together
+    embed_columns: int | None = None  # of the embedding, if there are more than E: zeros that are not used
 
     # normalization
     norm: Literal["rms", "layer"] = "rms"

@@ -187,7 +187,7 @@ def _adding(layer: Layer, parts: Float[Array, "parts T E"]) -> Layer:
 
 
 def _embed(params: Params, batch: RaggedBatch, config: ModelConfig, dtype: DTypeLike | None) -> jax.Array:
-    x = jnp.take(params["embed"], batch.token_ids, axis=0)  # [T, E]
+    x = jnp.take(params["embed"], batch.token_ids, axis=0)[:, : config.embed_proj_dim or config.embed_dim]
     if dtype is not None:
         x = x.astype(dtype)
     if config.embed_multiplier != 1.0:
@@ -261,6 +261,8 @@ def head(rows: Float[Array, "R E"], params: Params, num_rows: Int[Array, ""], *,
     Columns from V on, which the head of a divided model may have, are padding.
     """
     weight = params["lm_head"] if "lm_head" in params else params["embed"].T
+    if (missing := weight.shape[0] - rows.shape[1]) > 0:  # see `ModelConfig.embed_columns`
+        rows = jnp.pad(rows, ((0, 0), (0, missing)))
     logits = linear(rows, weight, num_rows=num_rows).astype(jnp.float32)
     if config.head_bias:
         logits = logits + params["lm_head_bias"].astype(jnp.float32)[None, :]

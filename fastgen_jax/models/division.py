@@ -108,6 +108,7 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
         full_heads=full,
         mlp_dim=_wide(config.mlp_dim, num_devices),
         reader_mlp_dim=config.reader_mlp_dim and _wide(config.reader_mlp_dim, num_devices),
+        embed_columns=_whole_lanes(config.embed_proj_dim or config.embed_dim, platform),
         vocab_size=_vocabulary(config.vocab_size, num_devices, platform),
         layer_inputs=inputs and dataclasses.replace(inputs, num_rows=_vocabulary(inputs.num_rows, num_devices, platform)),
         alibi_slopes=slopes,
@@ -116,7 +117,7 @@ def divided(config: ModelConfig, num_devices: int, platform: str = "cpu") -> Mod
         and dataclasses.replace(
             moe,
             expert_dim=_expert_width(moe.expert_dim, num_devices, platform, gated=moe.gated),
-            down_dim=_down_width(moe.latent_dim or config.embed_dim, platform),
+            down_dim=_whole_lanes(moe.latent_dim or config.embed_dim, platform),
             shared_dim=_wide(moe.shared_dim, num_devices),
         ),
     )
@@ -152,8 +153,9 @@ def _expert_width(size: int, num_devices: int, platform: str, *, gated: bool) ->
     return -(-size // (num_devices * tile)) * tile * num_devices
 
 
-def _down_width(embed_dim: int, platform: str) -> int | None:
-    """Columns of the down matrices of experts, if they are more than E: on a TPU a multiple of its lanes."""
+def _whole_lanes(embed_dim: int, platform: str) -> int | None:
+    """Columns of the embedding and of the down matrices of experts, if they are more than E: on a TPU a multiple of its
+    lanes, as it otherwise stores them transposed and copies them in every step."""
     width = -(-embed_dim // _LANES) * _LANES
     return width if platform == "tpu" and width != embed_dim else None
 
@@ -230,8 +232,8 @@ def _sources(spec: WeightSpec, axis: int, config: ModelConfig, num_devices: int,
     if letter in STATE_AXES and config.state is not None:
         return state_sources(spec.bias_of or spec.name, size, config.state, num_devices, platform)
     if letter not in ("HD", "H", "KD", "K"):
-        is_down = letter == "E" and spec.axes[0] == "X" and axis == -1
-        width = (_down_width(size, platform) if is_down else None) or size
+        is_wide = letter == "E" and axis == -1 and (spec.axes[0] == "X" or spec.name == "embed")
+        width = (_whole_lanes(size, platform) if is_wide else None) or size
         return [np.minimum(np.arange(width), size)]
     num_kv_heads = config.num_kv_heads
     if config.full_heads is not None and (spec.bias_of or spec.name).startswith(FULL):

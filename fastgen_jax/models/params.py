@@ -131,7 +131,7 @@ def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _model_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     v, e = config.vocab_size, config.embed_dim
     p = config.embed_proj_dim or e
-    yield table("embed", (v + config.not_predicted, p), ("V", "E"))
+    yield table("embed", (v + config.not_predicted, config.embed_columns or p), ("V", "E"))
     if config.embed_proj_dim is not None:
         yield matrix("project_in", (p, e), ("P", "E"))
         yield matrix("project_out", (e, p), ("E", "P"))

@@ -44,6 +44,8 @@ def test_logits_and_logprobs_are_those_of_the_vocabulary(name: str, platform: st
     params = random_params(config)
     wide = filled_up(params, name, platform)
     assert divided(config, 1, platform).vocab_size == wide["embed"].shape[0] == 256
+    assert wide["embed"].shape == all_specs(divided(config, 1, platform))["embed"].shape
+    assert wide["embed"].shape[1] == (128 if platform == "tpu" else config.embed_dim)
     assert divided(config, 1) == config
     tokens = np.arange(3, 11)
     plain, filled = (Runs(p, config, 8).logits(tokens, [8], prompt_length=8) for p in (params, wide))
