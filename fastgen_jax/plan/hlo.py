@@ -20,12 +20,13 @@ _LOOP = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # These run nothing: names for parts of other results, or the end of what was started before.
 _NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "after-all"}
+_ON_CHIP = ("S(1)", "S(3)")  # VMEM, and the common memory of a v4
 
 
 class _Array(NamedTuple):
     shape: tuple[int, ...]
     bytes: int
-    on_chip: bool  # on a TPU: in VMEM, where weights are meant to go
+    on_chip: bool  # on a TPU: in `_ON_CHIP`, where weights are meant to go
 
 
 class _Instruction(NamedTuple):
@@ -42,7 +43,7 @@ class _Instruction(NamedTuple):
             shape = tuple(map(int, filter(None, dims.split(","))))
             bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
             del rest  # as in f8e4m3fn
-            found.append(_Array(shape, max(1, math.prod(shape) * bits // 8), "S(1)" in layout))
+            found.append(_Array(shape, max(1, math.prod(shape) * bits // 8), any(space in layout for space in _ON_CHIP)))
         return found
 
 
@@ -59,7 +60,7 @@ def copied_weights(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
     """Every result of the shape of a weight, in any order of its axes and padded to whole tiles, to 8 or not, largest first.
 
     A program should read its weights where they are: such a result is a slice of a stack, a conversion, a copy in another
-    layout, or a padded copy. On a TPU, prefetches into VMEM do not count.
+    layout, or a padded copy. On a TPU, prefetches into memory on the chip do not count.
 
     Args:
       shapes: those of the weights on one device, of one layer and of all.

@@ -198,9 +198,12 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
 def test_weights_that_are_copied_in_a_loop_or_outside_are_detected() -> None:
     shapes = {(4096, 3584), (8, 4096, 3584), (4100, 3584), (8, 4100, 3584)}
     size = 4096 * 3584 * 2
-    # The slice of a fusion that is named, a copy in another layout, a padded stack; but not what goes into VMEM.
+    # The slice of a fusion that is named, a copy in another layout, a padded stack; but not what goes into VMEM
+    # or, on a v4, into its common memory.
     expected = {("a", size, 8), ("e", size, 8), ("d", 8 * 4224 * 3584 * 2, 1)}
     assert set(copied_weights(PROGRAM, shapes)) == expected
+    assert set(copied_weights(PROGRAM.replace("S(1)", "S(3)"), shapes)) == expected
+    assert ("f", size, 8) in copied_weights(PROGRAM.replace("S(1)", "S(5)"), shapes)
     assert copied_weights(PROGRAM.replace("%a = bf16", "%a = f8e4m3fn"), shapes)[-1].bytes == size // 2
     assert ("a", size, 8) in copied_weights(PROGRAM, {(4096, 3581)})  # padded to a multiple of 8
     assert copied_weights(PROGRAM, {(512, 28672)}) == []
