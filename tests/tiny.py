@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -34,6 +35,19 @@ def random_params(config: ModelConfig, *, seed: int = 0) -> Params:
     """Random weights in the stacked form; biases and norms are random too. NumPy makes them, so that nothing is compiled."""
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
+def weights_config(quantize: str) -> Any:
+    """What preparing a weight reads of the config of an engine on one accelerator."""
+    return SimpleNamespace(
+        num_adapters=0,
+        dtype="bfloat16",
+        activation_dtype="bfloat16",
+        tensor_parallel=None,
+        quantize=quantize,
+        packed_weights=False,
+        int4_forms={},
+    )
 
 
 def expected(variant: str = "default") -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,9 @@ from fastgen_jax.models.weight_spec import WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups
 from pallas_kernels.matmul import BlockWeight, Float8Weight
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, weights_config
 
-CONFIG: Any = SimpleNamespace(
-    num_adapters=0,
-    dtype="bfloat16",
-    activation_dtype="bfloat16",
-    tensor_parallel=None,
-    quantize="fp8",
-    packed_weights=False,
-    int4_forms={},
-)
+CONFIG: Any = weights_config("fp8")
 
 
 def blocks(size: int) -> BlockWeight:

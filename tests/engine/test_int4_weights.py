@@ -20,17 +20,9 @@ from fastgen_jax.models.weight_spec import Kind, WeightSpec
 from pallas_kernels.grouped_matmul import BlockGroups
 from pallas_kernels.matmul import Int4Weight, Int8Weight, quantize_int4
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, weights_config
 
-CONFIG: Any = SimpleNamespace(
-    num_adapters=0,
-    dtype="bfloat16",
-    activation_dtype="bfloat16",
-    tensor_parallel=None,
-    quantize="int4",
-    packed_weights=False,
-    int4_forms={},
-)
+CONFIG: Any = weights_config("int4")
 MODEL = replace(tiny_model()[1], embed_dim=256, mlp_dim=96)  # 96 inputs of a down matrix are no whole pairs of blocks
 Q4_1 = ("uint4", True, "float16")
 

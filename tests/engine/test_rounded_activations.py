@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.matmul import Float8Weight, Int8Weight, halves, quantize_int8
 from pallas_kernels.matmul.narrow import int8_rows
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, weights_config
 
 SETTINGS: dict[str, Any] = {"token_budget": 16, "budget_ladder": (), "max_num_seqs": 4, "block_size": 4, "num_blocks": 64}
 
@@ -88,15 +87,7 @@ def test_experts_have_the_formats_of_matrices() -> None:
 
 def on_a_tpu(monkeypatch: pytest.MonkeyPatch, quantize: str) -> Any:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    return SimpleNamespace(
-        num_adapters=0,
-        dtype="bfloat16",
-        activation_dtype="bfloat16",
-        tensor_parallel=None,
-        quantize=quantize,
-        packed_weights=False,
-        int4_forms={},
-    )
+    return weights_config(quantize)
 
 
 def test_an_fp8_checkpoint_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:

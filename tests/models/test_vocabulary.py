@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from fastgen_jax.models.weight_spec import Params
 from fastgen_jax.training import Options, logprobs, pack
 from pallas_kernels.matmul import Float8Weight, Int8Weight
 from tests.models.parity import Runs
-from tests.tiny import random_params, tiny_model
+from tests.tiny import random_params, tiny_model, weights_config
 
 ODD = 250
 MODELS = {
@@ -60,15 +59,7 @@ def test_logits_and_logprobs_are_those_of_the_vocabulary(name: str, platform: st
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_the_head_of_an_engine_on_a_gpu_has_whole_tiles(monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    config: Any = SimpleNamespace(
-        num_adapters=0,
-        dtype="bfloat16",
-        activation_dtype="bfloat16",
-        tensor_parallel=None,
-        quantize=quantize,
-        packed_weights=False,
-        int4_forms={},
-    )
+    config: Any = weights_config(quantize)
     model = MODELS["untied"]
     spec = all_specs(model)["lm_head"]
     array = np.random.default_rng(0).standard_normal(spec.shape, np.float32)
