@@ -46,7 +46,7 @@ def weights_config(quantize: str) -> Any:
         tensor_parallel=None,
         quantize=quantize,
         packed_weights=False,
-        int4_forms={},
+        kept_forms={},
     )
 
 

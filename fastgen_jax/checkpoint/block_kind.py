@@ -27,6 +27,15 @@ class BlockKind(NamedTuple):
     """Whether blocks have an offset beside their scale."""
     scale_dtype: str = "float32"
     """Of scales and offsets."""
+    of_outputs: bool = False
+    """Of floats: whether all blocks of an output have the same scale."""
+    only_weights: bool = False
+    """Whether the checkpoint says that activations stay as they are, where a kernel for these values would round them."""
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the values are 8-bit floats."""
+        return self.is_float and self.value_bits == 8
 
 
 def common_kind(kinds: Collection[BlockKind | None]) -> BlockKind | None:

@@ -17,6 +17,7 @@ from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
 from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, settings_beside, shown, split_settings, unpack
+from fastgen_jax.checkpoint.quantized.declared import float8_of_weights_alone
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig
@@ -54,6 +55,8 @@ class HuggingFaceCheckpoint:
     config_json: JsonFields
     tensors: Mapping[str, StoredTensor | PackedTensor]
     quantization: str
+    only_weights: bool
+    """Whether 8-bit floats are weights alone; see `BlockKind`."""
     around_text: Mapping[str, StoredTensor | PackedTensor]
     """The other tensors of a multimodal model, under the names that they have in the file."""
 
@@ -89,7 +92,16 @@ class HuggingFaceCheckpoint:
                     f"{', '.join(_FLOATS)}, or a quantized dtype with its quantization_config in config.json"
                 )
         said = shown(quantization) if quantization else ""
-        return cls(path=path, config=config, config_json=hf, tensors=plain, quantization=said, around_text=around)
+        alone = quantization is not None and float8_of_weights_alone(quantization)
+        return cls(
+            path=path,
+            config=config,
+            config_json=hf,
+            tensors=plain,
+            quantization=said,
+            only_weights=alone,
+            around_text=around,
+        )
 
     @property
     def generation_config(self) -> JsonFields:
@@ -118,7 +130,8 @@ class HuggingFaceCheckpoint:
 
     def block_kind(self, name: str) -> BlockKind | None:
         stored = self.tensors.get(name)
-        return stored.block_kind if isinstance(stored, PackedTensor) else None
+        kind = stored.block_kind if isinstance(stored, PackedTensor) else None
+        return kind and kind._replace(only_weights=self.only_weights and kind.is_float8)
 
     def read_blocks(self, name: str, entry: int | None = None) -> BlockWeight:
         stored = self._stored(name)

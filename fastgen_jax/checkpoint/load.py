@@ -92,7 +92,7 @@ def load_params(
     make = prepare or functools.partial(_plain, dtype=dtype)
     kept = kept_in_blocks(checkpoint) if keep_blocks else {}
     if keep_blocks == "fp8":
-        kept = {path: kind for path, kind in kept.items() if kind.is_float and kind.value_bits == 8}
+        kept = {path: kind for path, kind in kept.items() if kind.is_float8}
     elif not isinstance(keep_blocks, bool):
         kept = {path: kind for path, kind in kept.items() if path in keep_blocks}
     params: Params = {}

@@ -102,7 +102,7 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     """What becomes of quantized weights; empty if there are none, and for a snapshot, whose weights stay as they are."""
     from fastgen_jax.checkpoint import SnapshotCheckpoint, kept_in_blocks, quantized_weights
     from fastgen_jax.checkpoint.base import HoldsBlocks
-    from fastgen_jax.engine.int4_forms import choose_forms, counted
+    from fastgen_jax.engine.kept_forms import choose_forms, counted, numbers_of
     from fastgen_jax.models.params import all_specs, head_spec, layers_with
 
     if not isinstance(checkpoint, HoldsBlocks) or all(dtype in _PLAIN for dtype in stored):
@@ -122,9 +122,10 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
     if not parts:
         return "" if isinstance(checkpoint, SnapshotCheckpoint) else "dequantized"
     places = [f"CPUs with native kernels: {', '.join(parts)}"]
+    float8 = any(kind.is_float8 for kind in kept)
     devices: tuple[tuple[str, Int4Kernel, str], ...] = (
-        ("TPUs", "tpu", "tpu"),
-        ("GPUs with kernels for 4 bits", "hopper", "gpu"),
+        ("TPU7x" if float8 else "TPUs", "tpu", "tpu"),
+        ("H100 and H200" if float8 else "GPUs with kernels for 4 bits", "hopper", "gpu"),
     )
     for name, kernel, platform in devices:
         found = choose_forms(
@@ -133,9 +134,11 @@ def _loaded_as(checkpoint: Checkpoint, stored: Counter[str]) -> str:
             kernel=kernel,
             platform=platform,
             activations="bfloat16",
+            float8=float8,
         )
         if found.kept:
-            places.append(f"{name}: {100 * counted(found.kept, checkpoint.config) / stored.total():.1f} % in 4 bits")
+            share = 100 * counted(found.kept, checkpoint.config) / stored.total()
+            places.append(f"{name}: {share:.1f} % in {numbers_of(found.kept)}")
     return f"{'; '.join(places)}; else dequantized"
 
 

@@ -8,10 +8,11 @@ import json
 import math
 
 from fastgen_jax.cli.parser import Options
-from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, parse_topology
+from fastgen_jax.devices import DEVICES, parse_topology
 from fastgen_jax.engine.config import quantize_of_snapshot
 from fastgen_jax.flags import MODEL_HELP
 from fastgen_jax.json_types import JsonObject
+from fastgen_jax.plan.kernels import multiplies_float8
 from fastgen_jax.plan.report import Plan, make_plan, table
 from fastgen_jax.plan.source import describe
 from pallas_kernels.ragged_attention import QUANTIZED_DTYPES
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="quantize matrices to 8 bits with one scale per output channel, or to 4 with one per 32 inputs; fp8 for H100, "
         "H200 and TPU7x, and w8a8 for TPU v5e and v6e, round activations, too; none: all in --dtype (default: as in the "
-        "checkpoint where kernels multiply its 4 bits, or in the snapshot, else none)",
+        "checkpoint where kernels multiply its 4 bits or 8-bit floats, or in the snapshot, else none)",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -82,11 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Options) -> int:
     """Prints the plan; returns 1 if the model does not fit or does not compile."""
     model = describe(options["model"])
+    float8 = multiplies_float8(parse_topology(options["topology"]).device)
     plan = make_plan(
         model.config,
         stored_as=model.stored_as,
         stored=model.stored,
-        quantize=quantize_of_snapshot(model.quantize, options["quantize"], packs=False, float8=_float8(options["topology"])),
+        quantize=quantize_of_snapshot(model.quantize, options["quantize"], packs=False, float8=float8),
         topology=options["topology"],
         context=options["context"],
         budgets=sorted(set(options["budget"])),
@@ -99,10 +101,6 @@ def run(options: Options) -> int:
     )
     print(json.dumps(as_json(plan), indent=1) if options["json"] else table(plan))
     return 0 if plan.fits else 1
-
-
-def _float8(topology: str) -> bool:
-    return parse_topology(topology).device.kind in FLOAT8_KINDS
 
 
 def as_json(plan: Plan) -> JsonObject:

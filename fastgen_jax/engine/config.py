@@ -12,7 +12,7 @@ import jax
 
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.engine import generation
-from fastgen_jax.engine.int4_forms import NOTHING, Choice
+from fastgen_jax.engine.kept_forms import NOTHING, Choice
 from fastgen_jax.engine.option_names import unknown_engine_option
 from fastgen_jax.engine.sampling.processor import LogitsProcessor
 from fastgen_jax.models.vision.config import ImagesConfig
@@ -72,7 +72,7 @@ class Formats:
     kv_dtype: KVDType
     kept: tuple[tuple[str, float], ...] = ()
     """The weights, by path, that stay in the blocks of the checkpoint, with their bits per value."""
-    int4: Choice = NOTHING
+    choice: Choice = NOTHING
     """On an accelerator, the form of those of `kept`, and why the other quantized weights of the checkpoint are not kept."""
     why: str = ""
     """Why they differ from the defaults, for the log; empty if they do not."""
@@ -80,7 +80,8 @@ class Formats:
     @property
     def of_weights(self) -> str:
         """Those of the weights, for people."""
-        return f"{'4-bit and ' if self.int4.kept else ''}{self.quantize or self.dtype}"
+        kept = sorted({form.short for _, form in self.choice.kept})
+        return " and ".join((*kept, self.quantize or self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -101,7 +102,8 @@ class EngineConfig:
     with one scale per token: "fp8", on H100, H200 and TPU7x, multiplies 8-bit floats, and "w8a8", on TPU v5e and v6e, int8;
     the head is as for "int8" with "w8a8". None: as in the checkpoint where the kernels multiply its format (on CPUs most
     types of GGUF, and 4 and 8 bits of most other formats; on TPUs and on GPUs with a kernel for them, integers of 4 bits),
-    with exactly the values that it stands for, else `dtype`. "none": `dtype` in any case."""
+    with exactly the values that it stands for; 8-bit floats on devices that multiply them, to which activations are then
+    rounded; else `dtype`. "none": `dtype` in any case."""
     kv_dtype: KVDType | None = None
     """Data type of the KV cache; 8-bit types have one scale per token and KV head. None: `dtype`."""
     tensor_parallel: int | None = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.engine import footprint, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, Formats, default_block_size, default_dtype, quantization, wide_enough
-from fastgen_jax.engine.int4_forms import Stored, choose_forms
+from fastgen_jax.engine.kept_forms import Stored, choose_forms
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.resolve import blocks_of_sequences, largest_budget
 from fastgen_jax.models.cache_groups import choose_groups
@@ -90,7 +90,7 @@ def candidates(config: EngineConfig, machine: Machine, model: ModelConfig, *, st
 
     1. bfloat16 weights and cache instead of float32, on a CPU
     2. an int8 KV cache, on a TPU or GPU, whose kernels read it
-    3. int8 weights, on a TPU or GPU without those that stay in 4 bits
+    3. int8 weights, on a TPU or GPU without those that stay as in the checkpoint
     4. both
     """
     dtype = config.dtype or default_dtype(machine.platform, bfloat16=machine.bfloat16)
@@ -110,7 +110,7 @@ def candidates(config: EngineConfig, machine: Machine, model: ModelConfig, *, st
     if narrow_cache:
         options.append(replace(wide, kv_dtype="int8"))
     if config.quantize is None:
-        narrow = replace(wide, quantize="int8", kept=wide.kept if wide.int4.kept else ())
+        narrow = replace(wide, quantize="int8", kept=wide.kept if wide.choice.kept else ())
         sizes = [_weight_bytes(formats, config, model, machine) for formats in (wide, narrow)]
         if sizes[1] < sizes[0]:
             options.append(narrow)
@@ -134,9 +134,10 @@ def _with_kept(formats: Formats, config: EngineConfig, machine: Machine, model: 
         platform=machine.platform,
         activations=wide_enough(formats.dtype, exceeds_float16=model.exceeds_float16),
         num_devices=config.tensor_parallel or 1,
+        float8=machine.float8,
         requested=config.quantize == "int4",
     )
-    return replace(formats, kept=tuple((path, form.bits) for path, form in choice.kept), int4=choice)
+    return replace(formats, kept=tuple((path, form.bits) for path, form in choice.kept), choice=choice)
 
 
 def tokens_that_fit(

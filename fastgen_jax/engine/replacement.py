@@ -34,8 +34,8 @@ def replacement_params(params: Params, current: Params, model: ModelConfig, conf
     old, new = (_kinds(tree) for tree in (current, prepared))
     for path in [*old, *new]:
         if old.get(path) != new.get(path):
-            in_blocks = config.keeps_blocks or config.int4_forms
-            if (in_blocks and old.get(path, "").startswith("uint8")) or config.quantize == "int4":
+            in_blocks = config.keeps_blocks or config.kept_forms
+            if (in_blocks and old.get(path, "").startswith(("uint8", "float8"))) or config.quantize == "int4":
                 raise ValueError(
                     "the engine computes with weights in the quantized blocks of its checkpoint, which only those of "
                     "another checkpoint in the same format can replace; load it with quantize='none'"

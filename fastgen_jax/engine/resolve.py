@@ -19,7 +19,7 @@ from fastgen_jax.engine.config import (
     shown,
     wide_enough,
 )
-from fastgen_jax.engine.int4_forms import Int4Form
+from fastgen_jax.engine.kept_forms import Form
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.sampling.processor import check_processor
 from fastgen_jax.models.cache_groups import choose_groups
@@ -132,9 +132,9 @@ class ResolvedConfig:
         return self.choices.quantize is None and self.quantize is None and self.packed_weights
 
     @property
-    def int4_forms(self) -> Mapping[str, Int4Form]:
-        """The form of each weight, by path, whose numbers of 4 bits are those of the checkpoint, on an accelerator."""
-        return dict(self.choices.formats.int4.kept) if self.choices.formats is not None else {}
+    def kept_forms(self) -> Mapping[str, Form]:
+        """The form of each weight, by path, whose numbers are those of the checkpoint, on an accelerator."""
+        return dict(self.choices.formats.choice.kept) if self.choices.formats is not None else {}
 
     @property
     def kept(self) -> tuple[tuple[str, float], ...]:

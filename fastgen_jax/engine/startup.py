@@ -27,11 +27,11 @@ from fastgen_jax.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgen_jax.core import environment
 from fastgen_jax.core.devices import supports_bfloat16
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import compile_cache, determinism, executables, fit, int4_forms, ladder, saved_choices
+from fastgen_jax.engine import compile_cache, determinism, executables, fit, kept_forms, ladder, saved_choices
 from fastgen_jax.engine.config import EngineConfig, default_dtype, formats_of, quantize_of_snapshot
 from fastgen_jax.engine.footprint import typical_bytes
 from fastgen_jax.engine.generation import defaults_of_model
-from fastgen_jax.engine.int4_forms import Stored
+from fastgen_jax.engine.kept_forms import Stored
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.programs import devices_of, saved_in
 from fastgen_jax.engine.refinement import Refinement
@@ -145,17 +145,17 @@ def stored_in(checkpoint: Checkpoint) -> Stored:
 
 
 def kept_weights(model: ModelConfig, config: ResolvedConfig) -> str:
-    """How many weights of a checkpoint stay in 4 bits on an accelerator, and why others do not; empty without any."""
+    """How many quantized weights stay as they are on an accelerator, and why others do not; empty without any."""
     if config.choices.formats is None:
         return ""
-    return int4_forms.described(config.choices.formats.int4, model, config.dtype, config.quantize)
+    return kept_forms.described(config.choices.formats.choice, model, config.dtype, config.quantize)
 
 
 def _kept_forms(config: ResolvedConfig) -> bool | Literal["fp8"] | Collection[str]:
     """Which matrices in blocks stay as the checkpoint holds them."""
     if config.quantize == "fp8":
         return "fp8"
-    return config.keeps_blocks or config.int4_forms.keys()
+    return config.keeps_blocks or config.kept_forms.keys()
 
 
 def _read_weights(checkpoint: Checkpoint, config: ResolvedConfig, *, progress: bool | Phases) -> Params:

@@ -17,7 +17,7 @@ from fastgen_jax.checkpoint import Checkpoint, kept_in_blocks
 from fastgen_jax.checkpoint.layer_stack import LayerStack
 from fastgen_jax.checkpoint.snapshot_blocks import stored_blocks
 from fastgen_jax.engine.footprint import quantization_of
-from fastgen_jax.engine.int4_forms import Int4Form, in_form
+from fastgen_jax.engine.kept_forms import Form, in_form
 from fastgen_jax.engine.resolve import ResolvedConfig
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import divided_array, divided_shape, keeps_blocks
@@ -93,8 +93,8 @@ def _prepared(
     if config.tensor_parallel is not None:
         return _divided(spec, array, model, config, dtype)
     platform = jax.default_backend()
-    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
-        kept = _kept_int4(array, config.int4_forms[spec.path])
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.kept_forms:
+        kept = _kept(array, config.kept_forms[spec.path])
         return jax.tree.map(jnp.asarray, _filled_up(spec, kept, model, platform))
     quantize = _quantization(spec, model, config, platform)
     if config.quantize == "int4" and not config.packed_weights and isinstance(array, BlockWeight | BlockGroups):
@@ -215,7 +215,7 @@ def _int4(array: np.ndarray, platform: str) -> Int4Weight:
     return pack_int4(quantize_int4(array), scale_dtype="float32" if platform == "tpu" else None)  # TPUs have no float16
 
 
-def _kept_int4(array: BlockWeight | BlockGroups, form: Int4Form) -> Int4Weight:
+def _kept(array: BlockWeight | BlockGroups, form: Form) -> Int4Weight | Float8Weight:
     """The numbers of a checkpoint, on the host."""
     if isinstance(array, BlockWeight):
         return in_form(array, form)
@@ -304,8 +304,8 @@ def _divided(
     num_devices, platform = mesh.size, mesh.devices.flat[0].platform
     quantize = _quantization(spec, model, config, platform)
     blocks = spec.quantizable and platform != "tpu" and keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform)
-    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.int4_forms:
-        return divide_leaf(spec, _kept_int4(array, config.int4_forms[spec.path]), mesh, model)
+    if isinstance(array, BlockWeight | BlockGroups) and spec.path in config.kept_forms:
+        return divide_leaf(spec, _kept(array, config.kept_forms[spec.path]), mesh, model)
     if config.quantize == "int4" and isinstance(array, BlockWeight | BlockGroups):
         array = array.dequantize()
     if quantize == "int4" and isinstance(array, jax.Array | np.ndarray):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from fastgen_jax.checkpoint.quantized import split_settings
-from fastgen_jax.devices import FLOAT8_KINDS, INT8_KINDS, Topology, parse_topology
-from fastgen_jax.engine import determinism, executables, fit, footprint, int4_forms, ladder, saved_choices, startup
+from fastgen_jax.devices import INT8_KINDS, Topology, parse_topology
+from fastgen_jax.engine import determinism, executables, fit, footprint, kept_forms, ladder, saved_choices, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
 from fastgen_jax.engine.config import EngineConfig, quantize_of_snapshot
 from fastgen_jax.engine.machine import Machine
@@ -31,7 +31,7 @@ from fastgen_jax.models.division import check_num_devices
 from fastgen_jax.models.division import divided as divided_model
 from fastgen_jax.models.families import family_of
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
-from fastgen_jax.plan.kernels import int4_kernel_of
+from fastgen_jax.plan.kernels import int4_kernel_of, multiplies_float8
 from fastgen_jax.plan.program import compile_lowered, deviceless_mesh, lowering_for, step_arguments
 from fastgen_jax.plan.source import Described
 from fastgen_jax.plan.tower import compile_tower, step_images
@@ -72,7 +72,7 @@ def compile_ahead(
     there is no compiler, and DoesNotCompile.
     """
     target = parse_topology(topology)
-    float8 = target.device.kind in FLOAT8_KINDS
+    float8 = multiplies_float8(target.device)
     quantize = quantize_of_snapshot(described.quantize, choices.quantize, packs=False, float8=float8)
     choices = replace(choices, quantize=quantize)
     _, fields = split_settings(described.config)
@@ -101,7 +101,7 @@ def compile_ahead(
 
 
 def resolve_for(
-    choices: EngineConfig, model: ModelConfig, target: Topology, *, stored: int4_forms.Stored = ()
+    choices: EngineConfig, model: ModelConfig, target: Topology, *, stored: kept_forms.Stored = ()
 ) -> ResolvedConfig:
     """What `resolve` chooses on an accelerator for a checkpoint with these quantized weights.
 
@@ -124,7 +124,7 @@ def resolve_for(
         platform=platform,
         kind=target.device.kind,
         memory=memory,
-        float8=target.device.kind in FLOAT8_KINDS,
+        float8=multiplies_float8(target.device),
         int8=target.device.kind in INT8_KINDS,
         int4=int4_kernel_of(target.device),
         num_devices=target.num_devices,
@@ -218,7 +218,7 @@ def _compile(
         dtype=jnp.dtype(config.dtype),
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
-        int4=config.int4_forms,
+        kept=config.kept_forms,
     )
     step = step_program(
         model,

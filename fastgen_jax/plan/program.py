@@ -24,7 +24,7 @@ from fastgen_jax.core import KVCache, StepImages
 from fastgen_jax.devices import NoCompiler, Topology
 from fastgen_jax.engine.config import wide_enough
 from fastgen_jax.engine.footprint import quantization_of
-from fastgen_jax.engine.int4_forms import Int4Form
+from fastgen_jax.engine.kept_forms import Float8Form, Form, Int4Form
 from fastgen_jax.engine.packing import Bucket
 from fastgen_jax.engine.programs import further_arguments, has_int8, memory_shardings, step_program
 from fastgen_jax.engine.sampling.sampler import Work
@@ -152,7 +152,7 @@ def compile_step(
     kv_dtype: DType | None = None,
     quantize: str | None = None,
     in_blocks: bool = False,
-    int4: Mapping[str, Int4Form] = MappingProxyType({}),
+    kept: Mapping[str, Form] = MappingProxyType({}),
     attention: str | None = None,
     work: Work = "any",
     deterministic: bool = False,
@@ -162,7 +162,7 @@ def compile_step(
 ) -> Program:
     """The whole step of `token_budget` tokens, tensor-parallel over `mesh`: layers, logits, sampling.
 
-    With `in_blocks`, 8-bit floats have a scale for every 128 inputs. `int4` are the forms of weights, by path, whose numbers
+    With `in_blocks`, 8-bit floats have a scale for every 128 inputs. `kept` are the forms of weights, by path, whose numbers
     are those of a checkpoint. With `images`, shapes from `plan.tower`, it is the one
     for steps with tokens of images; `has_grids` as for `Bucket`.
     Raises DoesNotCompile with the compiler's message, ValueError if the model cannot be divided.
@@ -191,7 +191,7 @@ def compile_step(
         kv_dtype=kv_dtype or dtype,
         quantize=quantize,
         in_blocks=in_blocks,
-        int4=int4,
+        kept=kept,
     )
     cache = arguments[1]
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
@@ -271,11 +271,11 @@ def step_arguments(
     kv_dtype: DType,
     quantize: str | None,
     in_blocks: bool = False,
-    int4: Mapping[str, Int4Form] = MappingProxyType({}),
+    kept: Mapping[str, Form] = MappingProxyType({}),
 ) -> tuple[Params, KVCache, SamplerState, jax.ShapeDtypeStruct]:
     """Shapes of what an engine passes to `step_program`: divided over a mesh as it divides them, or on one device.
 
-    `num_rows` are the layers of a cache group; `in_blocks` and `int4` as for `compile_step`.
+    `num_rows` are the layers of a cache group; `in_blocks` and `kept` as for `compile_step`.
     """
     mesh, device = (place, place.devices.flat[0]) if isinstance(place, Mesh) else (None, place)
     vocab_size = model.vocab_size
@@ -285,7 +285,7 @@ def step_arguments(
         _as_stored,
         quantize=quantize,
         in_blocks=in_blocks,
-        int4=int4,
+        kept=kept,
         num_devices=1 if mesh is None else mesh.size,
         platform=device.platform,
         capability=str(getattr(device, "compute_capability", "")),
@@ -323,31 +323,40 @@ def _as_stored(
     *,
     quantize: str | None,
     in_blocks: bool,
-    int4: Mapping[str, Int4Form],
+    kept: Mapping[str, Form],
     num_devices: int,
     platform: str,
     capability: str,
 ) -> Leaf:
     """The shapes of a weight of the divided model in the form that the engine stores."""
-    if spec.path in int4:
-        return _int4_shapes(weight.shape, int4[spec.path])
+    if spec.path in kept:
+        found = kept[spec.path]
+        if isinstance(found, Float8Form):
+            return _float8_shapes(weight.shape, in_blocks=found.in_blocks)
+        return _int4_shapes(weight.shape, found)
     form = quantization_of(spec, quantize, packed=False, num_devices=num_devices, platform=platform)
     if form is None:
         return weight
     shape = weight.shape
     if form == "int4":
         return _int4_shapes(shape, Int4Form(INT4_BLOCK, False, "float32" if platform == "tpu" else "float16"))
-    scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
     if form == "fp8":
-        if in_blocks and shape[-2] % FLOAT8_BLOCK == 0:
-            scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-2] // FLOAT8_BLOCK, shape[-1]), jnp.float32)
-        values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.float8_e4m3fn)
-        return Float8Weight(values=values, scales=scales)  # pyright: ignore[reportArgumentType] (shapes)
+        return _float8_shapes(shape, in_blocks=in_blocks and shape[-2] % FLOAT8_BLOCK == 0)
+    scales = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)
     if spec.kind is Kind.MATRIX and halves.is_used(shape, capability):
         values = jax.ShapeDtypeStruct((*shape[:-2], shape[-1], shape[-2]), jnp.int8)
         return Int8Weight(values=values, scales=scales, inputs_last=True)  # pyright: ignore[reportArgumentType] (shapes)
     values = jax.ShapeDtypeStruct(shape, jnp.int8)
     return Int8Weight(values=values, scales=scales, rounds_rows=form == "w8a8")  # pyright: ignore[reportArgumentType] (shapes)
+
+
+def _float8_shapes(shape: tuple[int, ...], *, in_blocks: bool) -> Float8Weight:
+    *layers, inputs, outputs = shape
+    blocks = (inputs // FLOAT8_BLOCK,) if in_blocks else ()
+    return Float8Weight(
+        values=jax.ShapeDtypeStruct((*layers, outputs, inputs), jnp.float8_e4m3fn),  # pyright: ignore[reportArgumentType] (shapes)
+        scales=jax.ShapeDtypeStruct((*layers, *blocks, outputs), jnp.float32),  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _int4_shapes(shape: tuple[int, ...], form: Int4Form) -> Int4Weight:

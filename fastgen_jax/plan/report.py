@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fastgen_jax.checkpoint.quantized import quantization_method, split_settings
 from fastgen_jax.devices import DEVICES, FLOAT8_KINDS, GIB, INT8_KINDS, NoCompiler, Topology, parse_topology
-from fastgen_jax.engine import footprint, int4_forms
+from fastgen_jax.engine import footprint, kept_forms
 from fastgen_jax.engine.config import EngineConfig, wide_enough
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.cache_groups import choose_groups
@@ -22,7 +22,7 @@ from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.models.vision.read import images_from_hf, largest, tower_bytes
 from fastgen_jax.plan import estimate, tower
 from fastgen_jax.plan.estimate import Memory, PlannedStep
-from fastgen_jax.plan.kernels import int4_kernel_of
+from fastgen_jax.plan.kernels import int4_kernel_of, multiplies_float8
 from fastgen_jax.scheduling import BlockGroups
 from pallas_kernels.matmul import FLOAT8_BLOCK
 
@@ -51,7 +51,7 @@ class Plan:
     dtype: str
     quantize: str | None  # "int8", "int4", "fp8" or "w8a8" if matrices are stored in 8 or 4 bits
     stored_as: str  # how the weights are quantized on disk; "" if they are not
-    keeps: bool  # whether some of those stay in 4 bits
+    keeps: bool  # whether some of those stay as they are
     kept: str  # how many, and why others do not; "" if they were to be changed in any case
     kv_dtype: str
     max_num_seqs: int
@@ -82,17 +82,16 @@ def make_plan(
     kv_dtype: str | None = None,
     quantize: str | None = None,
     stored_as: str = "",
-    stored: int4_forms.Stored = (),
+    stored: kept_forms.Stored = (),
     images: bool = True,
     compile: bool,
 ) -> Plan:
     """Plans for the model that `config` (the contents of a config.json) describes; see `describe`.
 
-    Weights that are quantized according to the config or `stored_as` are planned as they are loaded: those of `stored` in 4
-    bits where a kernel multiplies them, unless `quantize` says otherwise, the others dequantized, in `dtype` or quantized
-    again. With `images` a vision tower is part of them. Raises ValueError for an unknown
-    model, quantization or topology, a context beyond the model's limit, and if the model cannot be divided over the
-    devices.
+    Weights that are quantized according to the config or `stored_as` are planned as they are loaded: those of `stored`
+    as they are where a kernel multiplies them, unless `quantize` says otherwise, the others dequantized, in `dtype` or
+    quantized again. With `images` a vision tower is part of them. Raises ValueError for an unknown model, quantization or
+    topology, a context beyond the model's limit, and if the model cannot be divided over the devices.
     """
     devices = parse_topology(topology)
     quantization, config = split_settings(config)
@@ -117,15 +116,16 @@ def make_plan(
             f"quantize is 'w8a8', but {devices.device.kind} does not multiply int8 by int8; choose 'int8', or one of "
             f"{', '.join(INT8_KINDS)}"
         )
-    choice = int4_forms.NOTHING
+    choice = kept_forms.NOTHING
     if quantize in (None, "int4"):
-        choice = int4_forms.choose_forms(
+        choice = kept_forms.choose_forms(
             stored,
             model,
             kernel=int4_kernel_of(devices.device),
             platform=devices.device.platform,
             activations=wide_enough(dtype, exceeds_float16=model.exceeds_float16),  # pyright: ignore[reportArgumentType]
             num_devices=devices.num_devices,
+            float8=multiplies_float8(devices.device),
             requested=quantize == "int4",
         )
     quantize = None if quantize == "none" else quantize
@@ -180,7 +180,7 @@ def make_plan(
                     kv_dtype=kv_dtype,
                     quantize=quantize,
                     in_blocks=in_blocks,
-                    int4=dict(choice.kept),
+                    kept=dict(choice.kept),
                 )
                 for budget in budgets
             )
@@ -223,7 +223,7 @@ def make_plan(
         quantize=quantize,
         stored_as=stored_as,
         keeps=bool(choice.kept),
-        kept=int4_forms.described(choice, model, dtype, quantize),
+        kept=kept_forms.described(choice, model, dtype, quantize),
         kv_dtype=kv_dtype,
         max_num_seqs=max_num_seqs,
         memory=memory,
@@ -269,7 +269,7 @@ def _check(
     kv_dtype: str,
     quantize: str | None,
     in_blocks: bool,
-    int4: Mapping[str, int4_forms.Int4Form],
+    kept: Mapping[str, kept_forms.Form],
 ) -> CompileCheck:
     from fastgen_jax.plan.program import DoesNotCompile, compile_step, deviceless_mesh
 
@@ -286,7 +286,7 @@ def _check(
             kv_dtype=jnp.dtype(kv_dtype),
             quantize=quantize,
             in_blocks=in_blocks,
-            int4=int4,
+            kept=kept,
         )
     except DoesNotCompile as error:
         return CompileCheck(token_budget=budget, seconds=None, temporaries=None, problem=str(error))

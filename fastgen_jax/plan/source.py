@@ -14,7 +14,7 @@ from fastgen_jax.checkpoint.quantized import settings_beside, split_settings
 from fastgen_jax.checkpoint.quantized.declared import declared_weights
 from fastgen_jax.checkpoint.snapshot import MARKER, read_marker
 from fastgen_jax.checkpoint.snapshot_blocks import kind_of
-from fastgen_jax.engine.int4_forms import Stored
+from fastgen_jax.engine.kept_forms import Stored
 from fastgen_jax.json_types import JsonObject
 from fastgen_jax.models.families import family_of
 

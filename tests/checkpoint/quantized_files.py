@@ -101,6 +101,26 @@ def write_int4(path: Path, method: str, *, symmetric: bool = False, group: int =
     return path
 
 
+def write_fp8(path: Path, block: int | None, *, exceptions: tuple[str, ...] = (), **overrides) -> Path:
+    """A directory whose projections of all layers are 8-bit floats with a scale for each block of 128 outputs and `block`
+    inputs, or with None for each matrix. `exceptions` stay as they are."""
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and [128, block]}
+
+    def change(tensors):
+        generator = np.random.default_rng(0)
+        for name in [name for name in tensors if name.endswith("_proj.weight") and not any(e in name for e in exceptions)]:
+            weight = tensors[name]
+            shape = () if block is None else (-(-weight.shape[0] // 128), weight.shape[1] // block)
+            tensors[name] = generator.standard_normal(weight.shape).astype(ml_dtypes.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = generator.uniform(0.03, 0.1, shape).astype(np.float32)
+
+    sizes = {"vocab_size": 512, "hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
+    write_hf(path, change=change, **sizes | overrides)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return path
+
+
 def _words(numbers: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
     """i32 words of eight numbers of 4 bits each along an axis; nibble i, from the lowest, is number order[i]'s place."""
     eight = np.moveaxis(numbers, axis, -1).reshape(*np.moveaxis(numbers, axis, -1).shape[:-1], -1, 8)

@@ -83,10 +83,10 @@ def kept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in tests/engine/test_int4_forms.py."""
+    """As in tests/engine/test_kept_forms.py."""
     monkeypatch.setattr("pallas_kernels.native.available", lambda: False)
     monkeypatch.setattr("fastgen_jax.engine.machine.int4_kernel", lambda device: "hopper")
-    monkeypatch.setattr("fastgen_jax.engine.int4_forms.int4_fits", lambda kernel, shape, *, size, dtype: True)
+    monkeypatch.setattr("fastgen_jax.engine.kept_forms.int4_fits", lambda kernel, shape, *, size, dtype: True)
 
 
 def answers(path: Path, **options: Any) -> tuple[Engine, list[int], np.ndarray]:

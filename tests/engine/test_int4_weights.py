@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastgen_jax.engine.footprint import weight_bytes
-from fastgen_jax.engine.int4_forms import Int4Form
+from fastgen_jax.engine.kept_forms import Int4Form
 from fastgen_jax.engine.weights import prepare_leaf
 from fastgen_jax.models.division import divided_shape
 from fastgen_jax.models.moe_config import MoEConfig
@@ -32,7 +32,7 @@ def spec_of(name: str) -> WeightSpec:
 
 
 def prepared(array: Any, spec: WeightSpec, form: Int4Form | None = None) -> Any:
-    config = SimpleNamespace(**vars(CONFIG) | {"int4_forms": {} if form is None else {spec.path: form}})
+    config = SimpleNamespace(**vars(CONFIG) | {"kept_forms": {} if form is None else {spec.path: form}})
     return prepare_leaf(spec, array, MODEL, config)  # pyright: ignore[reportArgumentType]
 
 
@@ -59,7 +59,7 @@ def test_experts_of_a_file_are_as_wide_as_a_tpu_needs(monkeypatch: pytest.Monkey
     model = replace(MODEL, moe=moe)
     spec = all_specs(model)["layers.expert_gate_up"]
     experts = [random_blocks(256, 192, 32, *Q4_1, seed=seed) for seed in range(3)]
-    config: Any = SimpleNamespace(**vars(CONFIG) | {"int4_forms": {spec.path: Int4Form(32, True, "float32")}})
+    config: Any = SimpleNamespace(**vars(CONFIG) | {"kept_forms": {spec.path: Int4Form(32, True, "float32")}})
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     leaf: Any = prepare_leaf(spec, BlockGroups(shape=(3, 256, 192), read=experts.__getitem__), model, config)
     assert leaf.shape == divided_shape(spec, model, 1, "tpu") == (3, 256, 256)

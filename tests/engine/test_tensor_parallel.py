@@ -29,7 +29,18 @@ def test_tokens_do_not_depend_on_the_number_of_devices() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", ["in_4_bits", "tied_embeddings", "experts", "two_sizes_of_heads", "states", "replaced", "adapters", "images"]
+    "program",
+    [
+        "in_4_bits",
+        "in_8_bit_floats_of_a_file",
+        "tied_embeddings",
+        "experts",
+        "two_sizes_of_heads",
+        "states",
+        "replaced",
+        "adapters",
+        "images",
+    ],
 )
 def test_tokens_of_other_models_do_not_depend_on_the_number_of_devices(program: str) -> None:
     run(program)

@@ -30,6 +30,7 @@ from tests.gate.gpu_kernels import (
 )
 from tests.gate.gpu_steps import (
     LAUNCHES_IN_HALVES,
+    LAUNCHES_OF_LATENTS_IN_FP8,
     LAUNCHES_OF_SPARSE_ATTENTION,
     LAUNCHES_ON_SEVERAL,
     LAUNCHES_PER_LAYER_IN_FP8,
@@ -46,6 +47,7 @@ from tests.gate.gpu_steps import (
     check_tower,
 )
 from tests.gate.models import (
+    DEEPSEEK_V3_5_LAYERS,
     GPT_OSS_20B,
     IMAGE_MODELS,
     LLAMA_3_8B,
@@ -59,6 +61,7 @@ from tests.gate.models import (
     released,
     tower_of,
 )
+from tests.gate.stored import AWQ, FP8_BLOCKS, FP8_TENSORS
 
 
 def main() -> int:
@@ -106,7 +109,7 @@ def main() -> int:
         step, LLAMA_3_8B, h100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
     )
     checks["H100 step of 64: Llama-3-8B, AWQ"] = functools.partial(
-        step, LLAMA_3_8B, h100, tokens=64, work="greedy", awq=True, launches=LAUNCHES_PER_LAYER_IN_INT8
+        step, LLAMA_3_8B, h100, tokens=64, work="greedy", stored=AWQ, launches=LAUNCHES_PER_LAYER_IN_INT8
     )
     checks["H100 step of 64: Mixtral-8x7B on 8, int4"] = functools.partial(
         step,
@@ -135,6 +138,20 @@ def main() -> int:
     )
     checks["H100 step: Llama-3-8B, fp8 in blocks"] = functools.partial(
         step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", in_blocks=True, launches=LAUNCHES_PER_LAYER_IN_FP8
+    )
+    for name, settings in (("FP8 in blocks", FP8_BLOCKS), ("FP8", FP8_TENSORS)):
+        checks[f"H100 step of 64: Llama-3-8B, {name} as stored"] = functools.partial(
+            step, LLAMA_3_8B, h100, tokens=64, work="greedy", stored=settings, launches=LAUNCHES_PER_LAYER_IN_FP8
+        )
+    # With 64 tokens, the rows of all experts have the shape of a weight.
+    checks["H100 step of 128: DeepSeek-V3, 5 layers, FP8 in blocks as stored on 8"] = functools.partial(
+        step,
+        DEEPSEEK_V3_5_LAYERS,
+        eight_h100,
+        tokens=128,
+        work="greedy",
+        stored=FP8_BLOCKS,
+        launches=LAUNCHES_OF_LATENTS_IN_FP8,
     )
     checks["H100 step: Llama-3-8B, fp8"] = functools.partial(
         step, LLAMA_3_8B, h100, work="greedy", quantize="fp8", launches=LAUNCHES_PER_LAYER_IN_FP8
@@ -224,7 +241,7 @@ def main() -> int:
             step, LLAMA_3_8B, a100, tokens=64, work="greedy", quantize="int4", launches=LAUNCHES_PER_LAYER_IN_INT8
         )
         checks["A100 step of 64: Llama-3-8B, AWQ"] = functools.partial(
-            step, LLAMA_3_8B, a100, tokens=64, work="greedy", awq=True, launches=LAUNCHES_PER_LAYER_IN_INT8
+            step, LLAMA_3_8B, a100, tokens=64, work="greedy", stored=AWQ, launches=LAUNCHES_PER_LAYER_IN_INT8
         )
         checks["A100 step: Mixtral-8x7B on 8, int8"] = functools.partial(
             step, MIXTRAL_8X7B, eight_a100, work="greedy", quantize="int8", launches=LAUNCHES_PER_LAYER_WITH_EXPERTS

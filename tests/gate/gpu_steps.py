@@ -13,7 +13,8 @@ from tests.gate.gpu_kernels import (
     kernel_complaint,
     memory_complaint,
 )
-from tests.gate.models import LLAMA_3_8B, awq_forms
+from tests.gate.models import LLAMA_3_8B
+from tests.gate.stored import forms_of
 
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
@@ -33,6 +34,7 @@ LAUNCHES_WITH_A_STATE = {
     "Nemotron-3-Nano, 20 layers": 143,
 }
 """In a period of layers, outside of the loops over pieces."""
+LAUNCHES_OF_LATENTS_IN_FP8 = 74  # DeepSeek V3
 LAUNCHES_OF_SPARSE_ATTENTION = 88  # outside of its loops
 LAUNCHES_WITH_WIDE_HEADS = {"DeepSeek-V3, 5 layers": 70, "Gemma-4-31B": 160}
 """In the layer with the most of DeepSeek V3, one with experts; in a period of six layers of Gemma 4."""
@@ -55,7 +57,7 @@ def check_step(
     dtype: str = "bfloat16",
     quantize: str | None = None,
     in_blocks: bool = False,
-    awq: bool = False,
+    stored: dict[str, Any] | None = None,
     launches: int = LAUNCHES_PER_LAYER,
     has_kernel: bool = True,
     images: Any = None,
@@ -63,7 +65,8 @@ def check_step(
     facts: list[str],
 ) -> tuple[int, list[Kernel], str]:
     """The whole step: the kernel must have been chosen, the cache updated in place, every weight read where it is, and
-    everything must be one CUDA graph, so that the host waits for nothing. With `awq`, weights are those of `awq_forms`.
+    everything must be one CUDA graph, so that the host waits for nothing. Weights are those of a
+    checkpoint with the settings `stored`.
     """
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
@@ -81,7 +84,7 @@ def check_step(
             dtype=dtype,
             quantize=quantize,
             in_blocks=in_blocks,
-            int4=awq_forms() if awq else {},
+            kept=forms_of(stored, model, mesh),
             work=work,  # pyright: ignore[reportArgumentType]
             cuda_graphs=cuda_graphs,
             images=None if images is None else step_images(images, tokens, mesh, dtype),

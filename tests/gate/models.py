@@ -472,11 +472,3 @@ def tower_of(name: str) -> Any:
     images = images_from_hf(released(IMAGE_MODELS[name][0]), {})
     assert images is not None
     return largest(images, IMAGE_TOKENS)
-
-
-def awq_forms() -> dict[str, Any]:
-    """The forms of the matrices of a Llama in the format of AWQ, by path."""
-    from fastgen_jax.engine.int4_forms import Int4Form
-
-    names = ("qkv", "o", "gate_up", "down")
-    return {f"layers.{name}": Int4Form(size=128, has_offsets=True, scale_dtype="float32") for name in names}

@@ -99,12 +99,13 @@ def check_step(
     tokens: int = 512,
     num_blocks: int = 512,
     operands: str | None = None,
-    awq: bool = False,
+    stored: dict[str, Any] | None = None,
 ) -> tuple[int, str, int]:
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
     The minimum of collectives per layer is one sum after each half. `operands` is the type of both operands of all products
-    with weights, except that of a router, and of those of experts. With `awq`, weights are those of `awq_forms`.
+    with weights, except that of a router, and of those of experts. Weights are those of a
+    checkpoint with the settings `stored`.
     """
     import jax.numpy as jnp
 
@@ -112,7 +113,7 @@ def check_step(
     from fastgen_jax.plan import hlo
     from fastgen_jax.plan.program import compile_step
     from fastgen_jax.plan.tower import step_images
-    from tests.gate.models import awq_forms
+    from tests.gate.stored import forms_of
 
     model = family_of(hf["architectures"][0]).config_from_hf(hf)
     program = compile_step(
@@ -125,7 +126,7 @@ def check_step(
         num_blocks=num_blocks,
         kv_dtype=jnp.dtype(kv_dtype),
         quantize=quantize,
-        int4=awq_forms() if awq else {},
+        kept=forms_of(stored, model, mesh),
         images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
         has_grids=images is not None and images.in_grid,
     )
@@ -283,6 +284,7 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
     """
     from fastgen_jax.models.sharding import tensor_mesh
     from tests.gate import calls, models
+    from tests.gate.stored import AWQ, FP8_TENSORS
 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
@@ -309,7 +311,7 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         ):
             name = f"step: {model} int4 on {some.size}"
             checks[name] = functools.partial(check_step, hf, some, tokens=tokens, quantize="int4")
-        checks["step: Llama-3-8B AWQ on 1"] = functools.partial(check_step, models.LLAMA_3_8B, small, tokens=64, awq=True)
+        checks["step: Llama-3-8B AWQ on 1"] = functools.partial(check_step, models.LLAMA_3_8B, small, tokens=64, stored=AWQ)
     if kind in NARROW_PRODUCTS:
         quantize, operands = NARROW_PRODUCTS[kind]
         for some, tokens in ((small, 64), (mesh, 512)):
@@ -330,6 +332,10 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 checks[f"step: {model} {quantize} on {num_devices}"] = functools.partial(
                     check_step, hf, tensor_mesh(mesh.devices.flat[:num_devices]), quantize=quantize, operands=operands
                 )
+    if kind == "tpu7x":
+        checks["step: Llama-3-8B, FP8 checkpoint on 1"] = functools.partial(
+            check_step, models.LLAMA_3_8B, small, tokens=64, stored=FP8_TENSORS
+        )
     checks["step: Llama-3-8B, int8 weights"] = functools.partial(check_step, models.LLAMA_3_8B, mesh, quantize="int8")
     if kind in EXPERT_KINDS:
         for model, (hf, num_devices) in models.EXPERT_MODELS.items():

@@ -394,17 +394,6 @@ def test_int8_weights_take_a_byte_each_and_a_scale_per_column() -> None:
     assert any("--quantize int8" in line for line in plan(LLAMA_3_8B, "l4", dtype="float32").advice)
 
 
-def test_fp8_weights_take_the_bytes_of_int8_on_gpus_that_multiply_them() -> None:
-    int8, fp8 = (plan(LLAMA_3_8B, "h100:8", quantize=quantize).memory.weights for quantize in ("int8", "fp8"))
-    assert int8 == fp8
-    with pytest.raises(
-        ValueError, match="quantize is 'fp8', but a100 does not multiply it; choose 'int8', or one of h100, "
-    ):
-        plan(LLAMA_3_8B, "a100:8", quantize="fp8")
-    of_tpus = (plan(LLAMA_3_8B, "tpu7x:2x2x1", quantize=quantize).memory.weights for quantize in ("int8", "fp8"))
-    assert {*of_tpus} == {int8}
-
-
 def test_w8a8_has_the_weights_of_int8() -> None:
     for kind in ("v5e:2x4", "v6e:2x4"):
         int8, both = (plan(LLAMA_3_8B, kind, quantize=quantize).memory.weights for quantize in ("int8", "w8a8"))
@@ -569,18 +558,3 @@ def test_an_old_jax_does_not_compile_for_devices_that_are_not_here(monkeypatch: 
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
     with pytest.raises(NoCompiler, match=r"needs jax 0\.10\.2 or newer .* skip it with --no-compile"):
         deviceless_mesh(parse_topology("v5e:1x1"))
-
-
-def test_scales_of_blocks_of_8_bit_floats_are_counted() -> None:
-    sizes = {"hidden_size": 256, "vocab_size": 128}  # other vocabularies are filled up
-    config = json.loads((REFERENCE / "tiny" / "default" / "config.json").read_text()) | sizes
-    from fastgen_jax.models.families import family_of
-    from fastgen_jax.models.params import all_specs
-
-    stored = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    apart, together = (plan(config | extra, "h100", context=64, quantize="fp8").memory.weights for extra in (stored, {}))
-    model = family_of(config["architectures"][0]).config_from_hf(config)
-    matrices = [spec for spec in all_specs(model).values() if spec.quantizable and spec.shape[-2] % 128 == 0]
-    copies = [model.num_layers if spec.per_layer else 1 for spec in matrices]
-    more = [4 * spec.shape[-1] * (spec.shape[-2] // 128 - 1) for spec in matrices]
-    assert apart - together == sum(n * size for n, size in zip(copies, more, strict=True)) > 0

@@ -23,7 +23,8 @@ import numpy as np
 from fastgen_jax import Engine, EngineConfig, Research, SamplingParams
 from fastgen_jax.checkpoint import load_params, open_checkpoint
 from fastgen_jax.checkpoint.convert import convert
-from fastgen_jax.engine import int4_forms, machine
+from fastgen_jax.engine import kept_forms, machine
+from fastgen_jax.engine.footprint import weight_bytes
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.engine.weights import kept_by_snapshot, prepare_leaf, snapshot_leaf
 from fastgen_jax.models.columns import deal_columns
@@ -34,15 +35,17 @@ from fastgen_jax.models.moe_config import MoEConfig
 from fastgen_jax.models.params import all_specs, init_params
 from fastgen_jax.models.sharding import TENSOR, tensor_mesh
 from pallas_kernels import gpu_target
-from pallas_kernels.matmul import Division, Int4Weight, Int8Weight, halves, linear, quantize_int8
+from pallas_kernels.matmul import Division, Float8Weight, Int4Weight, Int8Weight, halves, linear, quantize_int8
 from pallas_kernels.matmul.weights import unscaled
 from tests.adapters import random_lora
+from tests.checkpoint.quantized_files import write_fp8
 from tests.checkpoint.tiny_files import write_gguf
 from tests.engine.test_blocks import TOKENIZER
 from tests.engine.test_images import MESSAGES
 from tests.models.parity import load
 from tests.models.vision.reference import GEMMA3, NUM_GREEDY, QWEN, answer, pictures
 from tests.pallas_kernels.matmul.random_blocks import random_blocks
+from tests.text.vocabularies import write_json
 from tests.tiny import HOME, drain, greedy, tiny_model, tokens_of
 
 PROMPTS = [np.random.default_rng(size).integers(3, 60, size).tolist() for size in (1, 5, 21, 34)]
@@ -92,7 +95,7 @@ def in_blocks_of_8_bit_floats() -> None:
         quantize="fp8",
         packed_weights=False,
         tensor_parallel=2,
-        int4_forms={},
+        kept_forms={},
     )
     for name, in_blocks in {"layers.qkv": True, "layers.o": True, "layers.down": False}.items():
         spec = all_specs(model)[name]
@@ -191,7 +194,7 @@ def as_in_the_file(path: Path, out: Path) -> None:
     convert(checkpoint, out, prepare=prepare, keep_blocks=kept_by_snapshot(checkpoint, None))
     answers = []
     of_hopper = mock.patch.object(machine, "int4_kernel", return_value="hopper")
-    with of_hopper, mock.patch.object(int4_forms, "int4_fits", return_value=True):
+    with of_hopper, mock.patch.object(kept_forms, "int4_fits", return_value=True):
         for source, num_devices in ((path, 1), (path, 2), (out, 2)):
             engine = Engine.from_pretrained(source, **SMALL, tensor_parallel=num_devices)
             assert engine.config.quantize is None
@@ -203,6 +206,29 @@ def as_in_the_file(path: Path, out: Path) -> None:
                 engine.add(prompt, greedy(6))
             answers.append([tokens_of(output) for output in drain(engine).values()])
     assert answers[0] == answers[1] == answers[2]
+
+
+def in_8_bit_floats_of_a_file() -> None:
+    """8-bit floats of a checkpoint with one scale for each matrix, and in blocks, of which each device has its part."""
+    of_hopper = mock.patch.object(machine, "multiplies_float8", return_value=True)
+    kernel = mock.patch.object(machine, "int4_kernel", return_value="hopper")
+    for block in (None, 128):
+        answers = []
+        with tempfile.TemporaryDirectory() as folder, of_hopper, kernel:
+            path = write_json(write_fp8(Path(folder), block))
+            for num_devices in (1, 2):
+                engine = Engine.from_pretrained(path, **SMALL, tensor_parallel=num_devices)
+                for name in ("qkv", "o", "gate_up", "down"):
+                    leaf = engine.params["layers"][name]
+                    assert isinstance(leaf, Float8Weight)
+                    assert leaf.in_blocks == (block is not None)
+                    assert leaf.values.addressable_shards[0].data.size * num_devices == leaf.values.size
+                held = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(engine.params))
+                assert held == weight_bytes(engine.model, num_devices, 4, kept=engine.config.kept)
+                requests = [engine.add(prompt, greedy(6)) for prompt in PROMPTS]
+                outputs = drain(engine)
+                answers.append([tokens_of(outputs[request]) for request in requests])
+        assert answers[0] == answers[1]
 
 
 def tied_embeddings() -> None:
@@ -322,6 +348,7 @@ if __name__ == "__main__":
         rounded_activations,
         in_halves,
         in_4_bits,
+        in_8_bit_floats_of_a_file,
         tied_embeddings,
         experts,
         two_sizes_of_heads,

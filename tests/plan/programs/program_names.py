@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fastgen_jax import EngineConfig
 from fastgen_jax.core.progress import Phases
-from fastgen_jax.engine import fit, int4_forms, machine, startup
+from fastgen_jax.engine import fit, kept_forms, machine, startup
 from fastgen_jax.engine.adapter_stacks import stack_shapes
 from fastgen_jax.engine.programs import Programs, further_arguments, program_name
 from fastgen_jax.engine.resolve import ResolvedConfig, resolve
@@ -72,7 +72,7 @@ def names_of_file(path: Path, **options: Any) -> tuple[str, str]:
     programs = Runner(prepare_params(params, model, config), model, config).programs
     stored = describe(str(path)).stored
     formats = fit.candidates(choices, machine.Machine.here(), model, stored=stored)[0]
-    assert bool(formats.int4.kept) == (choices.quantize != "none")
+    assert bool(formats.choice.kept) == (choices.quantize != "none")
     return both_names(programs, resolve(replace(choices, formats=formats), model))
 
 
@@ -92,7 +92,7 @@ def both_names(programs: Programs, config: ResolvedConfig) -> tuple[str, str]:
         dtype=jnp.dtype(config.dtype),
         kv_dtype=jnp.dtype(config.kv_dtype),
         quantize=config.quantize,
-        int4=config.int4_forms,
+        kept=config.kept_forms,
     )
     stacks = stack_shapes(model, config, programs.mesh)
     return real, program_name((*shapes[:3], *further_arguments(stacks)), model, config, 8, "any", devices=devices)
@@ -106,7 +106,7 @@ if __name__ == "__main__":
         for name, o in OPTIONS.items()
     }
     machine.int4_kernel = lambda device: "hopper"
-    int4_forms.int4_fits = lambda kernel, shape, *, size, dtype: True
+    kept_forms.int4_fits = lambda kernel, shape, *, size, dtype: True
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / "q4_1.gguf"
         write_gguf(gguf, kind="Q4_1", arrays=TOKENIZER, hidden_size=64, intermediate_size=128)

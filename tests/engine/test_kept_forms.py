@@ -16,7 +16,7 @@ from fastgen_jax.checkpoint import load_params, open_checkpoint, quantized_weigh
 from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.engine import footprint
 from fastgen_jax.engine.fit import candidates, choose_formats
-from fastgen_jax.engine.int4_forms import Int4Form, choose_forms, described
+from fastgen_jax.engine.kept_forms import Form, Int4Form, choose_forms, described
 from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from pallas_kernels.matmul import Int4Weight, int4_kernel
@@ -34,7 +34,7 @@ H100 = replace(MACHINES["H100 80 GB"], int4="hopper")
 V5E = replace(MACHINES["v5e, 1 chip"], int4="tpu")
 
 
-def chosen(kind: BlockKind, name: str = "gate_up", **options: Any) -> Int4Form | str:
+def chosen(kind: BlockKind, name: str = "gate_up", **options: Any) -> Form | str:
     defaults: dict[str, Any] = {"kernel": "hopper", "platform": "gpu", "activations": "bfloat16"}
     choice = choose_forms([(f"layers.{name}", kind)], LLAMA, **defaults | options)
     return (choice.kept or choice.dequantized)[0][1]
@@ -92,7 +92,7 @@ def test_what_does_not_stay_in_4_bits_becomes_int8_if_there_is_too_little_memory
     formats = choose_formats(EngineConfig(), LLAMA, small, stored=stored)
     assert formats.quantize == "int8"
     assert {path for path, _ in formats.kept} == {f"layers.{name}" for name in MATRICES if name != "down"}
-    line = described(formats.int4, LLAMA, "bfloat16", "int8")
+    line = described(formats.choice, LLAMA, "bfloat16", "int8")
     assert "5.1B of 6.98B quantized weights stay in the 4 bits" in line
     assert "1.88B are quantized again, to int8 (layers.down: Q6_K, not integers of 4 bits)" in line
 
@@ -100,7 +100,7 @@ def test_what_does_not_stay_in_4_bits_becomes_int8_if_there_is_too_little_memory
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_another_choice_keeps_nothing(quantize: Any) -> None:
     formats = candidates(EngineConfig(quantize=quantize), H100, LLAMA, stored=STORED)[0]
-    assert formats.kept == formats.int4.kept == formats.int4.dequantized == ()
+    assert formats.kept == formats.choice.kept == formats.choice.dequantized == ()
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stores weights as an accelerator does, and its kernel takes the tiny matrices of these tests."""
     monkeypatch.setattr("pallas_kernels.native.available", lambda: False)
     monkeypatch.setattr("fastgen_jax.engine.machine.int4_kernel", lambda device: "hopper")
-    monkeypatch.setattr("fastgen_jax.engine.int4_forms.int4_fits", lambda kernel, shape, *, size, dtype: True)
+    monkeypatch.setattr("fastgen_jax.engine.kept_forms.int4_fits", lambda kernel, shape, *, size, dtype: True)
 
 
 @pytest.fixture(scope="module", params=["Q4_0", "Q4_1"])
