@@ -95,6 +95,26 @@ def copied_arrays(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[Copy]:
     return copies
 
 
+def relaid_rows(hlo: str, num_rows: int, row: int) -> list[str]:
+    """What a TPU writes of `num_rows` rows with `row` numbers each in another layout than that of a product.
+
+    That is, with the numbers of one row no longer adjacent in memory, or in other tiles: as one axis, or cut into pieces.
+    """
+    found = []
+    for computation in _executed(hlo):
+        for instruction in _instructions(hlo).get(computation, ()):
+            if instruction.operation in _NO_WORK:
+                continue
+            for _, _, dims, layout in _ARRAY.findall(instruction.result):
+                shape = tuple(map(int, filter(None, dims.split(","))))
+                if math.prod(shape) != num_rows * row:
+                    continue
+                adjacent = shape[int(layout.split(":")[0].split(",")[0])] if layout else shape[-1]
+                if len(shape) == 1 or adjacent == num_rows or instruction.operation in ("reshape", "transpose"):
+                    found.append(instruction.name)
+    return list(dict.fromkeys(found))
+
+
 def _axes(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
 

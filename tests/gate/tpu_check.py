@@ -1,9 +1,9 @@
 """Compiles for TPU v4, v5e, v5p, v6e and TPU7x without a TPU: `make tpu-check`.
 
 Each kind of TPU has its own process, because the compiler may abort; the parent prints the table. A check fails if
-its program does not compile, copies the KV cache, exceeds the bound on temporary memory, or overflows VMEM; or if a layer
-has more collectives than necessary or copies a weight. Running out of `--seconds` is not a failure: checks that were not
-reached are listed.
+its program does not compile, copies the KV cache, exceeds the bound on temporary memory, or overflows VMEM; if a layer
+has more collectives than necessary or copies a weight; or if logits get another layout. Running out of `--seconds` is not
+a failure: checks that were not reached are listed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v4": "v4:2x2x2", "tpu7x": "tpu7x:2x2x1"}
 MIB = 2**20
 KERNEL_TEMPORARIES = 64 * MIB  # padded copies of a step's queries, keys and values; the cache has 1000 MiB or more
+MAX_NUM_SEQS = 64
 STEP_TEMPORARIES = 640 * MIB  # activations of 512 tokens and their logits
 TOWER_TEMPORARIES = 1280 * MIB  # of 25,600 patches: scores, hidden units, and queries, keys and values in two layouts
 SECONDS_PER_PROGRAM = 180  # of processor time
@@ -40,6 +41,7 @@ NARROW_PRODUCTS = {"v5e": ("w8a8", "s8"), "v6e": ("w8a8", "s8"), "tpu7x": ("fp8"
 QUICK = (
     "a too large tile is refused",
     "a copied stack of experts is found",
+    "logits in another layout are found",
     "products of int8 are told apart",
     "int4 product: 64 rows, a scale for 32 inputs",
     "attention: 70B on 8 devices, B=128",
@@ -120,7 +122,7 @@ def check_step(
         model,
         mesh,
         token_budget=tokens,
-        max_num_seqs=64,
+        max_num_seqs=MAX_NUM_SEQS,
         max_context_len=8192,
         block_size=128,
         num_blocks=num_blocks,
@@ -135,8 +137,10 @@ def check_step(
         words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
     if program.copies:
         words = words or f"{program.copies[0].name} copies a weight, cache or state: {program.copies[0].bytes / MIB:.0f} MiB"
+    text = program.compiled.as_text() or ""
+    if relaid := hlo.relaid_rows(text, min(tokens, MAX_NUM_SEQS), model.vocab_size):
+        words = words or f"the logits get another layout: {', '.join(relaid[:4])}"
     if operands is not None:
-        text = program.compiled.as_text() or ""
         products, experts = hlo.layer_products(text), hlo.layer_kernels(text, "grouped_matmul")
         wanted = {(operands, operands)} | ({("bf16", "bf16")} if model.moe else set())
         if set(products) != wanted or len(experts) != (2 if model.moe else 0):
@@ -168,65 +172,6 @@ def check_step_refused(hf: dict[str, Any], mesh: Any) -> tuple[int, str]:
     except DoesNotCompile as error:
         return 0, "" if "hbm" in str(error).lower() else f"refused, but not for memory: {error}"
     return 0, "a program beyond the device's memory was accepted"
-
-
-def check_copies_are_found(mesh: Any) -> tuple[int, str]:
-    """Tests the gate itself: experts whose width is not filled up are copied, and the copy must be found."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from fastgen_jax.plan import hlo
-    from fastgen_jax.plan.program import compile_lowered, lowering_for, matrix_shapes
-    from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    stack = jax.ShapeDtypeStruct((2 * 32, 2880, 720), jnp.bfloat16, sharding=whole)  # two layers
-    x = jax.ShapeDtypeStruct((512, 2880), jnp.bfloat16, sharding=whole)
-    sizes = jax.ShapeDtypeStruct((32,), jnp.int32, sharding=whole)
-
-    def layers(x: Any, stack: Any, sizes: Any) -> Any:
-        def layer(n: Any, x: Any) -> Any:
-            return x.at[:, :720].add(grouped_matmul_tpu(x, stack, sizes, n * 32).astype(x.dtype))
-
-        return jax.lax.fori_loop(0, 2, layer, x)
-
-    with lowering_for(mesh):
-        compiled = compile_lowered(jax.jit(layers).lower(x, stack, sizes))
-    copies = hlo.copied_weights(compiled.as_text() or "", matrix_shapes({"stack": stack}, 512))
-    return (
-        compiled.memory_analysis().temp_size_in_bytes,
-        "" if copies else "a stack of experts in another layout was accepted",
-    )
-
-
-def check_operands_are_found(mesh: Any) -> tuple[int, str]:
-    """Tests the gate itself: products with int8 weights are those of bfloat16, unless rows are rounded, too."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from fastgen_jax.plan import hlo
-    from fastgen_jax.plan.program import compile_lowered, lowering_for
-    from pallas_kernels.matmul import Int8Weight, linear
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    values = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.int8, sharding=whole)
-    scales = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=whole)
-    x = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16, sharding=whole)
-
-    def layers(x: Any, w: Int8Weight) -> Any:
-        return jax.lax.scan(lambda x, w: (linear(x, w), None), x, w)[0]
-
-    found = []
-    for rounds_rows in (False, True):
-        w = Int8Weight(values=values, scales=scales, rounds_rows=rounds_rows)  # pyright: ignore[reportArgumentType] (shapes)
-        with lowering_for(mesh):
-            compiled = compile_lowered(jax.jit(layers).lower(x, w))
-        found.append(hlo.layer_products(compiled.as_text() or ""))
-    only, both = found
-    is_told_apart = len(only) == 1 and "s8" not in only[0][:1] and both == [("s8", "s8")]
-    return compiled.memory_analysis().temp_size_in_bytes, "" if is_told_apart else f"{only} and {both}"
 
 
 def check_int4_product(mesh: Any, *, rows: int, size: int, has_offsets: bool) -> tuple[int, str]:
@@ -284,11 +229,13 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
     """
     from fastgen_jax.models.sharding import tensor_mesh
     from tests.gate import calls, models
+    from tests.gate.noticed import check_copies_are_found, check_layouts_are_found, check_operands_are_found
     from tests.gate.stored import AWQ, FP8_TENSORS
 
     checks: dict[str, Callable[[], tuple[Any, ...]]] = {}
     checks["a too large tile is refused"] = functools.partial(check_refusal, small)
     checks["a copied stack of experts is found"] = functools.partial(check_copies_are_found, small)
+    checks["logits in another layout are found"] = functools.partial(check_layouts_are_found, small)
     if NARROW_PRODUCTS.get(kind, ("",))[0] == "w8a8":
         checks["products of int8 are told apart"] = functools.partial(check_operands_are_found, small)
     for rows, size, has_offsets in ((64, 32, False), (512, 128, True)):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
+from fastgen_jax.engine.sampling import lanes
 from fastgen_jax.engine.sampling.state import SamplerState
 from fastgen_jax.engine.sampling.tables import SamplingBatch
+from pallas_kernels import gpu_target
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int16
@@ -43,6 +45,8 @@ def _biased(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingB
     slots = jnp.where(batch.has_bias > 0, batch.slots, state.bias_ids.shape[0])
     ids = state.bias_ids.at[slots].get(mode="fill", fill_value=logits.shape[1])
     values = state.bias_values.at[slots].get(mode="fill", fill_value=0)
+    if gpu_target.platform() == "tpu":
+        return lanes.add_at(logits, ids, values)
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].add(values, mode="drop")
 
@@ -50,6 +54,8 @@ def _biased(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingB
 def _banned(logits: Float32[Array, "R V"], batch: SamplingBatch) -> Float32[Array, "R V"]:
     early = (batch.positions < batch.ban_before)[:, None]
     ids = jnp.where(early, batch.stop_ids, logits.shape[1])
+    if gpu_target.platform() == "tpu":
+        return jnp.where(lanes.is_any(ids, logits.shape[1]), -jnp.inf, logits)
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].set(-jnp.inf, mode="drop")
 
@@ -58,6 +64,8 @@ def masked(logits: Float32[Array, "R V"], state: SamplerState, batch: SamplingBa
     """`logits`, -inf for tokens that the mask of a row's sequence excludes."""
     slots = jnp.where(batch.has_mask > 0, batch.slots, state.token_masks.shape[0])
     words = state.token_masks.at[slots].get(mode="fill", fill_value=-1)  # [R, ceil(V / 32)]; all ones without a mask
+    if gpu_target.platform() == "tpu":
+        return jnp.where(lanes.bits(words, logits.shape[1]), logits, -jnp.inf)
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1  # [R, words, 32]
     return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fastgen_jax.engine.sampling import lanes
 from pallas_kernels import gpu_target
 
 if TYPE_CHECKING:
@@ -34,13 +35,21 @@ def take_piece(pieces: Shaped[Array, "R pieces width"], index: Int32[Array, " R"
     return jnp.take_along_axis(pieces, index[:, None, None], axis=1, mode="clip")[:, 0]
 
 
+def _is_tpu() -> bool:
+    return gpu_target.platform() == "tpu"
+
+
 def row_max(logits: Float32[Array, "R V"]) -> Float32[Array, " R"]:
     """The largest value of each row."""
+    if _is_tpu():
+        return jnp.max(logits, axis=1)
     return jnp.max(jnp.max(split_rows(logits, fill=-jnp.inf), axis=2), axis=1)
 
 
 def row_argmax(logits: Float32[Array, "R V"]) -> Int32[Array, " R"]:
     """The lowest index of the largest value."""
+    if _is_tpu():
+        return lanes.argmax(logits)
 
     def first(x: jax.Array, value: jax.Array) -> jax.Array:
         ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -146,6 +155,8 @@ def reaches(
 
 def first_reaching(weights: Int32[Array, "R V"], enough: Int32[Array, " R"]) -> Int32[Array, " R"]:
     """The lowest index up to which the non-negative `weights` sum to `enough`, which is at least 1."""
+    if _is_tpu():
+        return lanes.first_reaching(weights, enough)
     enough = enough[:, None]
     pieces = split_rows(weights, fill=0)
     sums = jnp.cumsum(jnp.sum(pieces, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
