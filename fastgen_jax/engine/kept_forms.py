@@ -147,7 +147,7 @@ def _float8_form(
     if in_blocks and not keeps_blocks(spec, FLOAT8_BLOCK, model, num_devices, platform):
         return f"a block belongs to two of {num_devices} devices"
     share = _share(divided_shape(spec, model, num_devices, platform), spec, num_devices)
-    if platform == "gpu" and not hopper_support.fits(share, hopper_support.FLOAT8, jnp.dtype(activations)):
+    if platform in ("gpu", "cuda") and not hopper_support.fits(share, hopper_support.FLOAT8, jnp.dtype(activations)):
         return f"not in whole tiles of the kernel{' on each device' if num_devices > 1 else ''}"
     return Float8Form(FLOAT8_BLOCK if in_blocks else share[-2], in_blocks)
 

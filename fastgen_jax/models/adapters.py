@@ -156,5 +156,5 @@ def _dense_change(x: jax.Array, w: AdaptedWeight, rows: AdapterRows) -> jax.Arra
     hidden = jnp.where(mine[:, None, :, None], hidden, 0.0).astype(x.dtype).reshape(-1, parts, count * rank)
     changes = [linear(hidden[:, part], up, out_dtype=jnp.float32) for part, up in enumerate(flat)]
     change = join_columns(changes, w.num_devices)
-    missing = w.weight.shape[1] - change.shape[1]  # on a TPU weights of states are filled up: see `divided_state`
+    missing = w.weight.shape[1] - change.shape[1]  # on TPUs and GPUs weights of states are filled up: see `divided_state`
     return jnp.pad(change, ((0, 0), (0, missing))) if missing else change

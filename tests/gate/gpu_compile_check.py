@@ -178,6 +178,16 @@ def main() -> int:
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
             step, hf, h100, tokens=64, work="greedy", launches=LAUNCHES_WITH_A_STATE[name]
         )
+    # 6,448 columns of a projection are no whole number of tiles.
+    checks["H100 step of 64: Granite-4.0-H-Tiny, int8"] = functools.partial(
+        step,
+        STATE_MODELS["Granite-4.0-H-Tiny"][0],
+        h100,
+        tokens=64,
+        work="greedy",
+        quantize="int8",
+        launches=LAUNCHES_WITH_A_STATE["Granite-4.0-H-Tiny, int8"],
+    )
     for name, (model, changes, num_devices) in SPARSE_MODELS.items():
         checks[f"H100 step of 64: {name} on {num_devices}"] = functools.partial(
             step,

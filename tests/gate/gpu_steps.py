@@ -30,6 +30,7 @@ LAUNCHES_WITH_A_STATE = {
     "Granite-4.0-H-Micro": 190,
     "Qwen3-Next, 8 layers": 193,
     "Granite-4.0-H-Tiny": 420,
+    "Granite-4.0-H-Tiny, int8": 440,
     "LFM2-1.2B": 43,
     "Nemotron-3-Nano, 20 layers": 143,
 }
