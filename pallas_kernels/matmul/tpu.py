@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Num
 
 
+_SUBLANES = 8  # rows of a register
+
+
 class Work(NamedTuple):
     """The items, in i32: products, then tiles of zeros."""
 
@@ -128,9 +131,9 @@ def multiply_items(
         operands = [w.values if isinstance(w, ScaledWeight) else w]
         if isinstance(w, Float8Weight) and not inputs_last:
             operands = [jnp.swapaxes(w.values, 1, 2)]
-    scales = []
-    if isinstance(w, Int8Weight | Float8Weight):  # those of these groups, as rows of their own
-        scales = [jax.lax.dynamic_slice_in_dim(w.scales, work.counts[2], work.starts.shape[0])[:, None, :]]
+    # A tile has the scales of as many matrices as a register has rows; those of a single one would be another layout.
+    scales = [w.scales] if isinstance(w, Int8Weight | Float8Weight) else []
+    scale_rows = min(_SUBLANES, w.shape[0])
     num_parts = depth // tiles.depth
 
     def part_of(item, k, counts):  # of the last product, which is already there, for a tile of zeros
@@ -145,8 +148,8 @@ def multiply_items(
     def inputs_last_block(column, item, k, group, tile, starts, ends, counts):
         return counts[2] + group[item], column, part_of(item, k, counts)
 
-    def scales_block(column, item, k, group, *_):
-        return group[item], 0, column
+    def scales_block(column, item, k, group, tile, starts, ends, counts):
+        return jax.lax.div(counts[2] + group[item], scale_rows), column
 
     def factors_block(column, item, k, group, tile, starts, ends, counts):
         return jnp.minimum(tile[item], counts[1]), 0
@@ -167,7 +170,8 @@ def multiply_items(
             tiles=tiles,
             num_parts=num_parts,
             num_operands=len(operands),
-            num_scales=len(scales) + len(of_rows),
+            scale_rows=scale_rows if scales else None,
+            has_factors=factors is not None,
             contracted=int(inputs_last),
             is_int4=is_int4,
             narrow=bool(narrow),
@@ -179,7 +183,7 @@ def multiply_items(
             in_specs=[
                 pl.BlockSpec((tiles.rows, tiles.depth), x_block),
                 *of_weights,
-                *(pl.BlockSpec((pl.squeezed, 1, tiles.columns), scales_block) for _ in scales),
+                *(pl.BlockSpec((scale_rows, tiles.columns), scales_block) for _ in scales),
                 *(pl.BlockSpec((tiles.rows, 1), factors_block) for _ in of_rows),
             ],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), out_block),
@@ -211,15 +215,18 @@ def _kernel(
     tiles: Tiles,
     num_parts: int,
     num_operands: int,
-    num_scales: int,
+    scale_rows: int | None,
+    has_factors: bool,
     contracted: int,
     is_int4: bool,
     narrow: bool,
 ) -> None:
-    # x [rows, depth], weights [depth, columns] or, if axis 1 is contracted, [columns, depth], scales of columns and of rows,
-    # out and sums [rows, columns]
-    weights, (out, sums, *shares) = refs[:num_operands], refs[num_operands + num_scales :]
-    of_results = refs[num_operands : num_operands + num_scales]
+    # x [rows, depth], weights [depth, columns] or, if axis 1 is contracted, [columns, depth], scales [scale_rows, columns],
+    # factors [rows, 1], out and sums [rows, columns]
+    weights, rest = refs[:num_operands], list(refs[num_operands:])
+    scales = rest.pop(0) if scale_rows else None
+    factors = rest.pop(0) if has_factors else None
+    out, sums, *shares = rest
     item, part = pl.program_id(1), pl.program_id(2)
 
     @pl.when(part == 0)
@@ -229,10 +236,10 @@ def _kernel(
     @pl.when(item < counts[0])
     def _() -> None:
         if is_int4:
-            values, scales, *offsets = weights
+            values, of_inputs, *offsets = weights
             some = offsets[0] if offsets else None
             memory = shares[0] if shares else None
-            tpu_int4.add_product(sums, x, values, scales, some, memory, step=tiles.step, narrow=narrow)
+            tpu_int4.add_product(sums, x, values, of_inputs, some, memory, step=tiles.step, narrow=narrow)
             return
         exact = x.dtype == jnp.float32  # the MXU multiplies bfloat16; full float32 precision takes several passes
         sums[...] += jax.lax.dot_general(
@@ -249,7 +256,11 @@ def _kernel(
         mine = (row >= starts[group[item]]) & (row < ends[group[item]])
         first_of_tile = (item == 0) | (tile[jnp.maximum(item - 1, 0)] != tile[item])
         result = sums[...].astype(jnp.float32)
-        for factor in [1 / tpu_int4.FACTOR] if is_int4 else [scales[...] for scales in of_results]:
-            result = result * factor
+        if is_int4:
+            result = result * (1 / tpu_int4.FACTOR)
+        if scales is not None and scale_rows is not None:
+            result = result * scales[pl.ds(jax.lax.rem(counts[2] + group[item], scale_rows), 1), :]
+        if factors is not None:
+            result = result * factors[...]
         # Before the first group writes to the tile, its memory is uninitialized.
         out[...] = jnp.where(mine, result, jnp.where(first_of_tile, 0.0, out[...]))

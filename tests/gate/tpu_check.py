@@ -274,6 +274,7 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
         for model, hf, kinds, num_devices in (
             ("Mixtral-8x7B", models.MIXTRAL_8X7B, ("v6e", "tpu7x"), 8),
             ("Qwen3-30B-A3B", models.QWEN3_30B_A3B, ("tpu7x",), 4),  # an expert has 192 inputs on a device
+            ("Qwen3-30B-A3B", models.QWEN3_30B_A3B, ("tpu7x",), 8),  # scales of outputs are 1 MiB a layer
         ):
             if kind in kinds:
                 checks[f"step: {model} {quantize} on {num_devices}"] = functools.partial(
