@@ -1,7 +1,8 @@
 """What `EngineConfig.deterministic` changes: one step size, and chunks of prompts that depend on their own request alone.
 
 A row of a program is computed the same way whatever the other rows hold; programs of other sizes, and attention to chunks of
-other lengths, round differently. With native kernels on a CPU no result depends on either, so nothing changes.
+other lengths, round differently. Several devices add up their parts of a row in the same order for all rows, see
+`models.sharding`. With native kernels on one CPU no result depends on any of this, so nothing changes.
 """
 
 from __future__ import annotations
@@ -28,11 +29,6 @@ def has_fixed_chunks(config: EngineConfig, *, packs: bool, kv_dtype: KVDType) ->
 def check(config: EngineConfig, model: ModelConfig, *, block_size: int) -> None:
     """ValueError for what would make a result depend on other requests in spite of fixed chunks."""
     name = "deterministic=True"
-    if config.tensor_parallel is not None and config.tensor_parallel > 1:
-        raise ValueError(
-            f"{name} with tensor_parallel={config.tensor_parallel}: the order in which devices add up a token's sums may "
-            "depend on its row; use one device, or replicas"
-        )
     if config.vision is not None:
         raise ValueError(f"{name}: steps with images run a program of their own; pass images=False")
     if config.budget_ladder:

@@ -310,7 +310,11 @@ def _step(
         batch,
         config=config,
         execution=Execution(
-            attention=attention, activation_dtype=activation_dtype, mesh=mesh, independent_pieces=deterministic
+            attention=attention,
+            activation_dtype=activation_dtype,
+            mesh=mesh,
+            independent_pieces=deterministic,
+            sums_in_order=deterministic,
         ),
         adapters=adapters,
         images=images,

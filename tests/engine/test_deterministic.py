@@ -30,7 +30,8 @@ def resolved(**options: Any):
 
 
 def run(*arguments: str) -> None:
-    environment = {**os.environ, "PALLAS_KERNELS_NATIVE": "0", "JAX_PLATFORMS": "cpu"}
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, **devices, "PALLAS_KERNELS_NATIVE": "0", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.engine.programs.deterministic", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,6 +66,19 @@ def test_the_same_holds_for_layers_with_a_state(family: str) -> None:
     run(family, "8", "together=8")  # sequences whose pieces are computed at the same time, as on an accelerator
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [("tiny", "devices=4"), ("mixtral", "devices=4"), ("granitemoehybrid", "devices=2")], ids=" ".join
+)
+def test_the_same_holds_on_several_devices(arguments: tuple[str, ...]) -> None:
+    run(arguments[0], "8", *arguments[1:])
+
+
+@pytest.mark.slow
+def test_devices_that_add_up_in_a_ring_change_answers() -> None:
+    run("tiny", "8", "devices=4", "order=ring")  # requires that some are others
+
+
 @pytest.mark.skipif(not native.available(), reason="needs native kernels")
 def test_native_kernels_are_exact_so_that_the_option_changes_nothing() -> None:
     plain, engine = tiny_engine(), tiny_engine(deterministic=True)
@@ -92,7 +106,6 @@ def test_the_step_size_is_the_largest_whose_products_take_no_longer_than_the_wei
         ({"token_budget": 64}, "choose at least 95, or a smaller max_num_seqs"),
         ({"token_budget": 128, "budget_ladder": (8,)}, "all steps have one size; omit budget_ladder"),
         ({"remeasure": True}, "pass token_budget"),
-        ({"tensor_parallel": 2}, "use one device, or replicas"),
         ({"policy": "sla", "promised_prompt_rate": 9.0, "promised_generation_rate": 9.0}, "choose policy='splitfuse'"),
     ],
     ids=str,

@@ -108,12 +108,20 @@ def check_step(
     return program.temporaries, kernels, words
 
 
-def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None = None) -> tuple[int, list[Kernel], str]:
-    """With `deterministic`, which of its programs runs a step must not change how a layer is computed.
+def check_same_layers(
+    hf: dict[str, Any],
+    mesh: Any,
+    *,
+    other_tokens: int | None = None,
+    launches: int | None = None,
+    facts: list[str] | None = None,
+) -> tuple[int, list[Kernel], str]:
+    """With `deterministic`, which of its programs runs a step must not change how a layer is computed, no sum over devices
+    may have an order that a library chooses, and no weight may be copied.
 
-    `other_tokens` is the size of the last program, to test the gate itself.
+    `other_tokens` is the size of the last program, to test the gate itself; `launches` is the most that a layer may have.
     """
-    from fastgen_jax.plan.hlo import layer_instructions
+    from fastgen_jax.plan.hlo import layer_instructions, sums_of_floats
     from fastgen_jax.plan.program import compile_step
 
     layers: list[list[str]] = []
@@ -129,7 +137,19 @@ def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None
             work=work,
             deterministic=True,
         )
-        layers.append(layer_instructions(program.compiled.as_text() or ""))
+        text = program.compiled.as_text() or ""
+        if facts is not None:
+            facts.append(
+                f"{work}: {program.operations} nodes, {program.collectives} collectives, {program.started} started, "
+                f"{program.waits} waits"
+            )
+        if sums := sums_of_floats(text):
+            return program.temporaries, [], f"sums over devices in an order that is not ours: {sums[0][:200]}"
+        if program.copies:
+            return program.temporaries, [], f"weights are copied: {program.copies[0].name}"
+        if launches is not None and program.operations > launches:
+            return program.temporaries, [], f"each layer launches {program.operations} kernels, more than {launches}"
+        layers.append(layer_instructions(text))
         if layers[-1] != layers[0]:
             return (
                 program.temporaries,
