@@ -87,7 +87,7 @@ def compile_ahead(
     saves = out is not None and target.device.platform == "tpu"
     place = saved_choices.elsewhere(all_devices)
     with _place_for(out if saves else None, startup.group(choices, model, place)) as folder:
-        for work in works_on("tpu" if target.device.platform == "tpu" else "gpu"):
+        for work in works_on("tpu" if target.device.platform == "tpu" else "gpu", config):
             for tokens in config.budget_ladder:
                 report(_compile(model, config, mesh, tokens, work, folder))
         if config.images is not None:

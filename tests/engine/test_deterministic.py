@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from fastgen_jax.engine.machine import Machine
 from fastgen_jax.engine.memory import Memory
 from fastgen_jax.engine.resolve import resolve
 from fastgen_jax.models.families import family_of
-from fastgen_jax.models.vision.config import ImagesConfig
 from fastgen_jax.plan.ahead import resolve_for
 from pallas_kernels import native
 from tests.gate.models import LLAMA_3_8B
@@ -29,10 +29,10 @@ def resolved(**options: Any):
     return resolve(EngineConfig(deterministic=True, **options), tiny_model()[1], machine=GPU)
 
 
-def run(*arguments: str) -> None:
+def run(*arguments: str, program: str = "deterministic") -> None:
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     environment = {**os.environ, **devices, "PALLAS_KERNELS_NATIVE": "0", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.engine.programs.deterministic", *arguments]
+    command = [sys.executable, "-m", f"tests.engine.programs.{program}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -115,9 +115,23 @@ def test_what_would_make_answers_depend_on_others_is_refused(options: dict[str, 
         resolved(**options)
 
 
-def test_images_are_refused_and_states_are_not() -> None:
-    vision = ImagesConfig.__new__(ImagesConfig)
-    with pytest.raises(ValueError, match="pass images=False"):
-        resolved(vision=vision)
+def test_a_step_has_room_for_an_image_that_one_step_must_compute() -> None:
+    vision: Any = SimpleNamespace(is_whole=True, most_tokens=250, in_grid=False)
+    config = resolved(vision=vision)
+    assert min(config.budget_ladder) == 512
+    assert resolved(vision=vision, token_budget=319).chunk_size == 256  # 8 blocks of 32 beside 63 sequences
+    with pytest.raises(ValueError, match=r"hold the blocks of an image beside .* choose at least 319.*or images=False"):
+        resolved(vision=vision, token_budget=318)
+    may_be_cut: Any = SimpleNamespace(is_whole=False, most_tokens=250, in_grid=False)
+    assert resolved(vision=may_be_cut, token_budget=128).chunk_size == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("gemma3", "9"), ("qwen3_vl", "9"), ("gemma3", "9", "devices=2")], ids=" ".join)
+def test_requests_with_and_without_images_change_no_bit_of_one_another(arguments: tuple[str, ...]) -> None:
+    run(*arguments, program="deterministic_images")
+
+
+def test_models_whose_layers_have_a_state_are_accepted() -> None:
     _, model = load("lfm2", "default")
     assert resolve(EngineConfig(deterministic=True), model, machine=GPU).fixed_chunks
