@@ -16,7 +16,7 @@ _COLLECTIVE = re.compile(
 )
 _SUM = re.compile(r"(?:all-reduce|reduce-scatter)(?:-start)?")
 _FLOATS = re.compile(r"\bb?f\d+")
-_LOOKUP = re.compile(r'op_name="[^"]*gather')
+_LOOKUP = re.compile(r'op_name="[^"]*/gather"')
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)(\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LOOP = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")

@@ -1,6 +1,6 @@
 """Engines on several devices against an engine on one: the same tokens; prints "equal" at the end.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.engine.programs.divided_engine in_8_bits
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.engine.programs.divided_engine adapters [deterministic]
 
 The number of devices is fixed when JAX starts.
 """
@@ -331,5 +331,7 @@ if __name__ == "__main__":
         adapters,
         images,
     )
+    if "deterministic" in sys.argv[2:]:
+        SMALL["deterministic"] = True
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")
