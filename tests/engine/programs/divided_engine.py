@@ -1,8 +1,8 @@
 """Engines on several devices against an engine on one: the same tokens; prints "equal" at the end.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.engine.programs.divided_engine adapters [deterministic]
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.engine.programs.divided_engine in_8_bits
 
-The number of devices is fixed when JAX starts.
+With `deterministic` as a second argument, devices add up in order. The number of devices is fixed when JAX starts.
 """
 
 from __future__ import annotations
