@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 @pytree
 class StepImages:
-    """What a step with tokens of images has besides its `RaggedBatch`. Steps without them run another program."""
+    """What a step with tokens of images has besides its `RaggedBatch`.
+
+    Steps without them run another program or, in an engine that is deterministic, have only zeros here.
+    """
 
     is_image: Bool[Array, " T"]
     """Tokens whose embeddings are replaced."""

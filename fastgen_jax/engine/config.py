@@ -125,7 +125,8 @@ class EngineConfig:
     deterministic: bool = False
     """Compute the tokens of a request the same way, to the last bit, whatever else runs: one step size for all steps, and
     chunks of a prompt whose borders depend on the prompt alone. A step with one token then costs as much as a full one, and
-    log-probabilities of a prompt are computed token by token. No effect with native CPU kernels, whose results are exact."""
+    log-probabilities of a prompt are computed token by token. Devices add up in order. No effect on one device with native
+    CPU kernels, whose results are exact."""
     cuda_graphs: bool | None = None
     """On GPUs: a step is one CUDA graph, which the host starts at once. With False it starts every kernel by itself, as a
     profile then shows. None: yes, with JAX 0.12 or newer; before, XLA decides."""

@@ -117,7 +117,7 @@ class Programs:
     @property
     def works(self) -> tuple[Work, ...]:
         """What the programs of one budget can do; "any" suffices for all steps."""
-        return works_on(jax.default_backend())
+        return works_on(jax.default_backend(), self.config)
 
     def lower(self, bucket: Bucket, work: Work = "any", images: StepImages | None = None) -> jax.stages.Lowered:
         """The lowered step program of `bucket` for the current device; with `images`, shapes, one for steps with images."""
@@ -181,8 +181,10 @@ def has_int8(params: Any) -> bool:
     return any(isinstance(leaf, Int8Weight | Int4Weight) and not inputs_last(leaf) for leaf in leaves)
 
 
-def works_on(platform: str) -> tuple[Work, ...]:
+def works_on(platform: str, config: ResolvedConfig) -> tuple[Work, ...]:
     """What the programs of one budget can do on a platform: see `sampler.Work`."""
+    if config.fixed_chunks and config.images is not None:  # steps of requests run the one program that takes images
+        return ("any",)
     return ("any", "greedy", "sampled") if platform == "gpu" else ("any",)
 
 
@@ -310,7 +312,11 @@ def _step(
         batch,
         config=config,
         execution=Execution(
-            attention=attention, activation_dtype=activation_dtype, mesh=mesh, independent_pieces=deterministic
+            attention=attention,
+            activation_dtype=activation_dtype,
+            mesh=mesh,
+            independent_pieces=deterministic,
+            sums_in_order=deterministic,
         ),
         adapters=adapters,
         images=images,

@@ -319,7 +319,8 @@ def _step_sizes(
     if fixed_chunks:  # one size, of which none is measured
         if config.token_budget is not None:
             return (config.token_budget,)
-        return determinism.candidates(MEASURED_BUDGETS, max_num_seqs=config.max_num_seqs, block_size=block_size)
+        sizes = {"max_num_seqs": config.max_num_seqs, "block_size": block_size}
+        return determinism.candidates(MEASURED_BUDGETS, **sizes, images=config.vision)
     if config.token_budget is None:  # a step that is measured is one sequence, so it must fit in the cache
         return tuple(budget for budget in MEASURED_BUDGETS if budget <= longest)
     smaller = config.budget_ladder

@@ -59,6 +59,7 @@ class Runner:
         self.tower: Tower | None = None
         """Computes the embeddings of images; None if they are refused."""
         self._with_images: Program | None = None  # for steps with tokens of images
+        self._no_images: StepImages | None = None  # for steps without them, if it runs these as well
         self._copy_block: jax.stages.Wrapped | None = None  # compiled by the first fork
         self._made: list[weakref.ref[jax.Array]] = []
         self.is_asleep = False
@@ -110,7 +111,8 @@ class Runner:
         """Frees the device memory immediately, even if something still refers to it, such as a traceback in a notebook."""
         if self.tower is not None:
             self.tower.release()
-        self._compiled, self._narrow, self._samplers, self._with_images = {}, {}, {}, None
+        self._compiled, self._narrow, self._samplers = {}, {}, {}
+        self._with_images = self._no_images = None
         made = [array for ref in self._made if (array := ref()) is not None]
         _delete([*jax.tree.leaves((self.kv_cache, self.state, self.adapters)), *made])
         self.params = {}
@@ -179,17 +181,22 @@ class Runner:
         self._narrow = {key: program for key, program in self._narrow.items() if key[0] in budgets}
 
     def add_tower(self, tower: Tower, budget: int) -> None:
-        """Compiles what steps with tokens of images need: one program, which such steps of any size run."""
+        """Compiles what steps with tokens of images need: one program, which such steps of any size run.
+
+        With fixed chunks all steps of requests run it: another would round the text differently.
+        """
         self.tower = tower
+        if self.config.fixed_chunks:
+            self._no_images = tower.no_images(budget, mesh=self.mesh)
         self._with_images = self.programs.compile(budget, images=tower.shapes(budget, mesh=self.mesh))
         tower.warm_up(budget, mesh=self.mesh)
 
     def images_of(self, step: Step) -> tuple[tuple[StepImages], Bucket] | None:
-        """The images among the tokens of a step, and the compiled shape for it; None if there are none."""
+        """The images among the tokens of a step, and the compiled shape for it; None if it needs no program for images."""
         if self.tower is None or self._with_images is None:
             return None
         bucket = self._with_images.bucket
-        images = self.tower.images_of(step, bucket.num_tokens, mesh=self.mesh)
+        images = self.tower.images_of(step, bucket.num_tokens, mesh=self.mesh) or self._no_images
         return None if images is None else ((images,), bucket)
 
     def run(self, packed: np.ndarray, bucket: Bucket, *images: StepImages) -> StepOutput:

@@ -125,7 +125,7 @@ def _tower(checkpoint: Checkpoint, config: EngineConfig) -> Tower | None:
     dtype = config.dtype or default_dtype(jax.default_backend(), bfloat16=supports_bfloat16(jax.local_devices()[0]))
     # float16 cannot hold all activations of a tower.
     read = partial(load_tower, checkpoint, found, dtype="float32" if dtype == "float16" else dtype)
-    return Tower(found, read)
+    return Tower(found, read, deterministic=config.deterministic)
 
 
 def reload(path: Path, model: ModelConfig, config: ResolvedConfig) -> Params:
@@ -235,7 +235,7 @@ def with_room_for_images(config: ResolvedConfig) -> ResolvedConfig:
             "policy='splitfuse', or images=False"
         )
     needed = images.most_tokens + config.max_num_seqs
-    if config.token_budget >= needed:
+    if config.token_budget >= needed or config.fixed_chunks:  # whose size `determinism` chose for them
         return config
     if config.choices.token_budget is not None:
         raise ValueError(

@@ -30,22 +30,25 @@ KEPT = 32
 KEPT_BYTES = 256 << 20
 
 
-def embed_program(tower: TowerConfig, device: Any) -> jax.stages.Wrapped:
+def embed_program(tower: TowerConfig, device: Any, *, deterministic: bool = False) -> jax.stages.Wrapped:
     """The jitted tower: (weights, inputs of an image) -> rows, as `towers.embed`, for `device`."""
-    return jax.jit(partial(towers.embed, config=tower), compiler_options=product_options(device))
+    options = product_options(device, deterministic=deterministic)
+    return jax.jit(partial(towers.embed, config=tower), compiler_options=options)
 
 
 class Tower:
     """The vision tower of an engine. It holds nothing for a request: what a step needs is computed, or was kept, by content.
 
-    `read` loads the weights: at once, and again after `release`. The caller holds the engine's locks.
+    `read` loads the weights: at once, and again after `release`. The caller holds the engine's locks. Each image is computed
+    by itself, in a program for its size, so that its rows do not depend on other images; if `deterministic`, they do not
+    depend on the start either.
     """
 
-    def __init__(self, config: ImagesConfig, read: Callable[[], Params]) -> None:
+    def __init__(self, config: ImagesConfig, read: Callable[[], Params], *, deterministic: bool = False) -> None:
         self.config = config
         self._read = read
         self._params: Params | None = read()
-        self._embed = embed_program(config.tower, jax.local_devices()[0])
+        self._embed = embed_program(config.tower, jax.local_devices()[0], deterministic=deterministic)
         self._dtype = jax.tree.leaves(self._params)[0].dtype
         self._shapes = towers.shape_of_rows(config.tower, self._dtype)  # of each program
         self._compiled: dict[
@@ -102,6 +105,10 @@ class Tower:
             ),
             mesh,
         )
+
+    def no_images(self, num_tokens: int, *, mesh: Mesh | None) -> StepImages:
+        """What a program for steps with tokens of images needs for one without any."""
+        return _on(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shapes(num_tokens, mesh=None)), mesh)
 
     def shapes(self, num_tokens: int, *, mesh: Mesh | None) -> StepImages:
         """The shapes of `images_of`."""

@@ -55,25 +55,26 @@ def compiler_options(device: Any) -> Options | None:
     return _OF_KIND.get(device.device_kind)
 
 
-def product_options(device: Any, *, has_int8_weights: bool = False) -> Options | None:
+def product_options(device: Any, *, has_int8_weights: bool = False, deterministic: bool = False) -> Options | None:
     """For programs that multiply with weights."""
     if device.platform != "gpu":
         return compiler_options(device)
-    return _GPU_WEIGHTS if has_int8_weights and not _reads_int8_in_place(device) else _GPU_PRODUCTS
+    options = _GPU_WEIGHTS if has_int8_weights and not _reads_int8_in_place(device) else _GPU_PRODUCTS
+    return {**options, **(_GPU_DETERMINISTIC if deterministic else {})}
 
 
 def step_options(
     device: Any, *, has_int8_weights: bool = False, deterministic: bool = False, cuda_graphs: bool = True
 ) -> Options | None:
     """For the programs of steps."""
-    options = product_options(device, has_int8_weights=has_int8_weights)
+    options = product_options(device, has_int8_weights=has_int8_weights, deterministic=deterministic)
     if device.platform != "gpu":
         return options
     if too_old(COMMAND_BUFFERS) is None:
         graphs = _GPU_GRAPH if cuda_graphs else _NO_GRAPHS
     else:
         graphs = {}
-    return {**(options or {}), **graphs, **(_GPU_DETERMINISTIC if deterministic else {})} or None
+    return {**(options or {}), **graphs} or None
 
 
 def _reads_int8_in_place(device: Any) -> bool:

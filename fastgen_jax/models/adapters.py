@@ -27,7 +27,7 @@ from fastgen_jax.models.params import layers_with, plain_name
 from fastgen_jax.models.targets import MLP
 from fastgen_jax.models.weight_spec import LayerWeights, Leaf, Params
 from pallas_kernels.grouped_matmul import GroupedWeight, PackedGroups, grouped_matmul
-from pallas_kernels.matmul import linear
+from pallas_kernels.matmul import DividedArray, Division, linear
 from pallas_kernels.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class AdaptedWeight:
     """B of each part, [n, r, columns]."""
     num_devices: int = static(default=1)
     """Over how many devices the columns are divided; see `columns`."""
+    division: Division | None = static(default=None)
+    """That of the inputs of `down`, if sums over devices are in order."""
 
     @property
     def count(self) -> int:
@@ -151,7 +153,9 @@ def _dense_change(x: jax.Array, w: AdaptedWeight, rows: AdapterRows) -> jax.Arra
     assert isinstance(w.down, jax.Array), "dense matrices are arrays"
     inputs, parts, count, rank = w.down.shape
     flat = [up.reshape(count * rank, -1) for up in w.up if isinstance(up, jax.Array)]
-    hidden = linear(x, w.down.reshape(inputs, -1), out_dtype=jnp.float32).reshape(-1, parts, count, rank)
+    down = w.down.reshape(inputs, -1)
+    down = down if w.division is None else DividedArray(values=down, division=w.division)
+    hidden = linear(x, down, out_dtype=jnp.float32).reshape(-1, parts, count, rank)
     mine = rows.ids[:, None] == jnp.arange(count)[None, :]  # [T, n]
     hidden = jnp.where(mine[:, None, :, None], hidden, 0.0).astype(x.dtype).reshape(-1, parts, count * rank)
     changes = [linear(hidden[:, part], up, out_dtype=jnp.float32) for part, up in enumerate(flat)]

@@ -31,6 +31,7 @@ from fastgen_jax.models.layers import norm, soft_cap
 from fastgen_jax.models.mixer import mix
 from fastgen_jax.models.mlp import beside_mlp, mlp
 from fastgen_jax.models.params import plain_name
+from fastgen_jax.models.sharding import in_order
 from fastgen_jax.models.sparse import with_choice
 from fastgen_jax.models.step import LayerCall, Step, prepare_step, take_rows
 from fastgen_jax.models.streams import (
@@ -62,6 +63,8 @@ class Execution:
     """Devices that weights and cache are sharded over, by `models.sharding`; None: a single device."""
     independent_pieces: bool = False
     """Divides the attention of each sequence by its own length alone; see `ragged_attention.plan_layers`."""
+    sums_in_order: bool = False
+    """Adds up what devices computed in the same order for every element; see `models.sharding`."""
     wrap_layer: Callable[[Layer], Layer] | None = None
     """Makes another function of that of a layer, for example one that is computed again for a derivative."""
 
@@ -107,6 +110,7 @@ def hidden_rows(
         mesh=execution.mesh,
         spans=None if images is None else images.spans,
         independent_pieces=execution.independent_pieces,
+        sums_in_order=execution.sums_in_order,
     )
     if execution.mesh is not None:
         config = divided(config, execution.mesh.size)
@@ -126,6 +130,8 @@ def hidden_rows(
         layer = (with_inputs if config.altup is None else in_streams)(layer, inputs, step=step, config=config)
     if config.layer_scale:
         layer = scaled(layer)
+    if step.sums_in_order:
+        layer = _in_order(layer, step, config)
     if execution.wrap_layer is not None:
         layer = execution.wrap_layer(layer)
     if config.altup is not None:
@@ -168,6 +174,17 @@ def _for_adapters(layer: Layer, batch: RaggedBatch, adapters: Mapping[str, Adapt
         return layer(x, cache, bound(w, tokens, tokens if call.rows is None else sampled), call)
 
     return adapted
+
+
+def _in_order(layer: Layer, step: Step, config: ModelConfig) -> Layer:
+    """`layer` with weights whose products are added up over devices in order."""
+    mesh = step.mesh
+    assert mesh is not None
+
+    def ordered(x: jax.Array, cache: KVCache, w: LayerWeights, call: LayerCall) -> tuple[jax.Array, KVCache]:
+        return layer(x, cache, in_order(w, mesh, config), call)
+
+    return ordered
 
 
 def _adding(layer: Layer, parts: Float[Array, "parts T E"]) -> Layer:
@@ -230,9 +247,10 @@ def _sequential_layer(
 
     h = norm(x, w, "mlp_norm", config=config, num_rows=used) if before else x
     residual = x if fused else None
-    y = mlp(h, w, call, config=config, num_tokens=used, residual=residual, mesh=step.mesh)
+    places = {"mesh": step.mesh, "in_order": step.sums_in_order}
+    y = mlp(h, w, call, config=config, num_tokens=used, residual=residual, **places)
     if call.first_expert is not None and config.moe is not None and config.moe.beside_mlp:
-        y = beside_mlp(y, x, w, call, config=config, num_tokens=used, mesh=step.mesh)
+        y = beside_mlp(y, x, w, call, config=config, num_tokens=used, **places)
     if not fused:
         y = x + scale * (norm(y, w, "post_mlp_norm", config=config, num_rows=used) if after else y)
     return norm(y, w, "mlp_norm", config=config, num_rows=used) if place == "residual" else y, cache
@@ -251,7 +269,8 @@ def _parallel_layer(
     x, used = take_rows(x, call.rows), step.num_rows(call.rows)
     for_mlp = take_rows(h, call.rows) if config.shared_norm else norm(x, w, "mlp_norm", config=config, num_rows=used)
     y, cache = attention(h, w, cache, step, call, config=config, residual=x)
-    y = mlp(for_mlp, w, call, config=config, num_tokens=used, residual=y, mesh=step.mesh)
+    places = {"mesh": step.mesh, "in_order": step.sums_in_order}
+    y = mlp(for_mlp, w, call, config=config, num_tokens=used, residual=y, **places)
     return y, cache
 
 

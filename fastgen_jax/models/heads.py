@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fastgen_jax.models.columns import split_columns
 from fastgen_jax.models.config import ModelConfig, same_for_all
 from fastgen_jax.models.layers import norm
 from fastgen_jax.models.mla import latent_heads
 from fastgen_jax.models.rope import Rotation
-from fastgen_jax.models.sharding import divide_columns
+from fastgen_jax.models.sharding import divide_columns, sum_in_order
 from fastgen_jax.models.sparse import index_keys, index_queries
 from fastgen_jax.models.step import Step
 from fastgen_jax.models.weight_spec import LayerWeights
@@ -118,17 +119,19 @@ def _qk_norm(x: jax.Array, w: LayerWeights, name: str, step: Step, config: Model
     """Queries or keys, normalized per head or over all heads together."""
     if config.qk_norm == "row":
         num_heads = step.row_norm_heads[name == "k_norm"]
-        if num_heads != x.shape[1]:  # the other heads are zeros
-            return _row_norm(x, w[name], num_heads, config)
+        if num_heads != x.shape[1] or step.sums_in_order:  # the other heads are zeros
+            return _row_norm(x, w[name], num_heads, config, step.mesh if step.sums_in_order else None)
         return norm(x.reshape(x.shape[0], -1), w, name, config=config, num_rows=step.num_tokens).reshape(x.shape)
     return norm(x, w, name, config=config, num_rows=step.num_tokens)
 
 
-def _row_norm(x: jax.Array, scale: jax.Array, num_heads: int, config: ModelConfig) -> jax.Array:
-    """The norm over all heads of x [T, heads, D], of which `num_heads` are not padding."""
+def _row_norm(x: jax.Array, scale: jax.Array, num_heads: int, config: ModelConfig, mesh: Mesh | None = None) -> jax.Array:
+    """The norm over all heads of x [T, heads, D], of which `num_heads` are not padding; with `mesh` the sum is in order."""
     assert config.norm == "rms", "no model has a LayerNorm over all heads"
     x32 = x.astype(jnp.float32)
-    mean = jnp.sum(jnp.square(x32), axis=(1, 2), keepdims=True) / (num_heads * config.head_dim)
+    squares = jnp.square(x32)
+    total = jnp.sum(squares, axis=(1, 2), keepdims=True) if mesh is None else sum_in_order(squares, mesh)
+    mean = total / (num_heads * config.head_dim)
     scale = scale.reshape(1, *x.shape[1:]).astype(jnp.float32) + config.norm_offset
     return (x32 * jax.lax.rsqrt(mean + config.norm_eps) * scale).astype(x.dtype)
 

@@ -43,6 +43,7 @@ def moe(
     residual: Float[Array, "T E"] | None,
     first_expert: Int[Array, ""] | int = 0,
     mesh: Mesh | None = None,
+    in_order: bool = False,
     routed_by: Float[Array, "T E"] | None = None,
 ) -> Float[Array, "T E"]:
     """The output of the experts for `x` (+ residual), in the dtype of `x`; sums are in float32.
@@ -50,13 +51,13 @@ def moe(
     The router reads `routed_by`, or else `x`. Tokens from `num_tokens` on are padding: no expert computes them, and their
     results are finite. `w` holds the weights of the layer. Its stacks of experts may be those of all layers, [L*X, ...]; the
     experts of this layer then begin at `first_expert`. With `mesh` each device has its share of the hidden units of every
-    expert, and one sum over devices follows.
+    expert, and one sum over devices follows, `in_order` or not; see `sharding`.
     """
     weights, chosen = route(x if routed_by is None else routed_by, w, config=config, num_tokens=num_tokens)
     answer: Callable[..., jax.Array] = partial(_weighted_experts, config=config)
     specs = expert_specs(x.shape[1], config)
     if mesh is not None:
-        answer = divide_experts(answer, mesh, specs)
+        answer = divide_experts(answer, mesh, specs, in_order=in_order)
     first = jnp.asarray(first_expert, jnp.int32)
     y = answer({name: w[name] for name in specs}, x, weights, chosen, num_tokens, first)
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)

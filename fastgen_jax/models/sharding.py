@@ -4,6 +4,10 @@ The forward pass is the same as on one device: weights and cache carry shardings
 Two things are explicit: the order of fused columns (see `columns`) and, because kernels are opaque to XLA, the division of
 attention and experts. Each device computes attention for its own heads with its own part of the cache, and computes its own
 hidden units of every expert.
+
+With `Execution.sums_in_order` the sums are explicit too, because XLA adds up each element in an order that depends on its
+place; see `pallas_kernels.ordered_sum`. One kind remains: all devices look up a token in a divided embedding, and all but
+one of them find zeros, whose sum is exact in any order.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from fastgen_jax.core import KVCache
+from fastgen_jax.models.adapters import AdaptedWeight
 from fastgen_jax.models.columns import deal_columns
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.division import DIVIDED_AXES, divided_array, divided_parts
 from fastgen_jax.models.params import param_specs
 from fastgen_jax.models.weight_spec import Kind, LayerWeights, Leaf, Params, WeightSpec
-from pallas_kernels.matmul import Division, Int4Weight, ScaledWeight, inputs_last, reads_in_place
+from pallas_kernels.matmul import DividedArray, Division, Int4Weight, ScaledWeight, inputs_last, reads_in_place
+from pallas_kernels.ordered_sum import ordered_sum, ordered_sum_of_few
 from pallas_kernels.ragged_attention import Attention, CacheLayer, RaggedIndex, Scoring
 from pallas_kernels.ragged_attention.quantized import Cache
 
@@ -68,6 +74,36 @@ def in_place(spec: WeightSpec, leaf: Leaf, dtype: DTypeLike, mesh: Mesh | None) 
         axis = None if DIVIDED_AXES.isdisjoint(spec.axes) else TENSOR
         division = Division(mesh=mesh, axis=axis, of_inputs=spec.axes[-1] not in DIVIDED_AXES)
     return dataclasses.replace(leaf, division=division) if reads_in_place(leaf, dtype, division) else None
+
+
+def in_order(weights: LayerWeights, mesh: Mesh, config: ModelConfig) -> LayerWeights:
+    """The weights of a layer, of which those that each device has a share of the inputs of are added up in order.
+
+    Not shared experts: see `divide_experts`.
+    """
+    division = Division(mesh=mesh, axis=TENSOR, of_inputs=True, in_order=True)
+    specs = param_specs(config)["layers"]
+
+    def added(spec: WeightSpec, leaf: Leaf) -> Leaf:
+        if spec.kind is not Kind.MATRIX or spec.axes[-2] not in DIVIDED_AXES or spec.name.startswith("shared_"):
+            return leaf
+        if isinstance(leaf, AdaptedWeight):
+            return dataclasses.replace(leaf, weight=added(spec, leaf.weight), division=division)
+        if isinstance(leaf, ScaledWeight):
+            return dataclasses.replace(leaf, division=division)
+        return DividedArray(values=leaf, division=division)
+
+    return {name: added(specs[name], leaf) for name, leaf in weights.items()}
+
+
+def sum_in_order(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """In float32: the sum over all axes but the first of `x`, the second of which is divided over `mesh`; [T, 1, ...]."""
+
+    def local(x: jax.Array) -> jax.Array:
+        return ordered_sum_of_few(jnp.sum(x.astype(jnp.float32), axis=range(1, x.ndim), keepdims=True), TENSOR)
+
+    columns, whole = PartitionSpec(None, TENSOR), PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=columns, out_specs=whole, check_vma=False)(x)
 
 
 def divide_leaf(spec: WeightSpec, leaf: Leaf, mesh: Mesh, config: ModelConfig) -> Leaf:
@@ -213,9 +249,10 @@ def divide_state(compute: Callable[..., Any], mesh: Mesh, specs: Mapping[str, We
 
 
 def divide_experts(
-    compute: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, WeightSpec]
+    compute: Callable[..., jax.Array], mesh: Mesh, specs: Mapping[str, WeightSpec], *, in_order: bool = False
 ) -> Callable[..., jax.Array]:
-    """`compute(weights, *others)`, run by each device of `mesh` on its own hidden units and summed over devices.
+    """`compute(weights, *others)`, run by each device of `mesh` on its own hidden units and summed over devices, `in_order`
+    or not.
 
     `specs` are the declarations of the weights, a dict; the other arguments and the result are replicated.
     """
@@ -226,7 +263,8 @@ def divide_experts(
         def local(weights: dict[str, Leaf], others: tuple[jax.Array, ...]) -> jax.Array:
             is_first = jax.lax.axis_index(TENSOR) == 0
             weights = weights | {name: jnp.where(is_first, weights[name], 0) for name in added_once}
-            return jax.lax.psum(compute(weights, *others), TENSOR)
+            y = compute(weights, *others)
+            return ordered_sum(y, TENSOR, mesh.size) if in_order else jax.lax.psum(y, TENSOR)
 
         in_specs = ({name: partition_leaf(specs[name], leaf) for name, leaf in weights.items()}, PartitionSpec())
         run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)

@@ -25,6 +25,7 @@ from fastgen_jax.models.step import LayerCall, Step
 from fastgen_jax.models.weight_spec import LayerWeights
 from pallas_kernels import recurrence
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.ordered_sum import ordered_sum_of_few
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -84,6 +85,8 @@ class _Layer:
     eps: float
     norm_axis: str | None
     """Name of the axis of devices over whose values the norm averages; None: over those of this one."""
+    in_order: bool
+    """Whether it adds them up in the order of the devices."""
 
 
 def with_state(
@@ -116,6 +119,7 @@ def with_state(
             row=row,
             num_tokens=num_tokens,
             eps=config.norm_eps,
+            in_order=step.sums_in_order,
             norm_axis=TENSOR if mesh is not None and isinstance(state, Mamba2) and state.norm_groups == 1 else None,
         )
         if isinstance(part, ShortConv):
@@ -160,7 +164,7 @@ def _mamba2(y: jax.Array, w: LayerWeights, states: Pools, layer: _Layer) -> tupl
     if not state.norm_first:
         out = out * gate
     if layer.norm_axis is not None:
-        mean = jax.lax.pmean(jnp.mean(jnp.square(out), axis=-1, keepdims=True), layer.norm_axis)
+        mean = _mean_over_devices(jnp.mean(jnp.square(out), axis=-1, keepdims=True), layer.norm_axis, layer.in_order)
         out = out * jax.lax.rsqrt(mean + layer.eps)
     elif state.norm_groups:
         out = _rms_norm(out.reshape(num_tokens, state.norm_groups, -1), layer).reshape(num_tokens, inner)
@@ -169,6 +173,13 @@ def _mamba2(y: jax.Array, w: LayerWeights, states: Pools, layer: _Layer) -> tupl
     if state.norm_first:
         out = out * gate
     return (out * state.out_multiplier).astype(dtype), states
+
+
+def _mean_over_devices(mean: jax.Array, axis: str, in_order: bool) -> jax.Array:
+    """The mean of the means of all devices."""
+    if not in_order:
+        return jax.lax.pmean(mean, axis)
+    return ordered_sum_of_few(mean, axis) / jax.lax.psum(1, axis)
 
 
 def _delta_net(

@@ -61,6 +61,7 @@ class Step:
     num_blocks: int  # N
     mesh: Mesh | None  # devices that the weights are sharded over; see `sharding`
     attend: Attention  # `ragged_attention` or a replacement for it
+    sums_in_order: bool  # whether what they computed is added up in the same order for every element
     attend_rotates: bool  # whether it is faster to leave the rotation of queries and keys to `attend`
     kept: tuple[int, ...] | None = None  # without blocks: where keys that other layers read are kept, for each layer
     state: StateRows | None = None  # for layers with a state
@@ -115,9 +116,10 @@ def prepare_step(
     mesh: Mesh | None = None,
     spans: Int32[Array, "P 4"] | None = None,
     independent_pieces: bool = False,
+    sums_in_order: bool = False,
 ) -> Step:
     """Computes the values that depend only on positions, once for all layers; `spans` as for `with_spans`,
-    `independent_pieces` as for `plan_layers`."""
+    `independent_pieces` as for `plan_layers`, `sums_in_order` as for `Execution`."""
     positions = batch.positions if batch.rope_positions is None else batch.rope_positions
     rotations = {rope: rotation(positions, batch.rope_lengths, rope=rope, head_dim=config.head_dim) for rope in config.ropes}
     # Without the barrier XLA moves the cosines into every layer that uses them.
@@ -182,6 +184,7 @@ def prepare_step(
         row_norm_heads=((config.num_heads, config.num_kv_heads) if mesh is None else row_norm_heads(config, mesh.size)),
         num_blocks=num_blocks,
         mesh=mesh,
+        sums_in_order=sums_in_order and num_devices > 1,
         attend=attend if spans is None else with_spans(attend, spans),
         attend_rotates=attend_rotates and spans is None,
         kept=kept_rows(config) if config.kv_sources and not has_blocks else None,

@@ -87,7 +87,7 @@ def compile_ahead(
     saves = out is not None and target.device.platform == "tpu"
     place = saved_choices.elsewhere(all_devices)
     with _place_for(out if saves else None, startup.group(choices, model, place)) as folder:
-        for work in works_on("tpu" if target.device.platform == "tpu" else "gpu"):
+        for work in works_on("tpu" if target.device.platform == "tpu" else "gpu", config):
             for tokens in config.budget_ladder:
                 report(_compile(model, config, mesh, tokens, work, folder))
         if config.images is not None:
@@ -161,7 +161,8 @@ def _tower_dtype(choices: EngineConfig) -> str:
 
 def _compile_tower(config: ResolvedConfig, mesh: Any) -> ProgramAhead:
     assert config.images is not None
-    program = compile_tower(config.images, mesh, dtype=jnp.dtype(_tower_dtype(config.choices)))
+    dtype = jnp.dtype(_tower_dtype(config.choices))
+    program = compile_tower(config.images, mesh, dtype=dtype, deterministic=config.fixed_chunks)
     return ProgramAhead(
         tokens=program.patches,
         work="tower",
@@ -227,6 +228,7 @@ def _compile(
         activation_dtype=config.activation_dtype,
         mesh=mesh if divided else None,
         has_int8_weights=has_int8(arguments[0]),
+        deterministic=config.fixed_chunks,
         cuda_graphs=config.cuda_graphs,
         work=work,
         device=devices[0],

@@ -14,6 +14,9 @@ _COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter)"
     r"(?:-start)?\("
 )
+_SUM = re.compile(r"(?:all-reduce|reduce-scatter)(?:-start)?")
+_FLOATS = re.compile(r"\bb?f\d+")
+_LOOKUP = re.compile(r'op_name="[^"]*/gather"')
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)(\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LOOP = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
@@ -253,6 +256,21 @@ def count_in_loops(hlo: str) -> int:
         return counts.get(name, 0) + sum(map(total, calls.get(name, ())))
 
     return max(map(total, _bodies(hlo)), default=0)
+
+
+def sums_of_floats(hlo: str) -> list[str]:
+    """The instructions that add up floating-point numbers over devices in an order that a compiler or a library chooses.
+
+    Without those of lookups in a divided table: all devices but one add zeros, which is exact in any order.
+    """
+    found = (instruction for _, line in _lines(hlo) if (instruction := _parsed(line)) is not None)
+    return [
+        instruction.line.strip()
+        for instruction in found
+        if _SUM.fullmatch(instruction.operation)
+        and _FLOATS.search(instruction.result)
+        and not _LOOKUP.search(instruction.line)
+    ]
 
 
 def _executed(hlo: str) -> dict[str, int]:

@@ -46,7 +46,9 @@ def temporary_bytes(images: ImagesConfig, itemsize: int) -> int:
     return 2 * score_bytes(patches, tower.num_heads) + itemsize * numbers
 
 
-def compile_tower(images: ImagesConfig, mesh: Mesh, *, dtype: DType = jnp.bfloat16) -> TowerProgram:
+def compile_tower(
+    images: ImagesConfig, mesh: Mesh, *, dtype: DType = jnp.bfloat16, deterministic: bool = False
+) -> TowerProgram:
     """The tower, compiled for its largest image and the first device of `mesh`. Raises DoesNotCompile."""
     device = mesh.devices.flat[0]
     shape: Any = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
@@ -55,7 +57,7 @@ def compile_tower(images: ImagesConfig, mesh: Mesh, *, dtype: DType = jnp.bfloat
     largest = jax.tree.map(lambda x: shape(x.shape, x.dtype), towers.shapes(images.tower)[-1])
     start = time.perf_counter()
     with lowering_for(mesh):
-        compiled = compile_lowered(embed_program(images.tower, device).lower(params, largest))
+        compiled = compile_lowered(embed_program(images.tower, device, deterministic=deterministic).lower(params, largest))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "the compiler has no memory analysis"
     assert text is not None, "the compiler does not show its program"

@@ -6,6 +6,11 @@
 A prompt whose log-probabilities are needed has chunks of one token from the first of them on: a step may have a single row
 of logits left for it. Only whole chunks of C tokens are shared among prompts, since a block of any other chunk holds keys
 and values that another request would compute in a chunk of another length.
+
+A chunk whose end would be within an image that one step must compute ends before the image, and that of the image with it:
+
+    position  0       C    [ 2C ]   3C
+              | chunk | .. | .. | . | chunk |
 """
 
 from __future__ import annotations
@@ -14,13 +19,21 @@ from fastgen_jax.scheduling.sequence import Sequence
 
 
 def end_of_fixed_chunk(sequence: Sequence, start: int, size: int) -> int:
-    """The end of the chunk that begins at position `start`, in chunks of `size` tokens."""
-    return max(start + 1, min(start - start % size + size, _end_of_chunks(sequence)))
+    """The end of the chunk that begins at position `start`, in chunks of `size` tokens, which hold the largest image."""
+    end = start - start % size + size
+    for image in sequence.request.images:
+        if image.is_whole and image.start < end < image.stop:
+            end = image.start if image.start > start else image.stop
+    return max(start + 1, min(end, _end_of_chunks(sequence)))
 
 
 def num_shareable(sequence: Sequence, size: int) -> int:
-    """How many positions are in whole chunks of `size` tokens."""
+    """How many positions are in whole chunks of `size` tokens, from the first one on."""
     end = _end_of_chunks(sequence)
+    for image in sequence.request.images:
+        border = image.start - image.start % size + size  # the next one after its first token
+        if image.is_whole and border < image.stop:
+            end = min(end, border - 1)
     return end - end % size
 
 

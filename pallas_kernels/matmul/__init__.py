@@ -7,7 +7,7 @@ scale for every few inputs. A `PairedWeight` is differentiable and has the produ
 
 from pallas_kernels.matmul import halves
 from pallas_kernels.matmul.blocks import BLOCK_SIZES, INT4_BLOCK, BlockFormat, BlockWeight, concatenate, quantize_int4, widen
-from pallas_kernels.matmul.division import Division
+from pallas_kernels.matmul.division import DividedArray, Division
 from pallas_kernels.matmul.int4 import INT4_ROWS, Int4Weight, pack_int4
 from pallas_kernels.matmul.int4_kernels import Int4Kernel, int4_fits, int4_kernel, int4_needs
 from pallas_kernels.matmul.ops import gated, linear, reads_in_place, swiglu
@@ -32,6 +32,7 @@ __all__ = [
     "INT4_ROWS",
     "BlockFormat",
     "BlockWeight",
+    "DividedArray",
     "Division",
     "Float8Weight",
     "Int4Kernel",

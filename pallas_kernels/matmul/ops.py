@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import gpu_target, tpu_target
 from pallas_kernels.matmul import ampere_support, cpu, halves, hopper_support, tpu_support
-from pallas_kernels.matmul.division import Division
+from pallas_kernels.matmul.division import DividedArray, Division
 from pallas_kernels.matmul.int4 import Int4Weight, size_of
 from pallas_kernels.matmul.narrow import float8_rows, float16_rows, int8_rows, is_narrowed
 from pallas_kernels.matmul.paired import PairedWeight
 from pallas_kernels.matmul.weights import Float8Weight, Int8Weight, PackedWeight, ScaledWeight, Weight, inputs_last, unscaled
+from pallas_kernels.ordered_sum import ordered_sum
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -26,7 +27,7 @@ _Scaled = TypeVar("_Scaled", bound=ScaledWeight)
 
 def linear(
     x: Float[Array, "*rows K"],
-    w: Weight | PairedWeight,
+    w: Weight | PairedWeight | DividedArray,
     *,
     residual: Float[Array, "*rows N"] | None = None,
     num_rows: Int[Array, ""] | None = None,
@@ -56,6 +57,8 @@ def linear(
         return _packed(x, w, residual, num_rows).astype(out_dtype)
     if isinstance(w, PairedWeight):
         return _paired(x, w, residual, num_rows).astype(out_dtype)
+    if isinstance(w, DividedArray) or (isinstance(w, ScaledWeight) and w.division is not None and w.division.in_order):
+        return _product_in_order(x, w, residual, out_dtype)
     if gpu_target.is_gpu() and not isinstance(w, ScaledWeight) and x.dtype == out_dtype and x.dtype.itemsize == 2:
         # A GPU's library sums in float32, adds the residual, and rounds once. XLA would have it write float32, and launch
         # kernels that convert the residual before and the result after it. Without the barrier XLA would also have it add a
@@ -133,7 +136,7 @@ def gated(y: Float[Array, "*rows columns"], shards: int = 1) -> Float[Array, "*r
     return (jax.nn.silu(gate) * up).reshape(*y.shape[:-1], -1)
 
 
-def _check(x: jax.Array, w: Weight | PairedWeight) -> None:
+def _check(x: jax.Array, w: Weight | PairedWeight | DividedArray) -> None:
     if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x {list(x.shape)} does not fit w {list(w.shape)}; they must be [..., K] and [K, N]")
 
@@ -211,18 +214,51 @@ def _of_layer(w: _Scaled) -> _Scaled:
     return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, w.layer, keepdims=False), replace(w, layer=None))
 
 
-def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.Array:
-    mesh, axis, of_inputs = division
-    lead, layers = (None,) * (x.ndim - 1), (None,) * (w.values.ndim - 2)
-    of_matrix = (axis, None) if of_inputs else (None, axis)
+def _product_in_order(
+    x: jax.Array, w: DividedArray | ScaledWeight, residual: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+    """x @ w (+ residual), of whose inputs each device has a share: the parts are added in the order of the devices."""
+    division = w.division
+    assert division is not None
+    assert division.axis is not None, "the inputs are divided over an axis"
+    assert division.of_inputs, "only products of parts of the inputs have to be added up"
+    mesh, axis, parts = division.mesh, division.axis, _partition(w, division)
+    lead, stored = x.shape[:-1], w.values if isinstance(w, DividedArray) else replace(w, division=None)
+    # As in `linear`; here the parts are rounded once more, as in the sum that XLA would insert.
+    is_narrow = gpu_target.is_gpu() and isinstance(w, DividedArray) and x.dtype == dtype and x.dtype.itemsize == 2
+
+    def local(x: jax.Array, w: jax.Array | ScaledWeight, residual: jax.Array | None) -> jax.Array:
+        y = _dot(x, w, dtype) if is_narrow and isinstance(w, jax.Array) else _product(x, w)
+        return ordered_sum(y, axis, mesh.size, residual=residual, dtype=dtype)
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(None, axis), parts, whole), out_specs=whole, check_vma=False
+    )
+    flat = x.reshape(-1, x.shape[-1])
+    return run(flat, stored, None if residual is None else residual.reshape(-1, w.shape[1])).reshape(*lead, w.shape[1])
+
+
+def _partition(w: DividedArray | ScaledWeight, division: Division) -> Any:
+    """The PartitionSpec of each part of a weight; of a plain one, that of its values."""
+    axis = division.axis
+    layers = (None,) * (w.values.ndim - 2)
+    of_matrix = (axis, None) if division.of_inputs else (None, axis)
+    if isinstance(w, DividedArray):
+        return PartitionSpec(*of_matrix)
     of_values = of_matrix[::-1] if inputs_last(w) else of_matrix
     # Scales of blocks of inputs are divided like the inputs.
     of_scales = of_matrix if w.scales.ndim == w.values.ndim else of_matrix[1:]
-    parts = replace(
+    return replace(
         jax.tree.map(lambda _: PartitionSpec(*layers, *of_scales), replace(w, division=None)),
         values=PartitionSpec(*layers, *of_values),  # pyright: ignore[reportArgumentType]
         layer=None if w.layer is None else PartitionSpec(),  # pyright: ignore[reportArgumentType]
     )
+
+
+def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.Array:
+    mesh, axis, of_inputs, _ = division
+    lead = (None,) * (x.ndim - 1)
 
     def local(x: jax.Array, w: ScaledWeight) -> jax.Array:
         y = _product(x, w)
@@ -231,7 +267,7 @@ def _divided_product(x: jax.Array, w: ScaledWeight, division: Division) -> jax.A
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(*lead, axis if of_inputs else None), parts),
+        in_specs=(PartitionSpec(*lead, axis if of_inputs else None), _partition(w, division)),
         out_specs=PartitionSpec(*lead, None if of_inputs else axis),
         check_vma=False,
     )

@@ -248,7 +248,7 @@ def test_on_a_gpu_each_step_runs_the_narrowest_program_that_suffices(monkeypatch
         "any": SamplingParams(temperature=0.8, repetition_penalty=1.2, seed=1, max_new_tokens=3),
     }
     expected = {work: answer(tiny_engine(), params) for work, params in requests.items()}
-    monkeypatch.setattr("fastgen_jax.engine.programs.works_on", lambda platform: ("any", "greedy", "sampled"))
+    monkeypatch.setattr("fastgen_jax.engine.programs.works_on", lambda *_: ("any", "greedy", "sampled"))
     engine, ran, run_program = start(budget_ladder=(), background_compile=False), [], Runner._run
 
     def recorded(runner: Runner, program: Program, packed: np.ndarray) -> StepOutput:

@@ -13,11 +13,11 @@ from fastgen_jax.engine.resolve import resolve
 from tests.tiny import tiny_model
 
 
-def run(program: str, **variables: str) -> None:
+def run(program: str, *arguments: str, **variables: str) -> None:
     """Runs a program of `divided_engine` in a separate process: the number of devices is fixed when JAX starts."""
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     environment = os.environ | devices | variables
-    command = [sys.executable, "-m", "tests.engine.programs.divided_engine", program]
+    command = [sys.executable, "-m", "tests.engine.programs.divided_engine", program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("equal"), done.stderr
 
@@ -44,6 +44,12 @@ def test_tokens_do_not_depend_on_the_number_of_devices() -> None:
 )
 def test_tokens_of_other_models_do_not_depend_on_the_number_of_devices(program: str) -> None:
     run(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["in_8_bits", "in_4_bits", "rounded_activations", "experts", "adapters"])
+def test_tokens_are_the_same_if_devices_add_up_in_order(program: str) -> None:
+    run(program, "deterministic", PALLAS_KERNELS_NATIVE="0")
 
 
 @pytest.mark.slow

@@ -30,7 +30,12 @@ from tests.gate.gpu_kernels import (
 )
 from tests.gate.gpu_steps import (
     LAUNCHES_IN_HALVES,
+<<<<<<< HEAD
     LAUNCHES_OF_LATENTS_IN_FP8,
+=======
+    LAUNCHES_IN_ORDER,
+    LAUNCHES_IN_ORDER_WITH_EXPERTS,
+>>>>>>> deterministic
     LAUNCHES_OF_SPARSE_ATTENTION,
     LAUNCHES_ON_SEVERAL,
     LAUNCHES_PER_LAYER_IN_FP8,
@@ -44,6 +49,7 @@ from tests.gate.gpu_steps import (
     check_other_layers,
     check_same_layers,
     check_step,
+    check_sums,
     check_tower,
 )
 from tests.gate.models import (
@@ -98,6 +104,24 @@ def main() -> int:
     checks["H100 deterministic: Qwen3-30B-A3B"] = functools.partial(check_same_layers, QWEN3_30B_A3B, h100)
     checks["H100 deterministic: other layers are noticed"] = functools.partial(check_other_layers, h100)
     facts: list[str] = []
+    checks["H100 deterministic: sums of a library are noticed"] = functools.partial(check_sums, eight_h100)
+    checks["H100 deterministic: Llama-3-8B on 8"] = functools.partial(
+        check_same_layers, LLAMA_3_8B, eight_h100, launches=LAUNCHES_IN_ORDER, facts=facts
+    )
+    checks["H100 deterministic: Llama-3-8B on 8, int8"] = functools.partial(
+        check_same_layers, LLAMA_3_8B, eight_h100, works=("greedy",), quantize="int8", facts=facts
+    )
+    checks["H100 deterministic: Qwen3-30B-A3B on 8"] = functools.partial(
+        check_same_layers,
+        QWEN3_30B_A3B,
+        eight_h100,
+        works=("greedy",),
+        launches=LAUNCHES_IN_ORDER_WITH_EXPERTS,
+        facts=facts,
+    )
+    checks["H100 deterministic: Qwen3-Next, 8 layers, on 8"] = functools.partial(
+        check_same_layers, STATE_MODELS["Qwen3-Next, 8 layers"][0], eight_h100, works=("greedy",), facts=facts
+    )
     step = functools.partial(check_step, facts=facts)
     checks["H100 step: Llama-3-8B"] = functools.partial(step, LLAMA_3_8B, h100)
     for work in ("greedy", "sampled"):

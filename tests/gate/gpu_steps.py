@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from tests.gate.gpu_kernels import (
     MIB,
@@ -16,12 +17,17 @@ from tests.gate.gpu_kernels import (
 from tests.gate.models import LLAMA_3_8B
 from tests.gate.stored import forms_of
 
+if TYPE_CHECKING:
+    from fastgen_jax.engine.sampling.sampler import Work
+
 STEP_TEMPORARIES = 768 * MIB  # activations of 512 tokens and their logits
 TOWER_TEMPORARIES = 1024 * MIB  # of 25,600 patches
 # Of kernels in a layer of a Llama, which has four products, two norms and four kernels of attention.
 LAUNCHES_PER_LAYER = 14
 LAUNCHES_PER_LAYER_IN_INT8 = 16  # parts of products are added up, as in int4
 LAUNCHES_ON_SEVERAL = 20  # with two sums over devices
+LAUNCHES_IN_ORDER = 22  # each of them two collectives and the additions
+LAUNCHES_IN_ORDER_WITH_EXPERTS = 46
 LAUNCHES_PER_LAYER_IN_FP8 = 20  # rows are rounded before each product
 LAUNCHES_PER_LAYER_WITH_EXPERTS = 43
 LAUNCHES_WITHOUT_A_KERNEL = 44  # outside of the loops of portable attention
@@ -112,16 +118,27 @@ def check_step(
     return program.temporaries, kernels, words
 
 
-def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None = None) -> tuple[int, list[Kernel], str]:
-    """With `deterministic`, which of its programs runs a step must not change how a layer is computed.
+def check_same_layers(
+    hf: dict[str, Any],
+    mesh: Any,
+    *,
+    other_tokens: int | None = None,
+    works: Sequence[Work] = ("greedy", "sampled", "any"),
+    quantize: str | None = None,
+    launches: int | None = None,
+    facts: list[str] | None = None,
+) -> tuple[int, list[Kernel], str]:
+    """With `deterministic`, which of its programs runs a step must not change how a layer is computed, no sum over devices
+    may have an order that a library chooses, and no weight may be copied.
 
-    `other_tokens` is the size of the last program, to test the gate itself.
+    `other_tokens` is the size of the program for all `works`, to test the gate itself; `launches` is the most that a layer
+    may have.
     """
-    from fastgen_jax.plan.hlo import layer_instructions
+    from fastgen_jax.plan.hlo import layer_instructions, sums_of_floats
     from fastgen_jax.plan.program import compile_step
 
     layers: list[list[str]] = []
-    for work in ("greedy", "sampled", "any"):
+    for work in works:
         program = compile_step(
             family_config(hf),
             mesh,
@@ -130,10 +147,23 @@ def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None
             max_context_len=8192,
             block_size=32,
             num_blocks=2048,
+            quantize=quantize,
             work=work,
             deterministic=True,
         )
-        layers.append(layer_instructions(program.compiled.as_text() or ""))
+        text = program.compiled.as_text() or ""
+        if facts is not None:
+            facts.append(
+                f"{work}: {program.operations} nodes, {program.collectives} collectives, {program.started} started, "
+                f"{program.waits} waits"
+            )
+        if sums := sums_of_floats(text):
+            return program.temporaries, [], f"sums over devices in an order that is not ours: {sums[0][:200]}"
+        if program.copies:
+            return program.temporaries, [], f"weights are copied: {program.copies[0].name}"
+        if launches is not None and program.operations > launches:
+            return program.temporaries, [], f"each layer launches {program.operations} kernels, more than {launches}"
+        layers.append(layer_instructions(text))
         if layers[-1] != layers[0]:
             return (
                 program.temporaries,
@@ -141,6 +171,25 @@ def check_same_layers(hf: dict[str, Any], mesh: Any, *, other_tokens: int | None
                 f"the program for {work} steps computes layers in another way",
             )
     return program.temporaries, [], ""
+
+
+def check_sums(mesh: Any) -> tuple[int, list[Kernel], str]:
+    """Tests the gate itself: without `deterministic` a library orders the two sums of a layer."""
+    from fastgen_jax.plan.hlo import sums_of_floats
+    from fastgen_jax.plan.program import compile_step
+
+    program = compile_step(
+        family_config(LLAMA_3_8B),
+        mesh,
+        token_budget=256,
+        max_num_seqs=64,
+        max_context_len=8192,
+        block_size=32,
+        num_blocks=2048,
+        work="greedy",
+    )
+    sums = sums_of_floats(program.compiled.as_text() or "")
+    return program.temporaries, [], "" if len(sums) == 2 else f"{len(sums)} sums over devices were found instead of 2"
 
 
 def check_other_layers(mesh: Any) -> tuple[int, list[Kernel], str]:

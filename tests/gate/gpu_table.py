@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--kv-dtype", help="of the KV cache (default: that of the activations)")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--work", default="greedy", choices=("any", "greedy", "sampled"))
+    parser.add_argument("--deterministic", action="store_true", help="steps in which devices add up in order")
     parser.add_argument("--copies", type=int, default=1, help="names so many of the copied weights of each program")
     parser.add_argument("--seconds", type=float, help="starts no further program after this time")
     parser.add_argument("--text", type=Path, help="a folder for the text of each optimized program")
@@ -52,7 +53,7 @@ def main() -> int:
     deadline = None if options.seconds is None else time.monotonic() + options.seconds
     for model, devices, stored in itertools.product(models, options.devices, formats):
         hf = MODELS[model]
-        name = f"{model}, {devices} x {options.kind}, {stored}"
+        name = f"{model}, {devices} x {options.kind}, {stored}{', deterministic' if options.deterministic else ''}"
         if deadline is not None and time.monotonic() > deadline:
             not_reached.append(name)
             continue
@@ -70,6 +71,7 @@ def main() -> int:
                 kv_dtype=options.kv_dtype,
                 quantize=None if stored in NOT_QUANTIZED else stored,
                 work=options.work,
+                deterministic=options.deterministic,
             )
         except Exception as error:  # the other programs must be compiled too
             failed += 1

@@ -32,6 +32,7 @@ SECONDS_PER_LARGE_PROGRAM = 360  # with the kernels of 256 or 512 experts, and s
 # printed only.
 MOST_OPERATIONS = {("v6e", "step: Llama-3-8B"): 35}
 COLLECTIVES_PER_LAYER = 2
+COLLECTIVES_IN_ORDER = 4  # each sum is an all-to-all and an all-gather
 EXPERT_KINDS = ("v6e", "tpu7x")  # on which experts of awkward widths are compiled
 WITH_LATENTS = ("DeepSeek-V3, 5 layers",)  # of `WIDE_MODELS`
 INT4_KINDS = ("v5e", "v6e", "tpu7x")
@@ -102,12 +103,13 @@ def check_step(
     num_blocks: int = 512,
     operands: str | None = None,
     stored: dict[str, Any] | None = None,
+    deterministic: bool = False,
 ) -> tuple[int, str, int]:
     """Compiles a whole tensor-parallel step; also returns the number of operations per layer. `images` are in it.
 
     The minimum of collectives per layer is one sum after each half. `operands` is the type of both operands of all products
-    with weights, except that of a router, and of those of experts. Weights are those of a
-    checkpoint with the settings `stored`.
+    with weights, except that of a router, and of those of experts. Weights are those of a checkpoint with the settings
+    `stored`. If `deterministic`, no sum over devices may have an order that a library chooses.
     """
     import jax.numpy as jnp
 
@@ -131,13 +133,20 @@ def check_step(
         kept=forms_of(stored, model, mesh),
         images=None if images is None else step_images(images, tokens, mesh, jnp.bfloat16),
         has_grids=images is not None and images.in_grid,
+        deterministic=deterministic,
     )
     words = complaint(program.compiled.memory_analysis(), program.cache, STEP_TEMPORARIES)
-    if program.collectives != (COLLECTIVES_PER_LAYER if mesh.size > 1 else 0):
-        words = words or f"{program.collectives} collectives in a layer instead of {COLLECTIVES_PER_LAYER}"
+    collectives = COLLECTIVES_IN_ORDER if deterministic else COLLECTIVES_PER_LAYER
+    if program.collectives != (collectives if mesh.size > 1 else 0):
+        words = words or f"{program.collectives} collectives in a layer instead of {collectives}"
+    text = program.compiled.as_text() or ""
+    sums = hlo.sums_of_floats(text)
+    if deterministic and sums:
+        words = words or f"sums over devices in an order that is not ours: {sums[0][:200]}"
+    if not deterministic and mesh.size > 1 and len(sums) < COLLECTIVES_PER_LAYER:
+        words = words or f"{len(sums)} sums over devices were found"
     if program.copies:
         words = words or f"{program.copies[0].name} copies a weight, cache or state: {program.copies[0].bytes / MIB:.0f} MiB"
-    text = program.compiled.as_text() or ""
     if relaid := hlo.relaid_rows(text, min(tokens, MAX_NUM_SEQS), model.vocab_size):
         words = words or f"the logits get another layout: {', '.join(relaid[:4])}"
     if operands is not None:
@@ -250,6 +259,9 @@ def checks_of(kind: str, mesh: Any, small: Any, *, kv_dtypes: Sequence[str]) -> 
                 checks[f"{name} is refused"] = functools.partial(check_step_refused, hf, mesh)
             else:
                 checks[name] = functools.partial(check_step, hf, mesh, kv_dtype=kv_dtype)
+    for model, hf in (("Llama-3-8B", models.LLAMA_3_8B), ("Mixtral-8x7B", models.MIXTRAL_8X7B)):
+        if model == "Llama-3-8B" or kind in EXPERT_KINDS:
+            checks[f"step: {model}, deterministic"] = functools.partial(check_step, hf, mesh, deterministic=True)
     if kind in INT4_KINDS:
         for model, hf, some, tokens in (
             ("Llama-3-8B", models.LLAMA_3_8B, small, 64),

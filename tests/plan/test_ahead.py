@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from fastgen_jax import Engine, EngineConfig, SamplingParams, cli
 from fastgen_jax.devices import parse_topology
 from fastgen_jax.engine import executables
+from fastgen_jax.models.sharding import tensor_mesh
+from fastgen_jax.plan import ahead
 from fastgen_jax.plan.ahead import resolve_for
+from fastgen_jax.plan.program import DoesNotCompile
 from fastgen_jax.text.grammar import Grammar
 from tests.gate.models import LLAMA_3_8B, LLAMA_3_70B
 
@@ -36,8 +40,8 @@ def test_the_name_of_a_program_follows_from_shapes_alone() -> None:
     plain = {case: pair for case, pair in names.items() if case.startswith(("default", "multi_head_tied"))}
     assert len(plain) == len({engine for engine, _ in plain.values()}) == 18
     assert len(names) - len(plain) == 12, "of quantized checkpoints"
-    for case, (engine, ahead) in names.items():
-        assert engine == ahead, case
+    for case, (engine, from_shapes) in names.items():
+        assert engine == from_shapes, case
     assert names["gptq, kept"] == names["gptq, without fit"] != names["awq, kept"], "which has offsets"
 
 
@@ -88,6 +92,21 @@ def test_products_of_8_bits_are_for_the_devices_that_have_them(quantize, topolog
         ValueError, match=f"quantize='{other}' needs a.* but this is {known.device.kind}.*use quantize='int8'"
     ):
         resolve_for(EngineConfig(quantize=other), llama(), known)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_program_of_a_deterministic_engine_is_compiled_as_one(deterministic: bool, monkeypatch) -> None:
+    asked = []
+
+    def step_program(*_, deterministic: bool, **others):
+        asked.append(deterministic)
+        raise DoesNotCompile
+
+    monkeypatch.setattr(ahead, "step_program", step_program)
+    config = resolve_for(EngineConfig(deterministic=deterministic), llama(), parse_topology("v6e:1x1"))
+    with pytest.raises(DoesNotCompile):
+        ahead._compile(llama(), config, tensor_mesh(jax.devices()[:1]), config.token_budget, "any", None)
+    assert asked == [deterministic]
 
 
 @pytest.mark.slow

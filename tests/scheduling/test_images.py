@@ -52,6 +52,28 @@ def test_a_chunk_does_not_end_within_an_image(images, expected):
     assert chunks(scheduler(), request("a", 40, *images)) == {"a": expected}
 
 
+@pytest.mark.parametrize(
+    ("images", "expected", "shareable"),
+    [
+        pytest.param([image(2, 7)], [(0, 12), (12, 24), (24, 30)], 24, id="within a chunk"),
+        pytest.param([image(14, 26)], [(0, 12), (12, 14), (14, 26), (26, 30)], 12, id="across a border"),
+        pytest.param([image(12, 24)], [(0, 12), (12, 24), (24, 30)], 24, id="a whole chunk"),
+        pytest.param([image(8, 18), image(18, 28)], [(0, 8), (8, 18), (18, 28), (28, 30)], 0, id="two across borders"),
+        pytest.param([image(14, 26, is_whole=False)], [(0, 12), (12, 24), (24, 30)], 24, id="one that may be split"),
+    ],
+)
+def test_fixed_chunks_end_before_and_after_an_image_at_a_border(images, expected, shareable):
+    options = {"chunk_size": 12, "token_budget": 16}
+    alone = chunks(scheduler(**options), request("a", 30, *images))
+    assert alone == {"a": expected}
+    others = [request(f"g{i}", 5 + 7 * i, image(1, 4), output=9) for i in range(3)]
+    assert chunks(scheduler(**options), *others, request("a", 30, *images))["a"] == expected
+    made = scheduler(**options)
+    first, second = (chunks(made, request(name, 30, *images))[name] for name in "ab")
+    assert first == expected
+    assert second == [chunk for chunk in expected if chunk[0] >= shareable]
+
+
 def test_an_image_waits_for_a_step_that_holds_it_while_others_generate():
     others = [request(f"g{i}", 2, output=12) for i in range(3)]
     made = scheduler()

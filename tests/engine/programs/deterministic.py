@@ -1,13 +1,22 @@
-"""Without native kernels: with `deterministic` no answer depends on other requests; without it, some do."""
+"""Without native kernels: with `deterministic` no answer depends on other requests; without it, some do.
+
+    PALLAS_KERNELS_NATIVE=0 python -m tests.engine.programs.deterministic FAMILY REQUESTS [OPTION=VALUE ...]
+
+Options are those of the engine, and `together=N`: sequences whose states are computed together; `devices=N`, for which JAX
+must have been told to make so many; `order=ring`: devices add up as in a ring, and some answer must be another.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import jax
+
 from fastgen_jax import Engine, EngineConfig
 from fastgen_jax.models import state_scan
-from pallas_kernels import native
+from fastgen_jax.models.sharding import TENSOR
+from pallas_kernels import native, ordered_sum
 from tests.engine.same_tokens import answers
 from tests.models.parity import load
 from tests.tiny import tiny_engine
@@ -38,6 +47,15 @@ def differences(family: str, num_seeds: int, **settings: Any) -> dict[str, int]:
     return {how: sum(given[seed] != alone[seed] for seed in seeds) for how, given in found.items()}
 
 
+def added_in_a_ring(parts: jax.Array) -> jax.Array:
+    """Their sum, in which each device begins with the part of another."""
+    first, count = jax.lax.axis_index(TENSOR), parts.shape[0]
+    total = parts[first]
+    for other in range(1, count):
+        total = total + parts[(first + other) % count]
+    return total
+
+
 def main() -> None:
     assert not native.available(), "set PALLAS_KERNELS_NATIVE=0"
     family, num_seeds = sys.argv[1], int(sys.argv[2])
@@ -45,11 +63,18 @@ def main() -> None:
     if (together := options.pop("together", None)) is not None:  # as on an accelerator
         run = state_scan._run
         state_scan._run = lambda *arguments, form, group: run(*arguments, form=form, group=int(together))
-    found = differences(family, num_seeds, deterministic=True, token_budget=23, budget_ladder=(), **options)
+    devices = {"tensor_parallel": int(options.pop("devices"))} if "devices" in options else {}
+    is_ring = options.pop("order", None) == "ring"
+    if is_ring:
+        ordered_sum._added = added_in_a_ring
+        options["compile_cache_dir"] = ""  # programs are saved by the sources that they were made from
+    # On several devices, each adds up a share of the rows, of which it has a whole number.
+    size = 24 if devices else 23
+    found = differences(family, num_seeds, deterministic=True, token_budget=size, budget_ladder=(), **options, **devices)
     print(found)
-    assert not any(found.values()), found
-    if family == "tiny" and not options:
-        without = differences(family, num_seeds, token_budget=23, budget_ladder=(7,))
+    assert any(found.values()) == is_ring, found
+    if family == "tiny" and not options and not is_ring:
+        without = differences(family, num_seeds, token_budget=size, budget_ladder=(7,), **devices)
         print(without)
         assert any(without.values()), "the test cannot fail: nothing differs without the option either"
 

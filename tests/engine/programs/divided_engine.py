@@ -2,7 +2,7 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.engine.programs.divided_engine in_8_bits
 
-The number of devices is fixed when JAX starts.
+With `deterministic` as a second argument, devices add up in order. The number of devices is fixed when JAX starts.
 """
 
 from __future__ import annotations
@@ -358,5 +358,7 @@ if __name__ == "__main__":
         adapters,
         images,
     )
+    if "deterministic" in sys.argv[2:]:
+        SMALL["deterministic"] = True
     {function.__name__: function for function in functions}[sys.argv[1]]()
     print("equal")

@@ -20,7 +20,7 @@ from fastgen_jax.models.decoder import Execution, forward
 from fastgen_jax.models.division import divided, divided_heads
 from fastgen_jax.models.params import init_params, param_specs
 from fastgen_jax.models.sharding import TENSOR, divide_leaf, partition_kv_cache, partition_params, shardings, tensor_mesh
-from fastgen_jax.plan.hlo import count_in_loops
+from fastgen_jax.plan.hlo import count_in_loops, sums_of_floats
 from pallas_kernels.ragged_attention import RaggedIndex
 from tests.models.test_sharding import MODELS
 from tests.tiny import random_params
@@ -64,8 +64,9 @@ def check(config: ModelConfig, num_devices: int, attention: str | None) -> None:
     wide = divided(config, num_devices)
     params = random_params(config)  # not `init_params`: its biases are zeros, which could be added any number of times
 
-    def step(params, cache, mesh=None):
-        return forward(params, cache, BATCH, config=config, execution=Execution(attention=attention, mesh=mesh))
+    def step(params, cache, mesh=None, sums_in_order=False):
+        execution = Execution(attention=attention, mesh=mesh, sums_in_order=sums_in_order)
+        return forward(params, cache, BATCH, config=config, execution=execution)
 
     whole, cache_whole = jax.jit(step)(params, zeros(config))
     shares = jax.tree.map(lambda spec, leaf: divide_leaf(spec, leaf, mesh, config), param_specs(config), params)
@@ -87,6 +88,11 @@ def check(config: ModelConfig, num_devices: int, attention: str | None) -> None:
     for place, head in enumerate(heads):
         kept = 0 if head is None else cache_whole.k[:, head]
         np.testing.assert_allclose(cache.k[:, place], kept, atol=2e-5)
+    cache = jax.device_put(zeros(wide), shardings(mesh, partition_kv_cache(zeros(wide))))
+    ordered = jax.jit(lambda params, cache: step(params, cache, mesh, sums_in_order=True)).lower(shares, cache).compile()
+    np.testing.assert_allclose(ordered(shares, cache)[0], whole, atol=2e-5)
+    assert sums_of_floats(program.as_text() or ""), "the check cannot fail"
+    assert not (found := sums_of_floats(ordered.as_text() or "")), found
 
 
 assert jax.device_count() == 4
