@@ -30,12 +30,9 @@ from tests.gate.gpu_kernels import (
 )
 from tests.gate.gpu_steps import (
     LAUNCHES_IN_HALVES,
-<<<<<<< HEAD
-    LAUNCHES_OF_LATENTS_IN_FP8,
-=======
     LAUNCHES_IN_ORDER,
     LAUNCHES_IN_ORDER_WITH_EXPERTS,
->>>>>>> deterministic
+    LAUNCHES_OF_LATENTS_IN_FP8,
     LAUNCHES_OF_SPARSE_ATTENTION,
     LAUNCHES_ON_SEVERAL,
     LAUNCHES_PER_LAYER_IN_FP8,
