@@ -28,7 +28,7 @@ class BlockKind(NamedTuple):
     scale_dtype: str = "float32"
     """Of scales and offsets."""
     of_outputs: bool = False
-    """Of floats: whether all blocks of an output have the same scale."""
+    """Of 8-bit floats: whether all blocks of an output have the same scale."""
     only_weights: bool = False
     """Whether the checkpoint says that activations stay as they are, where a kernel for these values would round them."""
 

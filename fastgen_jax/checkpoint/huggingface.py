@@ -17,7 +17,7 @@ from fastgen_jax.checkpoint.base import is_buffer, missing_tensor
 from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.hub_files import WEIGHT_FILES, is_of_model
 from fastgen_jax.checkpoint.quantized import PackedTensor, settings_beside, shown, split_settings, unpack
-from fastgen_jax.checkpoint.quantized.declared import float8_of_weights_alone
+from fastgen_jax.checkpoint.quantized.float8 import float8_of_weights_alone
 from fastgen_jax.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch
 from fastgen_jax.json_types import JsonFields, JsonObject
 from fastgen_jax.models.config import ModelConfig

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 from fastgen_jax.checkpoint.block_kind import BlockKind
 from fastgen_jax.checkpoint.quantized import quantization_method
+from fastgen_jax.checkpoint.quantized.float8 import float8_of_weights_alone, inputs_of_scale
 from fastgen_jax.json_types import JsonFields
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import FAMILIES
 from fastgen_jax.models.params import layer_specs, model_specs
 from fastgen_jax.models.weight_spec import Kind
 from pallas_kernels.matmul import BLOCK_SIZES
-
-_FP8_BLOCKS = "FP8_PB_WO"  # of modelopt: blocks, and weights only
 
 
 def declared_weights(settings: JsonFields, config: ModelConfig, dtype: str) -> dict[str, BlockKind | str]:
@@ -40,7 +39,7 @@ def declared_weights(settings: JsonFields, config: ModelConfig, dtype: str) -> d
 def declared_kind(settings: JsonFields, inputs: int, dtype: str) -> BlockKind | None:
     """The blocks of a matrix with so many inputs, if these are of 4 bits or 8-bit floats, and known; else None."""
     method = quantization_method(settings)
-    if (block := _float8_inputs(settings)) is not None:
+    if (block := inputs_of_scale(settings)) is not None:
         return _float8_kind(block, inputs, only_weights=float8_of_weights_alone(settings))
     bits, size, symmetric = settings.get("bits"), settings.get("group_size", -1), settings.get("sym", True)
     has_offsets = not symmetric
@@ -80,16 +79,6 @@ def declared_kind(settings: JsonFields, inputs: int, dtype: str) -> BlockKind | 
     )
 
 
-def float8_of_weights_alone(settings: JsonFields) -> bool:
-    """Whether a checkpoint with 8-bit floats was made for activations that stay as they are."""
-    method = quantization_method(settings)
-    if method == "modelopt":
-        return _FP8_BLOCKS in _modelopt_algorithms(settings)
-    if method == "compressed-tensors":
-        return any(_of_floats(group) and not group.get("input_activations") for group in _groups(settings))
-    return False
-
-
 def _float8_kind(block: int, inputs: int, *, only_weights: bool) -> BlockKind | None:
     """Of 8-bit floats with a scale for each output, or for so many of its inputs."""
     size = next((each for each in reversed(BLOCK_SIZES) if (block or inputs) % each == 0), 0)
@@ -97,45 +86,6 @@ def _float8_kind(block: int, inputs: int, *, only_weights: bool) -> BlockKind | 
         return None
     name = f"8-bit floats in groups of {size}, float32 scales"
     return BlockKind(name, 8 + 32 / size, size, is_float=True, of_outputs=block in (0, inputs), only_weights=only_weights)
-
-
-def _float8_inputs(settings: JsonFields) -> int | None:
-    """Inputs of 8-bit floats that share a scale, 0 for all of an output; None if matrices have other numbers."""
-    method = quantization_method(settings)
-    if method in ("fp8", "fbgemm_fp8"):
-        block = settings.get("weight_block_size")
-        return block[1] if block else 0
-    if method == "modelopt":
-        algorithms = _modelopt_algorithms(settings)
-        if algorithms == {_FP8_BLOCKS}:
-            return settings.get("group_size") or 128
-        return 0 if algorithms and algorithms <= {"FP8", "FP8_PER_CHANNEL_PER_TOKEN"} else None
-    if method != "compressed-tensors" or not (groups := _groups(settings)) or not all(map(_of_floats, groups)):
-        return None
-    found = {_inputs_of_group(group["weights"]) for group in groups}
-    return found.pop() if len(found) == 1 else None
-
-
-def _inputs_of_group(weights: JsonFields) -> int | None:
-    structure = weights.get("block_structure")
-    if structure:
-        return structure[1]
-    return 0 if weights.get("strategy") in ("tensor", "channel") else None
-
-
-def _of_floats(group: JsonFields) -> bool:
-    weights = group.get("weights") or {}
-    return weights.get("type") == "float" and weights.get("num_bits") == 8
-
-
-def _groups(settings: JsonFields) -> list[JsonFields]:
-    return list((settings.get("config_groups") or {}).values())
-
-
-def _modelopt_algorithms(settings: JsonFields) -> set[str]:
-    settings = settings.get("quantization") or settings  # as in hf_quant_config.json
-    layers = (settings.get("quantized_layers") or {}).values()
-    return {str(each.get("quant_algo")).upper() for each in (*layers, settings)} - {"MIXED_PRECISION", "NONE"}
 
 
 def _is_exception(module: str, settings: JsonFields) -> bool:

@@ -124,7 +124,7 @@ class Groups:
             is_float=self.bits is None,
             has_offsets=form.has_offsets,
             scale_dtype=form.scale_dtype,
-            of_outputs=self.bits is None and self.scales.shape[1] == 1,
+            of_outputs=form.numbers == "float8_e4m3fn" and self.scales.shape[1] == 1,
         )
 
     def _block_format(self) -> BlockFormat | None:
