@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ def test_an_engine_computes_with_the_numbers_of_the_file(path: Path, caplog: pyt
     with pytest.raises(ValueError, match=r"blocks of its checkpoint.*quantize='none'"):
         kept.update_params(values)
     kept.update_params(path)
+    kept.release_memory(weights="dropped")
+    kept.restore_memory()
+    request = kept.add(PROMPT, greedy(6))
+    assert tokens_of(drain(kept)[request]) == answers[0]
 
 
 def test_a_file_that_is_not_what_its_headers_declare_is_refused() -> None:
@@ -140,7 +145,11 @@ def test_a_file_that_is_not_what_its_headers_declare_is_refused() -> None:
 
 def test_what_a_checkpoint_holds_quantized_is_known_from_headers(path: Path) -> None:
     found = quantized_weights(open_checkpoint(path))
-    kinds = {kind for kind in found.values() if isinstance(kind, BlockKind)}
-    assert all(kind.is_float8 and not kind.only_weights for kind in kinds)
-    assert {kind.of_outputs for kind in kinds} <= {True, False}
+    in_blocks = json.loads((path / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
+    kinds = {name: kind for name, kind in found.items() if isinstance(kind, BlockKind)}
+    assert kinds.keys() == {"layers.qkv", "layers.gate_up", "layers.down"}
+    for kind in kinds.values():
+        assert kind.is_float8
+        assert not kind.only_weights
+        assert (kind.size, kind.of_outputs) == ((128, False) if in_blocks else (256, True))
     assert isinstance(found["layers.o"], str)
